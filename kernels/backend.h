@@ -1,0 +1,129 @@
+// Backend: the one interface between the server and whatever computes.
+#ifndef NORMD_KERNELS_BACKEND_H_
+#define NORMD_KERNELS_BACKEND_H_
+
+#include <cstdint>
+#include <stop_token>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/problem.h"
+
+namespace normd {
+
+enum class Outcome : uint8_t {
+  kOk,
+  kStopped,       // the stop token was set; outputs hold anything
+  kOutOfMemory,   // scratch or device memory; outputs hold anything
+  kDeviceFailed,  // the device cannot go on (sticky); outputs hold anything
+};
+
+// Where the tensors of a call lie. Parameters and statistics are always in host
+// memory.
+enum class Place : uint8_t { kHost, kDevice };
+
+// weight and bias a channel, problem.channels values of
+// problem.parameter_dtype() each; null: 1 and 0.
+struct Affine {
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+};
+
+// Statistics of a batch, problem.num_sets() values each. `m2` is the sum of
+// squared deviations from the mean, so that partial results merge exactly
+// (Chan, Golub, LeVeque 1979): var = m2 / set_size. Double, since a mean rounded
+// to float32 loses the answer where |mean| >> deviation.
+struct Moments {
+  double* mean = nullptr;
+  double* m2 = nullptr;
+};
+
+// Statistics to normalize by, problem.num_sets() values each: mean, and biased
+// variance without eps.
+struct Statistics {
+  const double* mean = nullptr;
+  const double* var = nullptr;
+};
+
+struct ForwardByBatchArgs {
+  const void* x = nullptr;
+  void* y = nullptr;  // may be x
+  Affine affine;
+  Moments moments;  // written; required
+};
+
+struct ForwardByStatisticsArgs {
+  const void* x = nullptr;
+  void* y = nullptr;  // may be x
+  Affine affine;
+  Statistics statistics;
+};
+
+struct BackwardArgs {
+  const void* x = nullptr;
+  const void* grad_y = nullptr;
+  void* grad_x = nullptr;  // may be x or grad_y; null: not wanted
+  const void* weight = nullptr;
+  Statistics statistics;  // those that the forward normalized by
+  // Whether these are the statistics of x itself (train), so that the gradient
+  // flows through them too, or constants (eval).
+  bool statistics_of_batch = true;
+  // Written: problem.channels values of problem.parameter_dtype() each; null:
+  // not wanted.
+  void* grad_weight = nullptr;
+  void* grad_bias = nullptr;
+};
+
+struct DeviceInfo {
+  std::string name;
+  int parallelism = 1;
+  int64_t memory_bytes = 0;
+  bool healthy = true;
+};
+
+// A device that computes norms.
+//
+// Calls block until their outputs are complete, and any number of threads may
+// call at once. That is also how asynchronous devices overlap: each call in
+// flight has a stream of its own, so one's copies run beside another's kernel.
+//
+// Pointers need only their element's alignment (problem.dtype); nothing past
+// the end of a tensor is read or written. Empty problems are allowed: nothing is
+// written but zeroed grad_weight, grad_bias and moments. NaN and Inf pass
+// through as IEEE arithmetic has it, and stay within their set.
+//
+// Exact where |mean| >> deviation: values are shifted before they are squared,
+// and y is built as ((x - shift) - residual) * invstd * weight + bias with
+// shift + residual = mean.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // "cpu", "cuda".
+  virtual std::string_view name() const = 0;
+  virtual std::vector<DeviceInfo> devices() const = 0;
+  // Whether tensors may lie there.
+  virtual bool Supports(Place place) const = 0;
+
+  // Normalizes x by the statistics of x itself and returns them.
+  virtual Outcome ForwardByBatch(const NormProblem& problem, const ForwardByBatchArgs& args,
+                                 Place place, std::stop_token stop) = 0;
+
+  // Normalizes x by given statistics.
+  virtual Outcome ForwardByStatistics(const NormProblem& problem,
+                                      const ForwardByStatisticsArgs& args, Place place,
+                                      std::stop_token stop) = 0;
+
+  // Gradients of either, x^ being the normalized x:
+  //   grad_bias   = sum(grad_y)          grad_weight = sum(grad_y * x^)    a channel
+  //   grad_x      = invstd * (g - mean(g) - x^ * mean(g * x^)),  g = grad_y * weight
+  // with both means over the set (Ioffe and Szegedy 2015); with constant
+  // statistics grad_x = invstd * g.
+  virtual Outcome Backward(const NormProblem& problem, const BackwardArgs& args, Place place,
+                           std::stop_token stop) = 0;
+};
+
+}  // namespace normd
+
+#endif  // NORMD_KERNELS_BACKEND_H_
