@@ -19,6 +19,9 @@ namespace {
 constexpr char kFormat[] = "normd-checkpoint";
 constexpr int64_t kVersion = 1;
 constexpr size_t kDigestDigits = 64;
+// The sum of all sizes stays below 2^63.
+constexpr int64_t kMaxFiles = int64_t{1} << 26;
+constexpr int64_t kMaxFileBytes = int64_t{1} << 36;
 constexpr size_t kMaxFileNameBytes = 255;  // NAME_MAX of the usual file systems
 constexpr std::string_view kExtension = ".safetensors";
 constexpr size_t kMaxReasonBytes = 32;
@@ -148,7 +151,7 @@ absl::StatusOr<Manifest> ParseManifest(std::string_view text) {
                        nullptr)) {
     members.Fail("create_time", "is no time");
   }
-  const int64_t count = members.Int("files", 0, kMax);
+  const int64_t count = members.Int("files", 0, kMaxFiles);
   if (absl::Status status = members.Finish(); !status.ok()) {
     return Damaged(std::string(status.message()));
   }
@@ -164,7 +167,7 @@ absl::StatusOr<Manifest> ParseManifest(std::string_view text) {
     if (!IsPlainFileName(file.file)) entry.Fail("file", "is no file of instances/");
     file.instance = entry.String("instance");
     if (!ValidInstanceName(file.instance)) entry.Fail("instance", "is no name of an instance");
-    file.bytes = entry.Int("bytes", 0, kMax);
+    file.bytes = entry.Int("bytes", 0, kMaxFileBytes);
     file.sha256 = entry.String("sha256");
     if (!IsHexDigest(file.sha256)) entry.Fail("sha256", "is no SHA-256");
     if (absl::Status status = entry.Finish(); !status.ok()) {
