@@ -142,18 +142,21 @@ struct Instance {
 };
 
 // --- what calls take and answer ---
+//
+// Members of what calls take are initialized with {} so that designated
+// initializers may leave them out without a warning.
 
 // Of any one call.
 struct CallOptions {
   // For the call with all its retries; ClientOptions::timeout unless given.
-  std::optional<absl::Duration> timeout;
+  std::optional<absl::Duration> timeout = {};
   // Changing calls: another version there is ABORTED, and nothing changes.
-  std::optional<uint64_t> expected_version;
+  std::optional<uint64_t> expected_version = {};
   // Changing calls: a UUID, made by the client unless given. Give one to repeat a
   // call from another process without doing it twice.
-  std::string request_id;
+  std::string request_id = {};
   // Streamed calls: told the payload's bytes so far, from the calling thread.
-  std::function<void(int64_t received, int64_t total)> progress;
+  std::function<void(int64_t received, int64_t total)> progress = {};
 };
 
 // The answer to a change.
@@ -168,9 +171,9 @@ struct CreateResult : Changed {
 };
 
 struct ListOptions {
-  std::string name_prefix;
+  std::string name_prefix = {};
   int32_t page_size = 0;  // 1 to 1,000; 0: 100
-  std::string page_token;
+  std::string page_token = {};
 };
 
 struct InstancePage {
@@ -187,7 +190,7 @@ struct BatchStatistics {
 };
 
 struct ForwardOptions {
-  std::optional<Mode> mode;  // for this call alone; the instance's unless given
+  std::optional<Mode> mode = {};  // for this call alone; the instance's unless given
   bool save_for_backward = false;
   bool return_batch_statistics = false;
 };
@@ -202,10 +205,10 @@ struct ForwardResult : Changed {
 
 struct BackwardOptions {
   // What a Forward kept, or, without one, its input and what else is known of it.
-  std::string context_id;
-  std::optional<Tensor> input;
-  std::optional<Mode> mode;
-  std::optional<BatchStatistics> batch_statistics;
+  std::string context_id = {};
+  std::optional<Tensor> input = {};
+  std::optional<Mode> mode = {};
+  std::optional<BatchStatistics> batch_statistics = {};
   bool accumulate = false;      // add the gradients to the instance's
   bool retain_context = false;  // keep the context for another Backward
   bool skip_grad_input = false;
@@ -371,7 +374,7 @@ struct ClientOptions {
   // Bytes of tensor in one message of a stream.
   int64_t stream_chunk_bytes = 1 << 20;
   // Begins the user-agent that the server sees: "trainer/1.2".
-  std::string user_agent;
+  std::string user_agent = {};
 };
 
 // A connection to one server, shared by copies. Any number of threads may call at
