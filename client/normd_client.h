@@ -122,7 +122,7 @@ struct BatchNorm2d {
 using Layer = std::variant<BatchNorm2d>;
 
 struct InstanceConfig {
-  Layer layer;
+  Layer layer = {};
   // Of parameters, statistics and gradients: kFloat32, or kFloat64 for float64 inputs.
   DataType state_dtype = DataType::kFloat32;
 };
@@ -367,7 +367,7 @@ struct RetryPolicy {
 struct ClientOptions {
   // For a call with all its retries, unless the call says otherwise.
   absl::Duration timeout = absl::Seconds(60);
-  RetryPolicy retry;
+  RetryPolicy retry = {};
   // Tensors whose message would be longer go through streams; 0: the server's own
   // limit, asked for when it is first needed.
   int64_t max_message_bytes = 0;
