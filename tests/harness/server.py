@@ -31,6 +31,12 @@ CHANNEL_OPTIONS = [
 ]
 
 
+def environment(extra=None):
+    """The environment without flags' twins, so that each test sets its own."""
+    return {**{key: value for key, value in os.environ.items() if not key.startswith("NORMD_")},
+            **(extra or {})}
+
+
 class ServerFailed(AssertionError):
     """The server did what no server may: died, hung, or a sanitizer complained."""
 
@@ -65,7 +71,7 @@ class Server:
         self.port_file.unlink(missing_ok=True)
         with open(self.log_file, "ab") as log:
             self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=log, env={**os.environ, **self.env})
+                                            stderr=log, env=environment(self.env))
         deadline = time.monotonic() + timeout
         while not self.port_file.exists():
             if self.process.poll() is not None:
@@ -123,7 +129,7 @@ class Server:
         return self.start()
 
     def close(self):
-        """Stops it where it runs, and removes its files."""
+        """Stops it where it runs, and removes its files. May be called again."""
         try:
             if self.process is not None:
                 if self.process.poll() is None:
@@ -177,7 +183,7 @@ def run_normd(*flags, env=None, timeout=60, **popen):
     """Runs normd to its end, for starts that must fail. Returns the CompletedProcess."""
     return subprocess.run([popen.pop("binary", NORMD), *flags], stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env={**os.environ, **(env or {})}, timeout=timeout, check=False, **popen)
+                          env=environment(env), timeout=timeout, check=False, **popen)
 
 
 class ServerTestCase(unittest.TestCase):
