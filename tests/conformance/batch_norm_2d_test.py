@@ -177,8 +177,8 @@ class Sequence:
         version = self.layer.info().version
         answer = self.layer.forward(x, self.channels_last, save=save, statistics=statistics,
                                     mode=mode)
-        x_peer = relayout(x.to(self.state_dtype), self.channels_last).requires_grad_()
-        x_exact = x.double().requires_grad_()
+        x_peer = relayout(x.clone().to(self.state_dtype), self.channels_last).requires_grad_()
+        x_exact = x.clone().double().requires_grad_()
         y_peer, y_exact = peer(x_peer), exact(x_exact)
 
         got = from_proto(answer.output)
