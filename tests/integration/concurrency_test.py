@@ -400,6 +400,15 @@ class ContextLifetime(ConcurrencyCase):
         for _ in range(2):
             layer.forward(x, save=True)
 
+    def test_a_refused_forward_keeps_no_context(self):
+        layer = self.layer()
+        x = torch.randn(8, CHANNELS, 64, 64)
+        for mode in (TRAIN, EVAL):
+            for _ in range(4):
+                with refused(self, grpc.StatusCode.ABORTED, "expected_version"):
+                    layer.forward(x, save=True, mode=mode, expected_version=99)
+        layer.backward(x, layer.forward(x, save=True).context_id)
+
     def test_one_context_of_many_callers_serves_one(self):
         layer = self.layer()
         x = self.batch()

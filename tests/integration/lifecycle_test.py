@@ -134,9 +134,11 @@ class Restart(LifecycleCase):
         server.start()
         self.assertEqual(everything(server.stub), before)
 
-    def test_with_durability_none_a_clean_stop_keeps_everything(self):
+    def test_with_durability_none_a_clean_stop_keeps_what_was_asked_for(self):
         server = self.server("--durability=none").start()
         before = self.populate(server)
+        self.save(server)
+        self.change(server)
         server.restart()
         self.assertEqual(everything(server.stub), before)
 
