@@ -1,41 +1,14 @@
-"""A checkpoint's file is a state_dict that torch loads as it is.
+"""A checkpoint's file is a state_dict that torch loads as it is."""
 
-The reader below is written from the published format of safetensors alone
-(https://github.com/huggingface/safetensors#format) and shares nothing with normd.
-"""
-
-import json
-import math
 import unittest
 
 import torch
 from harness.layer import EVAL, Layer
+from harness.safetensors import read_safetensors
 from harness.server import Server
-from harness.tensors import from_bytes
 from normd.v1 import norm_service_pb2 as rpc, optimizer_pb2
 
-DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 STATE_KEYS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-
-
-def read_safetensors(path):
-    """The tensors of a file and its metadata; every rule of the format is checked."""
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    assert length % 8 == 0 and data[8:9] == b"{", "the header is JSON, padded to 8 bytes"
-    header = json.loads(data[8:8 + length])
-    body = data[8 + length:]
-    metadata = header.pop("__metadata__", {})
-    assert all(isinstance(v, str) for v in metadata.values()), "metadata map strings to strings"
-    tensors, end = {}, 0
-    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = entry["data_offsets"]
-        assert first == end, f"a gap before {key}"
-        tensors[key] = from_bytes(body[first:last], DTYPES[entry["dtype"]], entry["shape"])
-        assert last - first == math.prod(entry["shape"]) * tensors[key].element_size()
-        end = last
-    assert end == len(body), "bytes after the last tensor"
-    return tensors, metadata
 
 
 class CheckpointInTorch(unittest.TestCase):
