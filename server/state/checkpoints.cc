@@ -398,7 +398,6 @@ absl::StatusOr<LoadedCheckpoint> DirectoryCheckpoints::Load(std::string_view id,
     // Removed by a save since it was listed.
     if (id.empty() && !opened.ok() && absl::IsNotFound(status)) continue;
     if (!absl::IsDataLoss(status) || !id.empty()) return status;
-    spdlog::error("checkpoint {} is damaged: {}", generation.id, std::string(status.message()));
     if (newest_damage.ok()) newest_damage = status;
     CheckpointInfo damaged;
     if (opened.ok()) damaged = std::move(opened->info);

@@ -2,8 +2,9 @@
 //
 //   DIRECTORY/00000042-manual/
 //     instances/<percent-encoded name>.safetensors   one an instance (instance_codec)
-//     manifest.json   format, create time, reason, and for each file its name,
-//                     instance, bytes and SHA-256; its own SHA-256 on the last line
+//     manifest.json   lines of JSON: format, create time and reason, then for each
+//                     file its name, instance, bytes and SHA-256; the SHA-256 of all
+//                     that on the last line (manifest.h)
 //
 // A generation is written under a temporary name, each file and directory is
 // fsynced, and the directory is renamed into place: it is there whole or not at
@@ -45,6 +46,7 @@ class Checkpoints {
  public:
   // Makes the directory where it is missing, and removes what an interrupted
   // save left. `keep`: generations that stay, 1 or more; the oldest go first.
+  // Locks the directory: FailedPrecondition when another Checkpoints has it.
   static absl::StatusOr<std::unique_ptr<Checkpoints>> Open(const std::string& directory, int keep);
   virtual ~Checkpoints() = default;
 

@@ -30,7 +30,8 @@ struct Tombstone {
 // One step of one instance's life.
 struct Change {
   std::string name;
-  // The version that the store must hold for the change to apply; 0: none.
+  // The version that the store must hold for the change to apply; 0: none. A removal
+  // of none leaves its tombstone (the instance was made and removed in between).
   uint64_t previous_version = 0;
   // The new state; null: the instance is removed.
   std::shared_ptr<const InstanceState> state;
@@ -52,7 +53,7 @@ class StateStore {
   // applied is on stable storage. Returns a status a change: Aborted where the
   // version did not match. When the transaction itself fails, none is applied
   // and all carry its error (RESOURCE_EXHAUSTED when the disk is full,
-  // UNAVAILABLE otherwise); the next Commit starts afresh.
+  // DATA_LOSS when the store is damaged, UNAVAILABLE otherwise); the next Commit starts afresh.
   virtual std::vector<absl::Status> Commit(absl::Span<const Change> changes) = 0;
 
   // Calls `instance` for each one held, in any order. DataLoss when the store is
