@@ -234,16 +234,13 @@ Action Bench(CLI::App& app) {
       ->capture_default_str()
       ->type_name("N");
   AddDuration(app, "--duration", &work->duration, "How long to measure");
-  auto op = Shared<std::string>("forward");
-  app.add_option("--op", *op, "What to call")
-      ->check(CLI::IsMember({"forward", "backward"}))
-      ->capture_default_str()
-      ->type_name("");
+  AddChoice<bool>(app, "--op", {{"forward", false}, {"backward", true}}, "What to call",
+                  [work](const bool& backward) { work->backward = backward; })
+      ->default_str("forward");
   auto mode = AddMode(app, "Of the calls; default: the instance's");
 
   return [=](Session& session) -> absl::StatusOr<Report> {
     const Client& client = session.client;
-    work->backward = *op == "backward";
     work->dtype = dtype->value_or(DataType::kFloat32);
     work->format = *format;
     work->mode = *mode;

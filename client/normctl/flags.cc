@@ -1,32 +1,8 @@
 #include "client/normctl/flags.h"
 
-#include <map>
-
 #include "absl/time/time.h"
 
 namespace normd::normctl {
-namespace {
-
-// An option whose text is one of a few words, each with its value. The help shows
-// the words, and the parser refuses others and says which there are.
-template <class T, class Store>
-CLI::Option* AddChoice(CLI::App& app, const std::string& flag, std::map<std::string, T> choices,
-                       const std::string& help, Store store) {
-  std::vector<std::string> words;
-  for (const auto& [word, value] : choices) words.push_back(word);
-  return app
-      .add_option_function<std::string>(
-          flag,
-          [choices = std::move(choices), store](const std::string& word) {
-            store(choices.at(word));
-          },
-          help)
-      ->check(CLI::IsMember(words))
-      ->type_name("");
-}
-
-}  // namespace
-
 std::shared_ptr<std::string> AddName(CLI::App& app) {
   auto name = Shared<std::string>();
   app.add_option("name", *name, "Name of the instance")->required()->type_name("NAME");
@@ -55,8 +31,8 @@ std::shared_ptr<std::optional<DataType>> AddDataType(CLI::App& app, const std::s
                                                      std::vector<DataType> allowed,
                                                      const std::string& help) {
   auto dtype = Shared<std::optional<DataType>>();
-  std::map<std::string, DataType> choices;
-  for (const DataType type : allowed) choices[std::string(NameOf(type))] = type;
+  std::vector<std::pair<std::string, DataType>> choices;
+  for (const DataType type : allowed) choices.emplace_back(NameOf(type), type);
   AddChoice<DataType>(app, flag, std::move(choices), help,
                       [dtype](DataType value) { *dtype = value; });
   return dtype;

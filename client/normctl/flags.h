@@ -2,9 +2,11 @@
 #ifndef NORMD_CLIENT_NORMCTL_FLAGS_H_
 #define NORMD_CLIENT_NORMCTL_FLAGS_H_
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <CLI/CLI.hpp>
@@ -17,6 +19,27 @@ namespace normd::normctl {
 template <class T>
 std::shared_ptr<T> Shared(T value = {}) {
   return std::make_shared<T>(std::move(value));
+}
+
+// A flag or argument whose text is one of a few words, each with its value, in the
+// order in which the help shows them; another word is refused with all of them.
+template <class T>
+CLI::Option* AddChoice(CLI::App& app, const std::string& flag,
+                       std::vector<std::pair<std::string, T>> choices, const std::string& help,
+                       std::function<void(const T&)> store) {
+  std::string words;
+  for (const auto& [word, value] : choices) words += (words.empty() ? "" : "|") + word;
+  return app
+      .add_option_function<std::string>(
+          flag,
+          [=](const std::string& text) {
+            for (const auto& [word, value] : choices) {
+              if (word == text) return store(value);
+            }
+            throw CLI::ValidationError(flag, "'" + text + "' is none of " + words);
+          },
+          help)
+      ->type_name(words);
 }
 
 // The NAME of an instance.

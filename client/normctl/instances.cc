@@ -48,9 +48,11 @@ Action Create(CLI::App& app) {
          "Share of the newest batch in the running statistics; none: their plain average")
       ->type_name("FLOAT|none")
       ->default_str("0.1");
-  app.add_flag("!--no_affine", layer->affine, "Without weight and bias");
-  app.add_flag("!--no_track_running_stats", layer->track_running_stats,
-               "Without running statistics: the batch's serve in both modes");
+  app.add_flag_callback(
+      "--no_affine", [layer] { layer->affine = false; }, "Without weight and bias");
+  app.add_flag_callback(
+      "--no_track_running_stats", [layer] { layer->track_running_stats = false; },
+      "Without running statistics: the batch's serve in both modes");
   auto state_dtype =
       AddDataType(app, "--state_dtype", {DataType::kFloat32, DataType::kFloat64},
                   "Of parameters and statistics; float64 for float64 inputs [float32]");

@@ -63,21 +63,15 @@ absl::StatusOr<Optimizer> AdamOf(const Settings& settings) {
   return adam;
 }
 
-struct Rule {
-  const char* name;
-  absl::StatusOr<Optimizer> (*make)(const Settings&);
-};
-constexpr Rule kRules[] = {{"sgd", SgdOf}, {"adam", AdamOf<Adam>}, {"adamw", AdamOf<AdamW>}};
+using Rule = absl::StatusOr<Optimizer> (*)(const Settings&);
 
 Action Step(CLI::App& app) {
   auto name = AddName(app);
-  auto rule = Shared<std::string>();
-  std::vector<std::string> names;
-  for (const Rule& each : kRules) names.push_back(each.name);
-  app.add_option("--optimizer", *rule, "Update rule, as torch.optim has it")
-      ->required()
-      ->check(CLI::IsMember(names))
-      ->type_name("");
+  auto rule = Shared<Rule>(nullptr);
+  AddChoice<Rule>(
+      app, "--optimizer", {{"sgd", SgdOf}, {"adam", AdamOf<Adam>}, {"adamw", AdamOf<AdamW>}},
+      "Update rule, as torch.optim has it", [rule](const Rule& value) { *rule = value; })
+      ->required();
   auto settings = Shared<Settings>();
   const auto number = [&](const char* flag, std::optional<double>* value, const char* help) {
     app.add_option(flag, *value, help)->type_name("FLOAT");
@@ -98,10 +92,7 @@ Action Step(CLI::App& app) {
   auto call = AddChangeFlags(app);
 
   return [=](Session& session) -> absl::StatusOr<Report> {
-    absl::StatusOr<Optimizer> optimizer;
-    for (const Rule& each : kRules) {
-      if (*rule == each.name) optimizer = each.make(*settings);
-    }
+    const absl::StatusOr<Optimizer> optimizer = (*rule)(*settings);
     if (!optimizer.ok()) return optimizer.status();
     const auto result = session.client.Step(*name, *optimizer, *options, *call);
     if (!result.ok()) return result.status();

@@ -6,9 +6,10 @@
 
 #include <CLI/CLI.hpp>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
-#include "absl/strings/strip.h"
 #include "client/normctl/command.h"
 #include "client/normctl/errors.h"
 #include "client/normctl/flags.h"
@@ -34,6 +35,13 @@ std::string WithUnderscores(const std::string& argument) {
   const size_t end = std::min(result.find('='), result.size());
   std::replace(result.begin() + 2, result.begin() + static_cast<ptrdiff_t>(end), '-', '_');
   return result;
+}
+
+// Commands of two words, by the first.
+std::string SummaryOf(const std::string& group) {
+  if (group == "state") return "An instance's tensors: get, set";
+  if (group == "checkpoint") return "Checkpoints of all instances: save, load, list";
+  return "";
 }
 
 struct Options {
@@ -87,18 +95,21 @@ class Parser {
     const std::vector<std::string> unknown = root_.remaining(true);
     const std::string where = CommandLine(app);
     std::string text;
-    if (unknown.empty()) {
-      text = absl::StrCat(where, ": ", error.what());
+    if (unknown.empty() && !CommandsOf(app).empty()) {
+      text = absl::StrCat("give a command: ", absl::StrJoin(CommandsOf(app), ", "));
+    } else if (unknown.empty()) {
+      text = error.what();
     } else if (absl::StartsWith(unknown[0], "-")) {
       const std::string flag = unknown[0].substr(0, unknown[0].find('='));
-      text = absl::StrCat(where, " has no flag ", flag, Suggestion(flag, FlagsOf(app)));
-    } else if (!app.get_subcommands({}).empty()) {
-      text = absl::StrCat(where, " has no command '", unknown[0], "'",
-                          Suggestion(unknown[0], CommandsOf(app)));
+      text = absl::StrCat("there is no flag ", flag, Suggestion(flag, FlagsOf(app)));
+    } else if (!CommandsOf(app).empty()) {
+      text =
+          absl::StrCat("there is no command ", unknown[0], Suggestion(unknown[0], CommandsOf(app)));
     } else {
-      text = absl::StrCat(where, " takes no argument '", unknown[0], "'");
+      text = absl::StrCat("one argument too many: ", unknown[0]);
     }
-    return absl::StrCat(text, "\nSee: ", where, " --help");
+    return absl::StrCat(where, where.empty() ? "" : ": ", text, "\nSee: normctl ", where,
+                        where.empty() ? "" : " ", "--help");
   }
 
  private:
@@ -118,13 +129,15 @@ class Parser {
     for (CLI::App* child : app->get_subcommands([](const CLI::App*) { return true; })) {
       if (child->get_name() == word) return child;
     }
-    return app->add_subcommand(word, absl::StrCat(word, " commands"));
+    return app->add_subcommand(word, SummaryOf(word));
   }
 
+  // The words after normctl that lead to `app`.
   static std::string CommandLine(const CLI::App& app) {
     const CLI::App* parent = app.get_parent();
-    return parent == nullptr ? app.get_name()
-                             : absl::StrCat(CommandLine(*parent), " ", app.get_name());
+    if (parent == nullptr) return "";
+    const std::string before = CommandLine(*parent);
+    return absl::StrCat(before, before.empty() ? "" : " ", app.get_name());
   }
 
   static std::vector<std::string> FlagsOf(const CLI::App& app) {
@@ -183,7 +196,7 @@ int Run(std::vector<std::string> arguments, std::ostream& out, std::ostream& err
   try {
     parser.Parse(std::move(arguments));
   } catch (const CLI::CallForHelp&) {
-    out << parser.Deepest().help();
+    out << parser.root().help();  // of the deepest command that was named
     return kDone;
   } catch (const CLI::ParseError& error) {
     if (bare) {

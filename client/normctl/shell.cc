@@ -29,6 +29,8 @@ void Walk(const CLI::App& app, const std::string& path, std::vector<Node>* nodes
     node.commands.push_back({command->get_name(), command->get_description()});
   }
   for (const CLI::Option* option : app.get_options()) {
+    // normctl's own --help stands for all.
+    if (option == app.get_help_ptr() && app.get_parent() != nullptr) continue;
     for (const std::string& name : option->get_lnames()) {
       const bool takes_value = option->get_expected_max() > 0;
       node.flags.push_back(
@@ -151,19 +153,19 @@ std::string Fish(const std::vector<Node>& nodes) {
   return script;
 }
 
+using Script = std::string (*)(const std::vector<Node>&);
+
 Action Completion(CLI::App& app) {
-  auto shell = Shared<std::string>();
-  app.add_option("shell", *shell, "Whose script to print")
-      ->required()
-      ->check(CLI::IsMember({"bash", "zsh", "fish"}))
-      ->type_name("bash|zsh|fish");
+  auto script_for = Shared<Script>(nullptr);
+  AddChoice<Script>(app, "shell", {{"bash", Bash}, {"zsh", Zsh}, {"fish", Fish}},
+                    "Whose script to print",
+                    [script_for](const Script& value) { *script_for = value; })
+      ->required();
   return [=](Session& session) -> absl::StatusOr<Report> {
     std::vector<Node> nodes;
     Walk(session.root, "", &nodes);
-    const std::string script = *shell == "bash"  ? Bash(nodes)
-                               : *shell == "zsh" ? Zsh(nodes)
-                                                 : Fish(nodes);
-    return Report{.json = {{"shell", *shell}, {"script", script}}, .text = script};
+    const std::string script = (*script_for)(nodes);
+    return Report{.json = {{"script", script}}, .text = script};
   };
 }
 
