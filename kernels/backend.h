@@ -66,17 +66,17 @@ constexpr int64_t ReluMaskBytes(int64_t size) { return (size + 63) / 64 * 8 + 8;
 struct ForwardByBatchArgs {
   const void* x = nullptr;
   void* y = nullptr;  // may be x or the residual
-  Affine affine;
-  Moments moments;  // written; required
-  Epilogue epilogue;
+  Affine affine = {};
+  Moments moments = {};  // written; required
+  Epilogue epilogue = {};
 };
 
 struct ForwardByStatisticsArgs {
   const void* x = nullptr;
   void* y = nullptr;  // may be x or the residual
-  Affine affine;
-  Statistics statistics;
-  Epilogue epilogue;
+  Affine affine = {};
+  Statistics statistics = {};
+  Epilogue epilogue = {};
 };
 
 struct BackwardArgs {
@@ -84,7 +84,7 @@ struct BackwardArgs {
   const void* grad_y = nullptr;
   void* grad_x = nullptr;  // may be x or grad_y; null: not wanted
   const void* weight = nullptr;
-  Statistics statistics;  // those that the forward normalized by
+  Statistics statistics = {};  // those that the forward normalized by
   // Whether these are the statistics of x itself (train), so that the gradient
   // flows through them too, or constants (eval).
   bool statistics_of_batch = true;

@@ -3,88 +3,102 @@
 #include <algorithm>
 #include <new>
 
-#include "kernels/reference.h"
+#include <unistd.h>
+
+#include "kernels/cpu/call.h"
+#include "kernels/cpu/kernels.h"
 
 namespace normd {
 namespace {
+
+enum class Geometry { kPlanes, kColumns, kRows };
+
+// How the problem's memory is best walked: the only choice that is made.
+Geometry GeometryOf(const NormProblem& problem) {
+  const bool channels_last = problem.format == MemoryFormat::kChannelsLast && problem.positions > 1;
+  if (!channels_last && problem.positions >= cpu::kSmallestPlane) return Geometry::kPlanes;
+  if (!channels_last && problem.reduction == Reduction::kPerSampleGroup) return Geometry::kRows;
+  return Geometry::kColumns;
+}
+
+template <class T>
+void Zero(void* data, int64_t count) {
+  if (data != nullptr) std::fill_n(static_cast<T*>(data), count, T{0});
+}
+
+void ZeroParameter(const NormProblem& problem, void* data) {
+  if (problem.parameter_dtype() == DType::kFloat64) {
+    Zero<double>(data, problem.channels);
+  } else {
+    Zero<float>(data, problem.channels);
+  }
+}
+
+Outcome Forward(const cpu::ForwardCall& call, const cpu::Context& context) {
+  if (call.problem.size() == 0) {
+    Zero<double>(call.moments.mean, call.problem.num_sets());
+    Zero<double>(call.moments.m2, call.problem.num_sets());
+    return Outcome::kOk;
+  }
+  try {
+    switch (GeometryOf(call.problem)) {
+      case Geometry::kPlanes: return cpu::ForwardByPlanes(call, context);
+      case Geometry::kColumns: return cpu::ForwardByColumns(call, context);
+      case Geometry::kRows: return cpu::ForwardByRows(call, context);
+    }
+  } catch (const std::bad_alloc&) {
+  }
+  return Outcome::kOutOfMemory;
+}
 
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(Executor& executor) : executor_(executor) {}
 
   std::string_view name() const override { return "cpu"; }
+
   std::vector<DeviceInfo> devices() const override {
-    return {{.name = "cpu", .parallelism = executor_.concurrency()}};
+    const int64_t memory = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
+    return {{.name = std::string("cpu ") + cpu::InstructionSet(),
+             .parallelism = executor_.concurrency(),
+             .memory_bytes = memory}};
   }
+
   bool Supports(Place place) const override { return place == Place::kHost; }
 
   Outcome ForwardByBatch(const NormProblem& problem, const ForwardByBatchArgs& args, Place,
-                         std::stop_token) override {
-    const auto x = reference::Load(problem.dtype, args.x, problem.size());
-    const auto moments = reference::MomentsOf(problem, x);
-    std::ranges::copy(moments.mean, args.moments.mean);
-    std::ranges::copy(moments.m2, args.moments.m2);
-    Forward(problem, x, args.affine, moments.mean, reference::VarianceOf(problem, moments.m2),
-            args.epilogue, args.y);
-    return Outcome::kOk;
+                         std::stop_token stop) override {
+    return Forward({problem, args.x, args.y, args.affine, args.epilogue, args.moments, {}},
+                   {executor_, std::move(stop)});
   }
 
   Outcome ForwardByStatistics(const NormProblem& problem, const ForwardByStatisticsArgs& args,
-                              Place, std::stop_token) override {
-    const int64_t sets = problem.num_sets();
-    Forward(problem, reference::Load(problem.dtype, args.x, problem.size()), args.affine,
-            reference::Values(args.statistics.mean, args.statistics.mean + sets),
-            reference::Values(args.statistics.var, args.statistics.var + sets), args.epilogue,
-            args.y);
-    return Outcome::kOk;
+                              Place, std::stop_token stop) override {
+    return Forward({problem, args.x, args.y, args.affine, args.epilogue, {}, args.statistics},
+                   {executor_, std::move(stop)});
   }
 
   Outcome Backward(const NormProblem& problem, const BackwardArgs& args, Place,
-                   std::stop_token) override {
-    const int64_t sets = problem.num_sets();
-    std::vector<bool> mask;
-    for (int64_t i = 0; args.relu_mask != nullptr && i < problem.size(); ++i) {
-      mask.push_back((args.relu_mask[i / 8] >> (i % 8) & 1) != 0);
+                   std::stop_token stop) override {
+    if (problem.size() == 0) {
+      ZeroParameter(problem, args.grad_weight);
+      ZeroParameter(problem, args.grad_bias);
+      return Outcome::kOk;
     }
-    const auto result = reference::Backward(
-        problem, reference::Load(problem.dtype, args.x, problem.size()),
-        reference::Load(problem.dtype, args.grad_y, problem.size()), Channels(problem, args.weight),
-        reference::Values(args.statistics.mean, args.statistics.mean + sets),
-        reference::Values(args.statistics.var, args.statistics.var + sets),
-        args.statistics_of_batch, mask);
-    const DType parameter = problem.parameter_dtype();
-    if (args.grad_x) reference::Store(problem.dtype, result.grad_x, args.grad_x);
-    if (args.grad_residual) {
-      reference::Store(problem.dtype, result.grad_residual, args.grad_residual);
+    const cpu::BackwardCall call{problem, args};
+    const cpu::Context context{executor_, std::move(stop)};
+    try {
+      switch (GeometryOf(problem)) {
+        case Geometry::kPlanes: return cpu::BackwardByPlanes(call, context);
+        case Geometry::kColumns: return cpu::BackwardByColumns(call, context);
+        case Geometry::kRows: return cpu::BackwardByRows(call, context);
+      }
+    } catch (const std::bad_alloc&) {
     }
-    if (args.grad_weight) reference::Store(parameter, result.grad_weight, args.grad_weight);
-    if (args.grad_bias) reference::Store(parameter, result.grad_bias, args.grad_bias);
-    return Outcome::kOk;
+    return Outcome::kOutOfMemory;
   }
 
  private:
-  static reference::Values Channels(const NormProblem& problem, const void* data) {
-    if (data == nullptr) return {};
-    return reference::Load(problem.parameter_dtype(), data, problem.channels);
-  }
-
-  static void Forward(const NormProblem& problem, const reference::Values& x, const Affine& affine,
-                      const reference::Values& mean, const reference::Values& var,
-                      const Epilogue& epilogue, void* y) {
-    reference::Values residual;
-    if (epilogue.residual) {
-      residual = reference::Load(problem.dtype, epilogue.residual, problem.size());
-    }
-    const auto result = reference::Forward(
-        problem, x, {Channels(problem, affine.weight), Channels(problem, affine.bias)}, mean, var,
-        residual, epilogue.activation);
-    for (size_t i = 0; epilogue.relu_mask != nullptr && i < result.relu_mask.size(); ++i) {
-      if (i % 8 == 0) epilogue.relu_mask[i / 8] = 0;
-      epilogue.relu_mask[i / 8] |= static_cast<uint8_t>(result.relu_mask[i] << (i % 8));
-    }
-    reference::Store(problem.dtype, result.y, y);
-  }
-
   Executor& executor_;
 };
 

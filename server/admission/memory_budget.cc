@@ -1,9 +1,9 @@
 #include "server/admission/memory_budget.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <fstream>
+
+#include <unistd.h>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
@@ -20,7 +20,8 @@ absl::StatusOr<MemoryClaim> MemoryBudget::Claim(int64_t bytes) {
   do {
     if (bytes > limit_ - used) {
       return bytes > limit_
-                 ? LimitExceeded("", absl::StrCat("a request that needs ", bytes, " bytes of memory"),
+                 ? LimitExceeded("",
+                                 absl::StrCat("a request that needs ", bytes, " bytes of memory"),
                                  limit_, flag_)
                  : LimitExceeded("",
                                  absl::StrCat("a request that needs ", bytes, " bytes beside the ",

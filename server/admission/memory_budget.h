@@ -6,10 +6,10 @@
 #include <atomic>
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 
 namespace normd {
 
@@ -42,7 +42,7 @@ class MemoryClaim {
 class MemoryBudget {
  public:
   // `flag` sets the limit and is named in errors: "--memory_budget".
-  MemoryBudget(int64_t limit, std::string_view flag) : limit_(limit), flag_(flag) {}
+  MemoryBudget(int64_t limit, absl::string_view flag) : limit_(limit), flag_(flag) {}
 
   // RESOURCE_EXHAUSTED when `bytes` (0 or more) do not fit: with a retry delay
   // where they would fit an idle server, without one where they never do.

@@ -3,15 +3,16 @@
 #include "absl/strings/cord.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 
 namespace normd {
 namespace {
 
-constexpr std::string_view kDetailUrl = "normd.v1.ErrorDetail";
+constexpr absl::string_view kDetailUrl = "normd.v1.ErrorDetail";
 constexpr size_t kLongestValue = 256;
 
 // Text from outside, made safe to show and to send as UTF-8.
-std::string Shown(std::string_view value) {
+std::string Shown(absl::string_view value) {
   const bool cut = value.size() > kLongestValue;
   std::string shown = absl::Utf8SafeCHexEscape(value.substr(0, kLongestValue));
   // Escaping may lengthen it, and the cut may split a character.
@@ -36,20 +37,20 @@ v1::ErrorDetail DetailOf(const absl::Status& status) {
   return detail;
 }
 
-absl::Status InvalidField(std::string_view field, std::string_view value,
-                          std::string_view allowed) {
+absl::Status InvalidField(absl::string_view field, absl::string_view value,
+                          absl::string_view allowed) {
   v1::ErrorDetail detail;
   detail.set_field(std::string(field));
   detail.set_value(Shown(value));
   detail.set_allowed(std::string(allowed));
-  auto status = absl::InvalidArgumentError(
-      absl::StrCat(field, " is ", value.empty() ? "empty" : detail.value(), "; allowed: ", allowed));
+  auto status = absl::InvalidArgumentError(absl::StrCat(
+      field, " is ", value.empty() ? "empty" : detail.value(), "; allowed: ", allowed));
   SetDetail(status, detail);
   return status;
 }
 
-absl::Status LimitExceeded(std::string_view field, std::string_view what, int64_t limit,
-                           std::string_view flag, absl::Duration retry_delay) {
+absl::Status LimitExceeded(absl::string_view field, absl::string_view what, int64_t limit,
+                           absl::string_view flag, absl::Duration retry_delay) {
   v1::ErrorDetail detail;
   detail.set_field(std::string(field));
   detail.set_value(std::string(what));
@@ -63,7 +64,7 @@ absl::Status LimitExceeded(std::string_view field, std::string_view what, int64_
   return status;
 }
 
-absl::Status Retryable(absl::StatusCode code, std::string_view message, absl::Duration delay) {
+absl::Status Retryable(absl::StatusCode code, absl::string_view message, absl::Duration delay) {
   v1::ErrorDetail detail;
   detail.set_retry_delay_ms(absl::ToInt64Milliseconds(delay));
   absl::Status status(code, message);
@@ -71,7 +72,7 @@ absl::Status Retryable(absl::StatusCode code, std::string_view message, absl::Du
   return status;
 }
 
-absl::Status ForField(absl::Status status, std::string_view field) {
+absl::Status ForField(absl::Status status, absl::string_view field) {
   v1::ErrorDetail detail = DetailOf(status);
   detail.set_field(std::string(field));
   SetDetail(status, detail);

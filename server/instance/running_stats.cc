@@ -5,8 +5,8 @@ namespace normd {
 void FoldBatch(const BatchMoments& batch, InstanceState& state) {
   state.num_batches_tracked += 1;
   if (batch.count == 0) return;
-  const double momentum = state.layer().momentum.value_or(
-      1.0 / static_cast<double>(state.num_batches_tracked));
+  const double momentum =
+      state.layer().momentum.value_or(1.0 / static_cast<double>(state.num_batches_tracked));
   const double unbiased = static_cast<double>(batch.count - 1);
   const auto fold = [&](Values& running, auto value) {
     running = Values::Map(running.dtype(), running.size(), [&, old = running](int64_t i) {

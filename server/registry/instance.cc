@@ -62,15 +62,15 @@ StoredInstance Instance::ForCheckpoint() const {
 void Instance::Create(absl::AnyInvocable<void(absl::Status)> done) {
   mutex_.Lock();
   const Changed answer{.version = tip_->version, .state = tip_};
-  Submit({.name = tip_->identity->name,
-          .previous_version = 0,
-          .state = tip_,
-          .requests = requests_.entries(),
-          .replace_requests = true},
-         answer, [done = std::move(done)](absl::StatusOr<Changed> changed) mutable {
-           done(changed.status());
-         },
-         /*removal=*/false);
+  Submit(
+      {.name = tip_->identity->name,
+       .previous_version = 0,
+       .state = tip_,
+       .requests = requests_.entries(),
+       .replace_requests = true},
+      answer,
+      [done = std::move(done)](absl::StatusOr<Changed> changed) mutable { done(changed.status()); },
+      /*removal=*/false);
 }
 
 bool Instance::Change(const ChangeOptions& options,
@@ -133,11 +133,10 @@ bool Instance::Change(const ChangeOptions& options,
                                .time = now});
     requests_.Add(change.requests.back());
   }
-  Submit(std::move(change),
-         {.version = tip_->version,
-          .num_batches_tracked = tip_->num_batches_tracked,
-          .state = tip_},
-         std::move(done), /*removal=*/false);
+  Submit(
+      std::move(change),
+      {.version = tip_->version, .num_batches_tracked = tip_->num_batches_tracked, .state = tip_},
+      std::move(done), /*removal=*/false);
   return true;
 }
 

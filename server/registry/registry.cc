@@ -6,6 +6,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
 #include "absl/synchronization/blocking_counter.h"
 #include "absl/time/clock.h"
 #include "server/error/error.h"
@@ -22,7 +23,7 @@ std::string NewUid() {
                          high & 0xfff, ((low >> 48) & 0x3fff) | 0x8000, low & 0xffffffffffff);
 }
 
-absl::Status NoSuchInstance(std::string_view name) {
+absl::Status NoSuchInstance(absl::string_view name) {
   v1::ErrorDetail detail;
   detail.set_field("name");
   detail.set_value(std::string(name));
@@ -32,7 +33,7 @@ absl::Status NoSuchInstance(std::string_view name) {
   return status;
 }
 
-absl::Status NameTaken(std::string_view name) {
+absl::Status NameTaken(absl::string_view name) {
   v1::ErrorDetail detail;
   detail.set_field("name");
   detail.set_value(std::string(name));
@@ -66,8 +67,8 @@ void Registry::Remember(Tombstone tombstone) {
   }
 }
 
-std::optional<AppliedRequest> Registry::FindRemoval(
-    const std::string& name, std::optional<absl::uint128> request_id) const {
+std::optional<AppliedRequest> Registry::FindRemoval(const std::string& name,
+                                                    std::optional<absl::uint128> request_id) const {
   if (!request_id.has_value()) return std::nullopt;
   absl::ReaderMutexLock lock(&mutex_);
   const auto it = tombstones_.find(name);
@@ -103,16 +104,18 @@ void Registry::Create(const std::string& name, const Layer& layer, Mode mode,
   }
   if (taken != nullptr) {
     // Answered by the instance that is there, if this very call made it.
-    return taken->Change(
+    taken->Change(
         {.method = Method::kCreate, .request_id = request_id},
         [&](InstanceState&) -> absl::StatusOr<Edited> { return NameTaken(name); },
         [name, done = std::move(done)](absl::StatusOr<Changed> changed) mutable {
           const bool gone = absl::IsNotFound(changed.status());  // being made or removed
           done(gone ? NameTaken(name) : std::move(changed));
         });
+    return;
   }
   if (count >= max_instances_) {
-    return done(LimitExceeded("name", absl::StrCat("one instance more than the ", count, " there are"),
+    return done(LimitExceeded("name",
+                              absl::StrCat("one instance more than the ", count, " there are"),
                               max_instances_, "--max_instances"));
   }
   instance->Create([this, name, instance, done = std::move(done)](absl::Status status) mutable {
@@ -125,14 +128,14 @@ void Registry::Create(const std::string& name, const Layer& layer, Mode mode,
   });
 }
 
-absl::StatusOr<std::shared_ptr<Instance>> Registry::Find(std::string_view name) const {
+absl::StatusOr<std::shared_ptr<Instance>> Registry::Find(absl::string_view name) const {
   absl::ReaderMutexLock lock(&mutex_);
   const auto it = instances_.find(name);
   if (it == instances_.end()) return NoSuchInstance(name);
   return it->second;
 }
 
-absl::StatusOr<Snapshot> Registry::Published(std::string_view name) const {
+absl::StatusOr<Snapshot> Registry::Published(absl::string_view name) const {
   const auto instance = Find(name);
   if (!instance.ok()) return instance.status();
   Snapshot state = (*instance)->published();
@@ -168,8 +171,8 @@ void Registry::Erase(const std::string& name, const Instance* instance) {
   if (it != instances_.end() && it->second.get() == instance) instances_.erase(it);
 }
 
-std::vector<Snapshot> Registry::List(std::string_view prefix, std::string_view after, size_t limit,
-                                     bool* more) const {
+std::vector<Snapshot> Registry::List(absl::string_view prefix, absl::string_view after,
+                                     size_t limit, bool* more) const {
   std::vector<Snapshot> page;
   *more = false;
   absl::ReaderMutexLock lock(&mutex_);

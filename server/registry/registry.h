@@ -6,13 +6,13 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/types/span.h"
 #include "server/registry/instance.h"
@@ -39,17 +39,17 @@ class Registry {
               std::optional<absl::uint128> request_id, ChangeDone done);
 
   // NOT_FOUND naming it.
-  absl::StatusOr<std::shared_ptr<Instance>> Find(std::string_view name) const;
+  absl::StatusOr<std::shared_ptr<Instance>> Find(absl::string_view name) const;
 
   // The acknowledged state of an instance; NOT_FOUND likewise.
-  absl::StatusOr<Snapshot> Published(std::string_view name) const;
+  absl::StatusOr<Snapshot> Published(absl::string_view name) const;
 
   // As Instance::Remove; a repeated request_id answers OK again.
   void Delete(const std::string& name, const ChangeOptions& options, ChangeDone done);
 
   // Up to `limit` published instances in the order of their names, those after
   // `after` that begin with `prefix`. `more` tells whether others follow.
-  std::vector<Snapshot> List(std::string_view prefix, std::string_view after, size_t limit,
+  std::vector<Snapshot> List(absl::string_view prefix, absl::string_view after, size_t limit,
                              bool* more) const;
 
   // Every published instance, each from one version.

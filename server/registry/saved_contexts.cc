@@ -3,14 +3,15 @@
 #include "absl/random/random.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 #include "server/error/error.h"
 
 namespace normd {
 namespace {
 
-absl::Status ContextError(absl::StatusCode code, const std::string& id, std::string_view what,
-                          std::string_view allowed) {
+absl::Status ContextError(absl::StatusCode code, const std::string& id, absl::string_view what,
+                          absl::string_view allowed) {
   v1::ErrorDetail detail;
   detail.set_field("context_id");
   detail.set_value(id.substr(0, 256));
@@ -41,8 +42,8 @@ absl::StatusOr<std::string> SavedContexts::Put(SavedForward forward) {
   entry.claim = *std::move(claim);
   entry.forward = std::make_shared<const SavedForward>(std::move(forward));
   absl::BitGen bits;
-  std::string id = absl::StrFormat("%016x%016x", absl::Uniform<uint64_t>(bits),
-                                   absl::Uniform<uint64_t>(bits));
+  std::string id =
+      absl::StrFormat("%016x%016x", absl::Uniform<uint64_t>(bits), absl::Uniform<uint64_t>(bits));
   entries_.emplace(id, std::move(entry));
   return id;
 }
@@ -57,8 +58,8 @@ absl::StatusOr<SavedContexts::Lease> SavedContexts::Use(const std::string& id,
                         "what a Forward with save_for_backward returned, within --context_ttl");
   }
   Entry& entry = it->second;
-  const bool own_retry = entry.spent && entry.forward != nullptr && request_id.has_value() &&
-                         entry.user == request_id;
+  const bool own_retry =
+      entry.spent && entry.forward != nullptr && request_id.has_value() && entry.user == request_id;
   if (entry.in_use || (entry.spent && !own_retry)) {
     return ContextError(absl::StatusCode::kFailedPrecondition, id,
                         entry.in_use ? "is under use by another Backward" : "was used before",

@@ -50,10 +50,10 @@ absl::Status CheckSameTensor(const TensorSpec& grad_output, const std::vector<in
                         absl::StrCat(NameOf(problem.dtype), ", the output's dtype"));
   }
   if (grad_output.format != problem.format) {
-    return InvalidField("grad_output.memory_format",
-                        grad_output.format == MemoryFormat::kChannelsLast ? "CHANNELS_LAST"
-                                                                          : "CONTIGUOUS",
-                        "the output's memory format");
+    return InvalidField(
+        "grad_output.memory_format",
+        grad_output.format == MemoryFormat::kChannelsLast ? "CHANNELS_LAST" : "CONTIGUOUS",
+        "the output's memory format");
   }
   return absl::OkStatus();
 }
@@ -88,10 +88,13 @@ absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardReques
     moments = {.count = problem->set_size(),
                .mean = std::vector<double>(sets),
                .m2 = std::vector<double>(sets)};
-    const Outcome outcome = core.backend->ForwardByBatch(
-        *problem,
-        {.x = input, .y = scratch, .affine = {}, .moments = {moments.mean.data(), moments.m2.data()}},
-        Place::kHost, stop);
+    const Outcome outcome =
+        core.backend->ForwardByBatch(*problem,
+                                     {.x = input,
+                                      .y = scratch,
+                                      .affine = {},
+                                      .moments = {moments.mean.data(), moments.m2.data()}},
+                                     Place::kHost, stop);
     if (absl::Status s = ToStatus(outcome); !s.ok()) return s;
   }
   pass.var = BiasedVariance(moments);
@@ -225,8 +228,8 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
     call->answer.has_tensor = !request.skip_grad_input();
     if (call->answer.has_tensor) call->answer.tensor = ToProto(*spec);
 
-    if (!request.accumulate() && (!options->expected_version.has_value() ||
-                                  *options->expected_version == state->version)) {
+    if (!request.accumulate() &&
+        (!options->expected_version.has_value() || *options->expected_version == state->version)) {
       header.set_version(state->version);
       return call->Answer();
     }

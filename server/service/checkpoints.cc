@@ -86,31 +86,31 @@ void ListCheckpoints(Core& core, const v1::ListCheckpointsRequest& request,
   const auto page_size = ToPageSize(request.page_size());
   if (!page_size.ok()) return done(page_size.status());
   if (core.checkpoints == nullptr) return done(NoCheckpoints());
-  core.background->Run([&core, &request, &response, page_size = *page_size,
-                        done = std::move(done)]() mutable {
-    const auto all = core.checkpoints->List();
-    if (!all.ok()) return done(all.status());
-    // A token is the id of the last one listed; ids sort by age.
-    auto first = all->begin();
-    if (!request.page_token().empty()) {
-      const auto valid = [](char c) { return absl::ascii_isalnum(c) || c == '-'; };
-      if (!std::all_of(request.page_token().begin(), request.page_token().end(), valid)) {
-        return done(InvalidField("page_token", request.page_token(),
-                                 "next_page_token of the page before, or nothing"));
-      }
-      first = std::find_if(all->begin(), all->end(), [&](const CheckpointInfo& info) {
-        return info.id < request.page_token();
+  core.background->Run(
+      [&core, &request, &response, page_size = *page_size, done = std::move(done)]() mutable {
+        const auto all = core.checkpoints->List();
+        if (!all.ok()) return done(all.status());
+        // A token is the id of the last one listed; ids sort by age.
+        auto first = all->begin();
+        if (!request.page_token().empty()) {
+          const auto valid = [](char c) { return absl::ascii_isalnum(c) || c == '-'; };
+          if (!std::all_of(request.page_token().begin(), request.page_token().end(), valid)) {
+            return done(InvalidField("page_token", request.page_token(),
+                                     "next_page_token of the page before, or nothing"));
+          }
+          first = std::find_if(all->begin(), all->end(), [&](const CheckpointInfo& info) {
+            return info.id < request.page_token();
+          });
+        }
+        for (auto it = first; it != all->end(); ++it) {
+          if (response.checkpoints_size() == page_size) {
+            response.set_next_page_token(std::prev(it)->id);
+            break;
+          }
+          *response.add_checkpoints() = ToProto(*it);
+        }
+        done(absl::OkStatus());
       });
-    }
-    for (auto it = first; it != all->end(); ++it) {
-      if (response.checkpoints_size() == page_size) {
-        response.set_next_page_token(std::prev(it)->id);
-        break;
-      }
-      *response.add_checkpoints() = ToProto(*it);
-    }
-    done(absl::OkStatus());
-  });
 }
 
 }  // namespace normd

@@ -41,10 +41,13 @@ absl::StatusOr<Normalized> Normalize(Core& core, const InstanceState& state, boo
   } else {
     result.mean = ToDoubles(state.running_mean);
     result.var = ToDoubles(state.running_var);
-    outcome = core.backend->ForwardByStatistics(
-        problem,
-        {.x = input, .y = output, .affine = affine, .statistics = {result.mean.data(), result.var.data()}},
-        Place::kHost, stop);
+    outcome =
+        core.backend->ForwardByStatistics(problem,
+                                          {.x = input,
+                                           .y = output,
+                                           .affine = affine,
+                                           .statistics = {result.mean.data(), result.var.data()}},
+                                          Place::kHost, stop);
   }
   if (absl::Status status = ToStatus(outcome); !status.ok()) return status;
   return result;
@@ -123,8 +126,8 @@ void Forward(Core& core, const v1::ForwardRequest& request, Payload input, std::
     const Snapshot state = folds ? tip : (*instance)->published();
     if (state == nullptr) return call->Refuse(absl::NotFoundError("the instance was deleted"));
 
-    const auto normalized = Normalize(core, *state, by_batch, *problem, input.data,
-                                      call->answer.data.data(), stop);
+    const auto normalized =
+        Normalize(core, *state, by_batch, *problem, input.data, call->answer.data.data(), stop);
     if (!normalized.ok()) return call->Refuse(normalized.status());
 
     v1::ForwardResponse& header = call->answer.header;
@@ -140,8 +143,8 @@ void Forward(Core& core, const v1::ForwardRequest& request, Payload input, std::
       header.set_context_id(*std::move(context_id));
     }
 
-    if (!folds && (!options->expected_version.has_value() ||
-                   *options->expected_version == state->version)) {
+    if (!folds &&
+        (!options->expected_version.has_value() || *options->expected_version == state->version)) {
       header.set_version(state->version);
       return call->Answer();
     }

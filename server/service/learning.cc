@@ -41,23 +41,23 @@ void ZeroGrad(Core& core, const v1::ZeroGradRequest& request, v1::ZeroGradRespon
 void Step(Core& core, const v1::StepRequest& request, v1::StepResponse& response, Done done) {
   const auto settings = ToOptimizerSettings(request.optimizer());
   if (!settings.ok()) return done(settings.status());
-  ChangeInstance(
-      core, request, response, Method::kStep, std::move(done),
-      [&](InstanceState& next) -> absl::StatusOr<Edited> {
-        if (!next.weight.present()) return NoParameters();
-        if (request.reset_optimizer()) next.optimizer = nullptr;
-        if (next.optimizer != nullptr && next.optimizer->rule != settings->rule) return OtherRule();
-        response.set_stepped(next.grad_weight.present() || next.grad_bias.present());
-        if (!response.stepped()) {
-          return request.reset_optimizer() ? Edited::kChanged : Edited::kUnchanged;
-        }
-        normd::Step(*settings, next);
-        if (request.zero_grad()) {
-          next.grad_weight = Values();
-          next.grad_bias = Values();
-        }
-        return Edited::kChanged;
-      });
+  ChangeInstance(core, request, response, Method::kStep, std::move(done),
+                 [&](InstanceState& next) -> absl::StatusOr<Edited> {
+                   if (!next.weight.present()) return NoParameters();
+                   if (request.reset_optimizer()) next.optimizer = nullptr;
+                   if (next.optimizer != nullptr && next.optimizer->rule != settings->rule)
+                     return OtherRule();
+                   response.set_stepped(next.grad_weight.present() || next.grad_bias.present());
+                   if (!response.stepped()) {
+                     return request.reset_optimizer() ? Edited::kChanged : Edited::kUnchanged;
+                   }
+                   normd::Step(*settings, next);
+                   if (request.zero_grad()) {
+                     next.grad_weight = Values();
+                     next.grad_bias = Values();
+                   }
+                   return Edited::kChanged;
+                 });
 }
 
 }  // namespace normd

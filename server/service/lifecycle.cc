@@ -53,8 +53,8 @@ void ListInstances(Core& core, const v1::ListInstancesRequest& request,
                              "next_page_token of the page before, or nothing"));
   }
   bool more = false;
-  const auto page = core.registry->List(request.name_prefix(), after,
-                                        static_cast<size_t>(*page_size), &more);
+  const auto page =
+      core.registry->List(request.name_prefix(), after, static_cast<size_t>(*page_size), &more);
   for (const Snapshot& state : page) *response.add_instances() = ToProto(*state);
   if (more) {
     response.set_next_page_token(absl::WebSafeBase64Escape(page.back()->identity->name));

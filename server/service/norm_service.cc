@@ -22,9 +22,10 @@ std::string InstanceOf(const Request& request) {
 }
 
 template <class Request, class Response>
-grpc::ServerUnaryReactor* ServeUnary(
-    Core& core, const char* method, grpc::CallbackServerContext* context, const Request* request,
-    Response* response, void (*handler)(Core&, const Request&, Response&, Done)) {
+grpc::ServerUnaryReactor* ServeUnary(Core& core, const char* method,
+                                     grpc::CallbackServerContext* context, const Request* request,
+                                     Response* response,
+                                     void (*handler)(Core&, const Request&, Response&, Done)) {
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   const auto bytes = static_cast<int64_t>(request->ByteSizeLong());
   auto done = [rpc = Rpc(method, context), reactor, request, response,
@@ -68,11 +69,11 @@ class NormServiceImpl final : public Base {
   }
 
 // The rest differ in nothing but their names.
-#define NORMD_UNARY(METHOD)                                                               \
-  grpc::ServerUnaryReactor* METHOD(grpc::CallbackServerContext* context,                  \
-                                   const v1::METHOD##Request* request,                    \
-                                   v1::METHOD##Response* response) override {             \
-    return ServeUnary(core_, #METHOD, context, request, response, normd::METHOD);         \
+#define NORMD_UNARY(METHOD)                                                       \
+  grpc::ServerUnaryReactor* METHOD(grpc::CallbackServerContext* context,          \
+                                   const v1::METHOD##Request* request,            \
+                                   v1::METHOD##Response* response) override {     \
+    return ServeUnary(core_, #METHOD, context, request, response, normd::METHOD); \
   }
   NORMD_UNARY(CreateInstance)
   NORMD_UNARY(GetInstance)

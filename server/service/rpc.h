@@ -5,9 +5,9 @@
 
 #include <cstdint>
 #include <string>
-#include <string_view>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "grpcpp/grpcpp.h"
@@ -17,16 +17,16 @@ namespace normd {
 // One call under way.
 class Rpc {
  public:
-  Rpc(std::string_view method, grpc::CallbackServerContext* context)
+  Rpc(const char* method, grpc::CallbackServerContext* context)
       : method_(method), context_(context) {}
 
   // The status as gRPC sends it, with the ErrorDetail put into the trailing
   // metadata; logs the call at debug level (errors of the server's own at error).
-  grpc::Status Finish(const absl::Status& status, std::string_view instance, int64_t bytes_in = 0,
+  grpc::Status Finish(const absl::Status& status, absl::string_view instance, int64_t bytes_in = 0,
                       int64_t bytes_out = 0);
 
  private:
-  const std::string_view method_;
+  const char* const method_;
   grpc::CallbackServerContext* const context_;
   const absl::Time start_ = absl::Now();
 };

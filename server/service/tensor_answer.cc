@@ -20,7 +20,8 @@ absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes) {
 absl::Status ToStatus(Outcome outcome) {
   switch (outcome) {
     case Outcome::kOk: return absl::OkStatus();
-    case Outcome::kStopped: return absl::CancelledError("the call was cancelled or its deadline passed");
+    case Outcome::kStopped:
+      return absl::CancelledError("the call was cancelled or its deadline passed");
     case Outcome::kOutOfMemory:
       return Retryable(absl::StatusCode::kResourceExhausted, "the device has no memory left",
                        absl::Seconds(1));

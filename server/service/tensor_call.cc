@@ -55,10 +55,10 @@ class TensorCall final : public grpc::ServerUnaryReactor {
                  [this](absl::StatusOr<TensorAnswer<Response>> answer) {
                    if (!answer.ok()) return Answer(answer.status());
                    if (answer->has_tensor) {
-                     *response_ = WriteMessage(
-                         answer->header, Method::kAnswerField, answer->tensor,
-                         std::move(answer->data),
-                         std::make_shared<MemoryClaim>(std::move(answer->memory)));
+                     *response_ =
+                         WriteMessage(answer->header, Method::kAnswerField, answer->tensor,
+                                      std::move(answer->data),
+                                      std::make_shared<MemoryClaim>(std::move(answer->memory)));
                    } else {
                      *response_ = WriteMessage(answer->header);
                    }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "server/error/error.h"
 #include "server/service/backward.h"
 #include "server/service/forward.h"
@@ -22,8 +23,8 @@ constexpr size_t kChunkBytes = size_t{1} << 20;
 // its size, and touched only as chunks arrive.
 class Arriving {
  public:
-  absl::Status Begin(Core& core, const v1::Tensor& header, std::string_view field) {
-    field_ = field;
+  absl::Status Begin(Core& core, const v1::Tensor& header, absl::string_view field) {
+    field_ = std::string(field);
     if (!header.data().empty()) {
       return InvalidField(absl::StrCat("header.", field, ".data"),
                           absl::StrCat(header.data().size(), " bytes"),
@@ -162,7 +163,8 @@ class TensorStream final
  private:
   absl::Status Take() {
     if (static_cast<int64_t>(request_.ByteSizeLong()) > core_.limits.max_message_bytes) {
-      return LimitExceeded("chunk", absl::StrCat("a message of ", request_.ByteSizeLong(), " bytes"),
+      return LimitExceeded("chunk",
+                           absl::StrCat("a message of ", request_.ByteSizeLong(), " bytes"),
                            core_.limits.max_message_bytes, "--max_message_bytes");
     }
     if (request_.has_header()) {
@@ -227,8 +229,8 @@ grpc::ServerBidiReactor<v1::ForwardStreamRequest, v1::ForwardStreamResponse>* Se
   return new TensorStream<ForwardMethod>(core, context);
 }
 
-grpc::ServerBidiReactor<v1::BackwardStreamRequest, v1::BackwardStreamResponse>*
-ServeBackwardStream(Core& core, grpc::CallbackServerContext* context) {
+grpc::ServerBidiReactor<v1::BackwardStreamRequest, v1::BackwardStreamResponse>* ServeBackwardStream(
+    Core& core, grpc::CallbackServerContext* context) {
   return new TensorStream<BackwardMethod>(core, context);
 }
 

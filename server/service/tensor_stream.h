@@ -10,8 +10,8 @@ namespace normd {
 
 grpc::ServerBidiReactor<v1::ForwardStreamRequest, v1::ForwardStreamResponse>* ServeForwardStream(
     Core& core, grpc::CallbackServerContext* context);
-grpc::ServerBidiReactor<v1::BackwardStreamRequest, v1::BackwardStreamResponse>*
-ServeBackwardStream(Core& core, grpc::CallbackServerContext* context);
+grpc::ServerBidiReactor<v1::BackwardStreamRequest, v1::BackwardStreamResponse>* ServeBackwardStream(
+    Core& core, grpc::CallbackServerContext* context);
 
 }  // namespace normd
 

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
 #include "server/error/error.h"
 #include "server/instance/instance_name.h"
 
@@ -18,22 +19,22 @@ constexpr int64_t kLargestDimension = int64_t{1} << 40;
 
 std::string Text(double value) { return absl::StrCat(value); }
 
-absl::Status CheckFinite(double value, std::string_view field) {
+absl::Status CheckFinite(double value, absl::string_view field) {
   if (std::isfinite(value)) return absl::OkStatus();
   return InvalidField(field, Text(value), "a finite number");
 }
 
-absl::Status CheckNotNegative(double value, std::string_view field) {
+absl::Status CheckNotNegative(double value, absl::string_view field) {
   if (std::isfinite(value) && value >= 0) return absl::OkStatus();
   return InvalidField(field, Text(value), "a finite number, 0 or more");
 }
 
-absl::Status CheckBeta(double value, std::string_view field) {
+absl::Status CheckBeta(double value, absl::string_view field) {
   if (value >= 0 && value < 1) return absl::OkStatus();
   return InvalidField(field, Text(value), "0 or more and less than 1");
 }
 
-absl::StatusOr<DType> ToDType(v1::DataType dtype, std::string_view field) {
+absl::StatusOr<DType> ToDType(v1::DataType dtype, absl::string_view field) {
   switch (dtype) {
     case v1::DATA_TYPE_FLOAT32: return DType::kFloat32;
     case v1::DATA_TYPE_FLOAT64: return DType::kFloat64;
@@ -41,9 +42,8 @@ absl::StatusOr<DType> ToDType(v1::DataType dtype, std::string_view field) {
     case v1::DATA_TYPE_BFLOAT16: return DType::kBFloat16;
     default: break;
   }
-  const std::string name = v1::DataType_IsValid(dtype)
-                               ? v1::DataType_Name(dtype)
-                               : absl::StrCat(static_cast<int>(dtype));
+  const std::string name = v1::DataType_IsValid(dtype) ? v1::DataType_Name(dtype)
+                                                       : absl::StrCat(static_cast<int>(dtype));
   return InvalidField(field, name, "FLOAT32, FLOAT64, FLOAT16 or BFLOAT16");
 }
 
@@ -81,8 +81,8 @@ absl::StatusOr<Layer> ToBatchNorm2d(const v1::BatchNorm2d& config, int64_t max_f
   return layer;
 }
 
-absl::Status FailedField(std::string_view field, std::string_view value, std::string_view allowed,
-                         std::string_view message) {
+absl::Status FailedField(absl::string_view field, absl::string_view value,
+                         absl::string_view allowed, absl::string_view message) {
   v1::ErrorDetail detail;
   detail.set_field(std::string(field));
   detail.set_value(std::string(value.substr(0, 256)));
@@ -173,14 +173,14 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
 }
 
-absl::Status CheckName(std::string_view name) {
-  if (ValidInstanceName(name)) return absl::OkStatus();
+absl::Status CheckName(absl::string_view name) {
+  if (ValidInstanceName({name.data(), name.size()})) return absl::OkStatus();
   return InvalidField("name", name,
                       "1 to 255 characters of [A-Za-z0-9._/-], with no empty, \".\" or \"..\" "
                       "segment between slashes");
 }
 
-absl::StatusOr<std::optional<absl::uint128>> ToRequestId(std::string_view request_id) {
+absl::StatusOr<std::optional<absl::uint128>> ToRequestId(absl::string_view request_id) {
   if (request_id.empty()) return std::optional<absl::uint128>();
   absl::uint128 id = 0;
   bool valid = request_id.size() == 36;
@@ -213,7 +213,8 @@ absl::StatusOr<Layer> ToLayer(const v1::InstanceConfig& config, int64_t max_feat
   if (config.state_dtype() != v1::DATA_TYPE_UNSPECIFIED) {
     const auto dtype = ToDType(config.state_dtype(), "config.state_dtype");
     if (!dtype.ok() || (*dtype != DType::kFloat32 && *dtype != DType::kFloat64)) {
-      return InvalidField("config.state_dtype", absl::StrCat(static_cast<int>(config.state_dtype())),
+      return InvalidField("config.state_dtype",
+                          absl::StrCat(static_cast<int>(config.state_dtype())),
                           "FLOAT32 or FLOAT64");
     }
     layer->state_dtype = *dtype;
@@ -232,7 +233,7 @@ absl::StatusOr<std::optional<Mode>> ToMode(v1::Mode mode) {
                       "MODE_TRAIN, MODE_EVAL or MODE_UNSPECIFIED (the instance's)");
 }
 
-absl::StatusOr<TensorSpec> ToTensorSpec(const v1::Tensor& tensor, std::string_view field) {
+absl::StatusOr<TensorSpec> ToTensorSpec(const v1::Tensor& tensor, absl::string_view field) {
   TensorSpec spec;
   const auto dtype = ToDType(tensor.dtype(), absl::StrCat(field, ".dtype"));
   if (!dtype.ok()) return dtype.status();
@@ -274,7 +275,7 @@ absl::StatusOr<TensorSpec> ToTensorSpec(const v1::Tensor& tensor, std::string_vi
   return spec;
 }
 
-absl::Status CheckBytes(const TensorSpec& spec, size_t data_bytes, std::string_view field) {
+absl::Status CheckBytes(const TensorSpec& spec, size_t data_bytes, absl::string_view field) {
   if (static_cast<size_t>(spec.bytes()) == data_bytes) return absl::OkStatus();
   return InvalidField(absl::StrCat(field, ".data"), absl::StrCat(data_bytes, " bytes"),
                       absl::StrCat(spec.bytes(), " bytes, which shape ", ShapeText(spec.shape),
@@ -282,7 +283,7 @@ absl::Status CheckBytes(const TensorSpec& spec, size_t data_bytes, std::string_v
 }
 
 absl::StatusOr<NormProblem> ToProblem(const Layer& layer, const TensorSpec& spec,
-                                      std::string_view field) {
+                                      absl::string_view field) {
   if (ParameterTypeFor(spec.dtype) != layer.state_dtype) {
     return InvalidField(absl::StrCat(field, ".dtype"), NameOf(spec.dtype),
                         layer.state_dtype == DType::kFloat64
@@ -298,8 +299,8 @@ absl::StatusOr<NormProblem> ToProblem(const Layer& layer, const TensorSpec& spec
   }
   if (spec.shape[1] != layer.num_features) {
     return InvalidField(shape_field, ShapeText(spec.shape),
-                        absl::StrCat("C = ", layer.num_features, ", the instance's num_features, not ",
-                                     spec.shape[1]));
+                        absl::StrCat("C = ", layer.num_features,
+                                     ", the instance's num_features, not ", spec.shape[1]));
   }
   return NormProblem{.batch = spec.shape[0],
                      .channels = spec.shape[1],
@@ -379,10 +380,11 @@ absl::StatusOr<OptimizerSettings> ToOptimizerSettings(const v1::Optimizer& optim
       settings.weight_decay = from.weight_decay();
       settings.nesterov = from.nesterov();
       settings.maximize = from.maximize();
-      checked = first_error({CheckNotNegative(settings.lr, "optimizer.sgd.lr"),
-                             CheckNotNegative(settings.momentum, "optimizer.sgd.momentum"),
-                             CheckFinite(settings.dampening, "optimizer.sgd.dampening"),
-                             CheckNotNegative(settings.weight_decay, "optimizer.sgd.weight_decay")});
+      checked =
+          first_error({CheckNotNegative(settings.lr, "optimizer.sgd.lr"),
+                       CheckNotNegative(settings.momentum, "optimizer.sgd.momentum"),
+                       CheckFinite(settings.dampening, "optimizer.sgd.dampening"),
+                       CheckNotNegative(settings.weight_decay, "optimizer.sgd.weight_decay")});
       if (checked.ok() && settings.nesterov &&
           (settings.momentum <= 0 || settings.dampening != 0)) {
         checked = InvalidField("optimizer.sgd.nesterov",
@@ -422,15 +424,15 @@ absl::Status LoadStateDict(const v1::State& from, InstanceState& state) {
                         absl::StrCat(from.optimizer_state_size(), " tensors"), "none");
   }
   const Layer& layer = state.layer();
-  std::vector<std::string_view> expected;
+  std::vector<absl::string_view> expected;
   if (layer.affine) expected.insert(expected.end(), {"weight", "bias"});
   if (layer.track_running_stats) {
     expected.insert(expected.end(), {"running_mean", "running_var", "num_batches_tracked"});
   }
   std::vector<std::string> missing;
   std::vector<std::string> unexpected;
-  const auto quoted = [](std::string_view key) { return absl::StrCat("\"", key, "\""); };
-  for (const std::string_view key : expected) {
+  const auto quoted = [](absl::string_view key) { return absl::StrCat("\"", key, "\""); };
+  for (const absl::string_view key : expected) {
     const auto named = std::count_if(from.state_dict().begin(), from.state_dict().end(),
                                      [&](const v1::NamedTensor& t) { return t.name() == key; });
     if (named == 0) missing.push_back(quoted(key));
@@ -471,7 +473,8 @@ absl::Status LoadStateDict(const v1::State& from, InstanceState& state) {
     if (named.name() == "running_var") {
       for (int64_t i = 0; i < values->size(); ++i) {
         if ((*values)[i] < 0) {
-          return InvalidField(field, absl::StrCat((*values)[i], " at channel ", i), "0 or more each");
+          return InvalidField(field, absl::StrCat((*values)[i], " at channel ", i),
+                              "0 or more each");
         }
       }
     }

@@ -6,12 +6,12 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "absl/numeric/int128.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "kernels/problem.h"
 #include "normd/v1/instance.pb.h"
 #include "normd/v1/optimizer.pb.h"
@@ -24,10 +24,10 @@
 
 namespace normd {
 
-absl::Status CheckName(std::string_view name);
+absl::Status CheckName(absl::string_view name);
 
 // None for an empty string; else a UUID.
-absl::StatusOr<std::optional<absl::uint128>> ToRequestId(std::string_view request_id);
+absl::StatusOr<std::optional<absl::uint128>> ToRequestId(absl::string_view request_id);
 
 // The name is checked, and the parts that every changing call has are read.
 template <class Request>
@@ -56,13 +56,13 @@ struct TensorSpec {
 };
 
 // Everything but the number of bytes. `field` names the tensor in errors.
-absl::StatusOr<TensorSpec> ToTensorSpec(const v1::Tensor& tensor, std::string_view field);
-absl::Status CheckBytes(const TensorSpec& spec, size_t data_bytes, std::string_view field);
+absl::StatusOr<TensorSpec> ToTensorSpec(const v1::Tensor& tensor, absl::string_view field);
+absl::Status CheckBytes(const TensorSpec& spec, size_t data_bytes, absl::string_view field);
 
 // How `layer` normalizes a tensor. PyTorch's checks of dtype, dimensions and
 // channels.
 absl::StatusOr<NormProblem> ToProblem(const Layer& layer, const TensorSpec& spec,
-                                      std::string_view field);
+                                      absl::string_view field);
 
 // FAILED_PRECONDITION where a set of the problem has one value: it has no
 // variance to normalize by. PyTorch's reason.

@@ -8,8 +8,11 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <spdlog/spdlog.h>
 #include <sqlite3.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
@@ -29,25 +32,25 @@ constexpr int kApplicationId = 0x4e4f524d;  // "NORM"
 // `seq` counts up as requests are stored, so that the newest lie together at one
 // end of the table and the expired at the other; only the memory of this process
 // knows which rows are an instance's.
-constexpr char kSchema[] = R"(
-  CREATE TABLE instances (
+constexpr const char* kTables[] = {
+    R"(CREATE TABLE instances (
     id       INTEGER PRIMARY KEY,
     name     TEXT NOT NULL UNIQUE,
     version  INTEGER NOT NULL,  -- 64 bits, as signed
     checksum INTEGER NOT NULL,  -- of version and record
     record   BLOB NOT NULL      -- EncodeInstance, without requests
-  );
-  CREATE TABLE requests (
+  ))",
+    R"(CREATE TABLE requests (
     seq      INTEGER PRIMARY KEY,
     instance INTEGER NOT NULL,  -- instances.id
     request  BLOB NOT NULL      -- PackRequest
-  );
-  CREATE TABLE tombstones (
+  ))",
+    R"(CREATE TABLE tombstones (
     seq      INTEGER PRIMARY KEY,
     name     TEXT NOT NULL,
     request  BLOB NOT NULL
-  );
-)";
+  ))",
+};
 
 // Pages in the log before they are moved into the database, which stalls a commit
 // for two more syncs: 64 MiB, and as much to read again after a crash.
@@ -162,9 +165,19 @@ bool UnpackRequest(std::string_view bytes, std::string_view owner, AppliedReques
   return PackRequest(*request, owner) == bytes;
 }
 
-std::string OwnerOf(int64_t instance) {
+// What a row of requests belongs to.
+std::string OwnerOf(int64_t seq, int64_t instance) {
   std::string owner;
+  AppendNumber(owner, static_cast<uint64_t>(seq));
   AppendNumber(owner, static_cast<uint64_t>(instance));
+  return owner;
+}
+
+// What a row of tombstones belongs to.
+std::string OwnerOf(int64_t seq, std::string_view name) {
+  std::string owner;
+  AppendNumber(owner, static_cast<uint64_t>(seq));
+  owner += name;
   return owner;
 }
 
@@ -190,7 +203,7 @@ class SqliteStore : public StateStore {
  private:
   // `code` as a status that says what to do.
   absl::Status StatusOf(int code) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::Status DamagedRow(std::string_view what) const;
+  absl::Status Damaged(std::string_view what) const;
 
   int Execute(const char* sql) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return sqlite3_exec(db_.get(), sql, nullptr, nullptr, nullptr);
@@ -229,7 +242,7 @@ class SqliteStore : public StateStore {
   int unpruned_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
-absl::Status SqliteStore::DamagedRow(std::string_view what) const {
+absl::Status SqliteStore::Damaged(std::string_view what) const {
   return absl::DataLossError(fmt::format(
       "{} is damaged: {}. Move it (and {}-wal) aside and start again: the newest sound checkpoint "
       "is loaded then",
@@ -237,14 +250,19 @@ absl::Status SqliteStore::DamagedRow(std::string_view what) const {
 }
 
 absl::Status SqliteStore::StatusOf(int code) const {
-  const int error = db_ == nullptr ? 0 : sqlite3_system_errno(db_.get());
-  const std::string reason = db_ == nullptr ? sqlite3_errstr(code) : sqlite3_errmsg(db_.get());
+  const int system_error = db_ == nullptr ? 0 : sqlite3_system_errno(db_.get());
+  const bool known = db_ != nullptr && sqlite3_extended_errcode(db_.get()) == code;
+  const std::string reason = known ? sqlite3_errmsg(db_.get()) : sqlite3_errstr(code);
   switch (code & 0xff) {
     case SQLITE_OK:
     case SQLITE_ROW:
     case SQLITE_DONE: return absl::OkStatus();
+    // The SQL here is always the same: it can only fail over tables that changed.
+    case SQLITE_ERROR:
+    case SQLITE_CONSTRAINT:
+    case SQLITE_MISMATCH:
     case SQLITE_CORRUPT:
-    case SQLITE_NOTADB: return DamagedRow(reason);
+    case SQLITE_NOTADB: return Damaged(reason);
     case SQLITE_FULL:
       return absl::ResourceExhaustedError(
           fmt::format("no space is left on the disk of {}: {}", path_, reason));
@@ -253,8 +271,13 @@ absl::Status SqliteStore::StatusOf(int code) const {
       return absl::FailedPreconditionError(fmt::format(
           "{} is in use by another normd: stop that one, or give this one its own --state_dir",
           directory_));
-    case SQLITE_CANTOPEN:
     case SQLITE_READONLY:
+      // A damaged header can call the database read-only.
+      if (access(path_.c_str(), W_OK) == 0 && access(directory_.c_str(), W_OK) == 0) {
+        return Damaged(reason);
+      }
+      [[fallthrough]];
+    case SQLITE_CANTOPEN:
     case SQLITE_PERM:
       return absl::FailedPreconditionError(fmt::format(
           "cannot write {}: {}. --state_dir must be a directory that this user may write", path_,
@@ -262,8 +285,8 @@ absl::Status SqliteStore::StatusOf(int code) const {
     case SQLITE_NOMEM: return absl::ResourceExhaustedError(fmt::format("{}: no memory", path_));
     default: break;
   }
-  if (error == ENOSPC || error == EDQUOT || error == EFBIG) {
-    return ErrnoStatus(error, "cannot write", path_);
+  if (system_error == ENOSPC || system_error == EDQUOT || system_error == EFBIG) {
+    return ErrnoStatus(system_error, "cannot write", path_);
   }
   return absl::UnavailableError(fmt::format("{}: {} (SQLite's code {})", path_, reason, code));
 }
@@ -286,18 +309,28 @@ absl::Status SqliteStore::CheckFormat() {
 
   if (*tables == 0 && *format == 0) {
     const std::string make = fmt::format(
-        "BEGIN IMMEDIATE; PRAGMA application_id = {}; PRAGMA user_version = {}; {} COMMIT",
-        kApplicationId, kFormat, kSchema);
+        "BEGIN IMMEDIATE; PRAGMA application_id = {}; PRAGMA user_version = {}; {}; COMMIT",
+        kApplicationId, kFormat, fmt::join(kTables, ";"));
     return StatusOf(Execute(make.c_str()));
   }
-  if (*application != kApplicationId) return DamagedRow("it was not made by normd");
+  if (*application != kApplicationId) return Damaged("it was not made by normd");
   if (*format > kFormat) {
     return absl::DataLossError(fmt::format(
         "{} has format {}, and this normd knows formats up to {}: start the newer normd that wrote "
         "it, or use another --state_dir",
         path_, *format, kFormat));
   }
-  if (*format != kFormat) return DamagedRow(fmt::format("it has the unknown format {}", *format));
+  if (*format != kFormat) return Damaged(fmt::format("it has the unknown format {}", *format));
+  Statement schema;
+  int code =
+      schema.Prepare(db_.get(), "SELECT sql FROM sqlite_schema WHERE type = 'table' ORDER BY name");
+  for (const char* table : kTables) {
+    if (code == SQLITE_OK || code == SQLITE_ROW) code = schema.Step();
+    if (code == SQLITE_DONE || (code == SQLITE_ROW && schema.Bytes(0) != table)) {
+      return Damaged("its tables are not those of its format");
+    }
+  }
+  if (code != SQLITE_ROW) return StatusOf(code);
   return absl::OkStatus();
 }
 
@@ -305,6 +338,13 @@ absl::Status SqliteStore::Open() {
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = MakeDirectories(directory_); !status.ok()) {
     return absl::FailedPreconditionError(status.message());
+  }
+  // SQLite takes less than its header for an empty database. None at all is one:
+  // a crash may have come before the first commit.
+  struct stat info;
+  constexpr off_t kHeaderBytes = 512;
+  if (stat(path_.c_str(), &info) == 0 && info.st_size > 0 && info.st_size < kHeaderBytes) {
+    return Damaged(fmt::format("it has only {} bytes", info.st_size));
   }
   sqlite3* db = nullptr;
   // Our own mutex serializes the calls.
@@ -326,6 +366,7 @@ absl::Status SqliteStore::Open() {
       "PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY; BEGIN IMMEDIATE; COMMIT",
       kLogPages, int64_t{kLogPages} * 4096, kCacheKiB);
   if (code = Execute(settings.c_str()); code != SQLITE_OK) return StatusOf(code);
+  if (sqlite3_db_readonly(db, "main") != 0) return StatusOf(SQLITE_READONLY);
   if (absl::Status status = CheckFormat(); !status.ok()) return status;
 
   const std::pair<Statement*, const char*> statements[] = {
@@ -368,30 +409,44 @@ std::string ExpiryKey() {
 }
 
 int SqliteStore::ReadRequestRows() {
-  const std::string expired = ExpiryKey();
-  for (const char* sql :
-       {"DELETE FROM requests WHERE request < ?1", "DELETE FROM tombstones WHERE request < ?1"}) {
-    Statement prune;
-    int code = prune.Prepare(db_.get(), sql);
-    if (code == SQLITE_OK) code = prune.BindBlob(1, expired).Run();
-    if (code != SQLITE_OK) return code;
-  }
   request_rows_.clear();
   next_seq_ = 1;
+  const std::string expired = ExpiryKey();
+  AppliedRequest request;
+  bool any_expired = false;
+  // Each is checked before it may be taken for expired.
   Statement rows;
-  int code = rows.Prepare(db_.get(), "SELECT seq, instance FROM requests ORDER BY seq");
+  int code = rows.Prepare(db_.get(), "SELECT seq, instance, request FROM requests ORDER BY seq");
   if (code != SQLITE_OK) return code;
   while ((code = rows.Step()) == SQLITE_ROW) {
-    request_rows_[rows.Int(1)].push_back(rows.Int(0));
-    next_seq_ = rows.Int(0) + 1;
+    const int64_t seq = rows.Int(0);
+    const int64_t instance = rows.Int(1);
+    if (!UnpackRequest(rows.Bytes(2), OwnerOf(seq, instance), &request)) return SQLITE_CORRUPT;
+    next_seq_ = seq + 1;
+    if (rows.Bytes(2) < expired) {
+      any_expired = true;
+    } else {
+      request_rows_[instance].push_back(seq);
+    }
   }
   if (code != SQLITE_DONE) return code;
-  Statement last;
-  code = last.Prepare(db_.get(), "SELECT max(seq) FROM tombstones");
+  code = rows.Prepare(db_.get(), "SELECT seq, name, request FROM tombstones ORDER BY seq");
   if (code != SQLITE_OK) return code;
-  if (code = last.Step(); code != SQLITE_ROW) return code;
-  next_seq_ = std::max(next_seq_, last.Int(0) + 1);
+  while ((code = rows.Step()) == SQLITE_ROW) {
+    const int64_t seq = rows.Int(0);
+    if (!UnpackRequest(rows.Bytes(2), OwnerOf(seq, rows.Bytes(1)), &request)) return SQLITE_CORRUPT;
+    next_seq_ = std::max(next_seq_, seq + 1);
+    any_expired = any_expired || rows.Bytes(2) < expired;
+  }
+  if (code != SQLITE_DONE) return code;
   request_rows_stale_ = false;
+  if (!any_expired) return SQLITE_OK;
+  for (const char* sql :
+       {"DELETE FROM requests WHERE request < ?1", "DELETE FROM tombstones WHERE request < ?1"}) {
+    code = rows.Prepare(db_.get(), sql);
+    if (code == SQLITE_OK) code = rows.BindBlob(1, expired).Run();
+    if (code != SQLITE_OK) return code;
+  }
   return SQLITE_OK;
 }
 
@@ -473,18 +528,18 @@ int SqliteStore::Remove(const Change& change, bool* applied) {
   }
   if (!*applied || change.requests.empty()) return SQLITE_OK;
   ++unpruned_;
-  const std::string packed = PackRequest(change.requests.back(), change.name);
-  return sql_.add_tombstone.Bind(1, next_seq_++).BindText(2, change.name).BindBlob(3, packed).Run();
+  const int64_t seq = next_seq_++;
+  const std::string packed = PackRequest(change.requests.back(), OwnerOf(seq, change.name));
+  return sql_.add_tombstone.Bind(1, seq).BindText(2, change.name).BindBlob(3, packed).Run();
 }
 
 int SqliteStore::AddRequests(int64_t instance, const Change& change) {
   if (change.requests.empty()) return SQLITE_OK;
-  const std::string owner = OwnerOf(instance);
   std::vector<int64_t>& rows = request_rows_[instance];
   const size_t count = std::min(change.requests.size(), RequestLog::kCapacity);
   for (auto request = change.requests.end() - count; request != change.requests.end(); ++request) {
-    const std::string packed = PackRequest(*request, owner);
     const int64_t seq = next_seq_++;
+    const std::string packed = PackRequest(*request, OwnerOf(seq, instance));
     const int code = sql_.add_request.Bind(1, seq).Bind(2, instance).BindBlob(3, packed).Run();
     if (code != SQLITE_OK) return code;
     rows.push_back(seq);
@@ -518,9 +573,9 @@ int SqliteStore::PruneExpired() {
   while ((code = requests.Step()) == SQLITE_ROW) {
     const auto found = request_rows_.find(requests.Int(0));
     if (found == request_rows_.end()) continue;
-    // The oldest of all is the oldest of its instance.
     std::vector<int64_t>& rows = found->second;
-    rows.erase(rows.begin(), std::upper_bound(rows.begin(), rows.end(), requests.Int(1)));
+    const auto row = std::lower_bound(rows.begin(), rows.end(), requests.Int(1));
+    if (row != rows.end() && *row == requests.Int(1)) rows.erase(row);
     if (rows.empty()) request_rows_.erase(found);
   }
   requests.Reset();
@@ -533,16 +588,22 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
   absl::MutexLock lock(&mutex_);
   const absl::Time oldest = absl::Now() - RequestLog::kKeep;
 
-  absl::flat_hash_map<int64_t, std::vector<AppliedRequest>> requests;
+  // Whether every page hangs together; what the rows hold has its own checksums.
   Statement rows;
-  int code = rows.Prepare(db_.get(), "SELECT instance, request FROM requests ORDER BY seq");
+  int code = rows.Prepare(db_.get(), "PRAGMA quick_check(1)");
+  if (code == SQLITE_OK) code = rows.Step();
+  if (code != SQLITE_ROW) return StatusOf(code);
+  if (rows.Bytes(0) != "ok") return Damaged(rows.Bytes(0));
+
+  absl::flat_hash_map<int64_t, std::vector<AppliedRequest>> requests;
+  code = rows.Prepare(db_.get(), "SELECT seq, instance, request FROM requests ORDER BY seq");
   if (code != SQLITE_OK) return StatusOf(code);
   while ((code = rows.Step()) == SQLITE_ROW) {
     AppliedRequest request;
-    if (!UnpackRequest(rows.Bytes(1), OwnerOf(rows.Int(0)), &request)) {
-      return DamagedRow("a remembered request does not match its checksum");
+    if (!UnpackRequest(rows.Bytes(2), OwnerOf(rows.Int(0), rows.Int(1)), &request)) {
+      return Damaged("a remembered request does not match its checksum");
     }
-    if (request.time >= oldest) requests[rows.Int(0)].push_back(request);
+    if (request.time >= oldest) requests[rows.Int(1)].push_back(request);
   }
   if (code != SQLITE_DONE) return StatusOf(code);
 
@@ -555,6 +616,9 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
     StoredInstance decoded;
   };
   std::vector<Row> batch(kLoadBatch);
+  // Of all names and ids: the index by name, which finds the row to update, must
+  // hold the same as the table.
+  uint64_t sum = 0;
   code = rows.Prepare(db_.get(),
                       "SELECT id, name, version, checksum, record FROM instances ORDER BY id");
   if (code != SQLITE_OK) return StatusOf(code);
@@ -567,19 +631,20 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
       row.version = static_cast<uint64_t>(rows.Int(2));
       row.checksum = rows.Int(3);
       row.record = rows.Bytes(4);
+      sum += Sha256Prefix(OwnerOf(row.id, row.name));
     }
     if (code != SQLITE_ROW && code != SQLITE_DONE) return StatusOf(code);
     absl::Status status = ParallelFor(count, [&](size_t i) {
       Row& row = batch[i];
       if (RecordChecksum(row.version, row.record) != row.checksum) {
-        return DamagedRow(fmt::format("instance \"{}\" does not match its checksum", row.name));
+        return Damaged(fmt::format("instance \"{}\" does not match its checksum", row.name));
       }
       absl::StatusOr<StoredInstance> decoded = DecodeInstance(row.record);
-      if (!decoded.ok()) return DamagedRow(std::string(decoded.status().message()));
+      if (!decoded.ok()) return Damaged(std::string(decoded.status().message()));
       const InstanceState& state = *decoded->state;
       if (state.identity->name != row.name || state.version != row.version ||
           !decoded->requests.empty()) {
-        return DamagedRow(fmt::format("the row of \"{}\" holds another record", row.name));
+        return Damaged(fmt::format("the row of \"{}\" holds another record", row.name));
       }
       row.decoded = *std::move(decoded);
       return absl::OkStatus();
@@ -588,6 +653,7 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
       StoredInstance& stored = batch[i].decoded;
       if (const auto found = requests.find(batch[i].id); found != requests.end()) {
         stored.requests = std::move(found->second);
+        requests.erase(found);
         if (stored.requests.size() > RequestLog::kCapacity) {
           stored.requests.erase(stored.requests.begin(),
                                 stored.requests.end() - RequestLog::kCapacity);
@@ -597,13 +663,22 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
     }
     if (!status.ok()) return status;
   } while (code == SQLITE_ROW);
-
-  code = rows.Prepare(db_.get(), "SELECT name, request FROM tombstones ORDER BY seq");
+  code = rows.Prepare(db_.get(),
+                      "SELECT name, id FROM instances INDEXED BY sqlite_autoindex_instances_1");
   if (code != SQLITE_OK) return StatusOf(code);
   while ((code = rows.Step()) == SQLITE_ROW) {
-    Tombstone removed{.name = std::string(rows.Bytes(0)), .request = {}};
-    if (!UnpackRequest(rows.Bytes(1), removed.name, &removed.request)) {
-      return DamagedRow("a removal does not match its checksum");
+    sum -= Sha256Prefix(OwnerOf(rows.Int(1), rows.Bytes(0)));
+  }
+  if (code != SQLITE_DONE) return StatusOf(code);
+  if (sum != 0) return Damaged("the index of names is not that of the instances");
+  if (!requests.empty()) return Damaged("requests of an instance that is not there");
+
+  code = rows.Prepare(db_.get(), "SELECT seq, name, request FROM tombstones ORDER BY seq");
+  if (code != SQLITE_OK) return StatusOf(code);
+  while ((code = rows.Step()) == SQLITE_ROW) {
+    Tombstone removed{.name = std::string(rows.Bytes(1)), .request = {}};
+    if (!UnpackRequest(rows.Bytes(2), OwnerOf(rows.Int(0), removed.name), &removed.request)) {
+      return Damaged("a removal does not match its checksum");
     }
     if (removed.request.time < oldest) continue;
     if (absl::Status status = tombstone(std::move(removed)); !status.ok()) return status;

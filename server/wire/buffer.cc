@@ -1,10 +1,10 @@
 #include "server/wire/buffer.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
+
+#include <sys/mman.h>
 
 namespace normd {
 namespace {

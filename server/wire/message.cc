@@ -64,7 +64,8 @@ bool CopyField(CodedInputStream& in, uint32_t tag, std::string& out) {
         const void* piece = nullptr;
         int available = 0;
         if (!in.GetDirectBufferPointer(&piece, &available) || available <= 0) return false;
-        const int taken = static_cast<int>(std::min<uint32_t>(size, static_cast<uint32_t>(available)));
+        const int taken =
+            static_cast<int>(std::min<uint32_t>(size, static_cast<uint32_t>(available)));
         to.WriteRaw(piece, taken);
         if (!in.Skip(taken)) return false;
         size -= static_cast<uint32_t>(taken);

@@ -378,7 +378,7 @@ TEST(SqliteStore, RefusesADirectoryThatCannotBeMade) {
 // Whether the database in `bytes` is refused as damaged, or gives exactly what was
 // stored.
 void ExpectLossOrUnharmed(const std::string& bytes, const Contents& sound, const std::string& how) {
-  const TemporaryDirectory directory;
+  const TemporaryDirectory directory(FastTemporaryDirectory());
   WriteFile(directory.File("state.sqlite"), bytes);
   auto store = OpenSqliteStore(directory.path());
   if (!store.ok()) {
@@ -406,7 +406,7 @@ void ExpectLossOrUnharmed(const std::string& bytes, const Contents& sound, const
 }
 
 TEST(SqliteStore, DamageIsFoundOrHarmless) {
-  const TemporaryDirectory directory;
+  const TemporaryDirectory directory(FastTemporaryDirectory());
   {
     const auto store = Open(directory.path());
     for (const char* name : {"a", "b/c"}) {
@@ -449,6 +449,7 @@ TEST(SqliteStore, SurvivesAFullDisk) {
     if (unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) _exit(77);
     mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr);
     if (mount("tmpfs", directory.path().c_str(), "tmpfs", 0, "size=1m") != 0) _exit(77);
+    WriteFile(directory.File("somebody_elses"), std::string(400'000, 'x'));
     auto store = OpenSqliteStore(directory.path());
     if (!store.ok()) _exit(1);
     InstanceState state = TrainedState("bn", SampleLayer(256));
@@ -460,16 +461,21 @@ TEST(SqliteStore, SurvivesAFullDisk) {
       if (status.ok()) state = next;
     }
     if (status.code() != absl::StatusCode::kResourceExhausted) _exit(3);
-    // As acknowledged, in memory and after reopening.
+    // As acknowledged, and as before once there is room again: without reopening,
+    // and after it.
     auto contents = ContentsOf(**store);
     if (!contents.ok() || !SameState(*contents->instances.at("bn").state, state)) _exit(4);
+    unlink(directory.File("somebody_elses").c_str());
+    for (int i = 0; i < 3; ++i) {
+      const InstanceState next = Next(state);
+      if (!CommitOne(**store, UpdateChange(state, next)).ok()) _exit(5);
+      state = next;
+    }
     store->reset();
     store = OpenSqliteStore(directory.path());
-    if (!store.ok()) _exit(5);
+    if (!store.ok()) _exit(6);
     contents = ContentsOf(**store);
-    if (!contents.ok() || !SameState(*contents->instances.at("bn").state, state)) _exit(6);
-    // Closing moved the log into the database: there is room again.
-    if (!CommitOne(**store, UpdateChange(state, Next(state))).ok()) _exit(7);
+    if (!contents.ok() || !SameState(*contents->instances.at("bn").state, state)) _exit(7);
     store->reset();
     _exit(0);
   }
