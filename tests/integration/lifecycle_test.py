@@ -195,6 +195,17 @@ class Drain(LifecycleCase):
         self.addCleanup(parts.put, None)
         return call, finish
 
+    def is_refused(self, server):
+        """Whether a new connection, or its call, is refused."""
+        try:
+            with server.connect() as channel:
+                stub = norm_service_pb2_grpc.NormServiceStub(channel)
+                stub.GetInstance(rpc.GetInstanceRequest(name="bn"), timeout=10)
+        except grpc.RpcError as error:
+            self.assertEqual(error.code(), UNAVAILABLE)
+            return True
+        return False
+
     def test_sigterm_and_sigint_end_an_idle_server_at_once(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             server = self.server().start()
@@ -214,10 +225,7 @@ class Drain(LifecycleCase):
         server.signal(signal.SIGTERM)
         self.assertEqual(next(watch).status, health_pb2.HealthCheckResponse.NOT_SERVING)
         watch.cancel()
-        # New connections are refused, or their calls.
-        late = norm_service_pb2_grpc.NormServiceStub(server.connect())
-        with refused(self, UNAVAILABLE):
-            late.GetInstance(rpc.GetInstanceRequest(name="bn"), timeout=10)
+        eventually(lambda: self.is_refused(server))
         self.assertTrue(server.alive())
 
         header, data = finish()
