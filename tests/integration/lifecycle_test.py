@@ -17,7 +17,7 @@ import health_pb2_grpc
 import torch
 from harness.errors import refused
 from harness.layer import EVAL, TRAIN, Layer, request_id
-from harness.server import NORMD, Server, run_normd
+from harness.server import NORMD, Server, eventually, run_normd
 from harness.tensors import from_proto, to_proto
 from normd.v1 import norm_service_pb2 as rpc, norm_service_pb2_grpc, optimizer_pb2
 
@@ -31,14 +31,6 @@ def everything(stub):
     return {i.name: stub.GetState(rpc.GetStateRequest(name=i.name, include_gradients=True,
                                                       include_optimizer=True))
             for i in instances}
-
-
-def eventually(condition, timeout=10):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError("it never came")
-        time.sleep(0.02)
 
 
 class LifecycleCase(unittest.TestCase):

@@ -367,9 +367,11 @@ class Usage(NormctlCase):
             self.assertIn("--help", self.ok(command, "--help"))
 
     def test_usage_errors_are_2_and_say_where_help_is(self):
-        self.fails(USAGE, saying="create")
+        bare = subprocess.run([NORMCTL], capture_output=True, text=True, check=False)
+        self.assertEqual(bare.returncode, USAGE)
+        self.assertIn("create", bare.stderr)
         self.fails(USAGE, "creat", "bn", saying=["creat", "create", "--help"])
-        self.fails(USAGE, "create", saying=["NAME", "--help"])
+        self.fails(USAGE, "create", saying=["name", "--help"])
         self.fails(USAGE, "create", "bn", saying="num_features")
         self.fails(USAGE, "create", "bn", "--num_features=many", saying="num_features")
         self.fails(USAGE, "create", "bn", "--num_feature=3", saying="--num_features")
