@@ -378,7 +378,7 @@ class Usage(NormctlCase):
         self.fails(USAGE, "create", "bn", "--num_features=3", "--momentum=most", saying="momentum")
         self.fails(USAGE, "create", "bn", "--num_features=3", "--mode=test", saying="mode")
         self.fails(USAGE, "list", "everything", saying="everything")
-        self.fails(USAGE, "state", saying="get")
+        self.fails(USAGE, "state", saying="normctl state --help")
         self.fails(USAGE, "step", "bn", "--optimizer=sgd", saying="--lr")
         self.fails(USAGE, "step", "bn", "--optimizer=lion", saying="lion")
         self.fails(USAGE, "backward", "bn", "--grad_output=x.npy", saying="--context")
