@@ -5,6 +5,8 @@
 #include <iostream>
 #include <utility>
 
+#include "absl/container/btree_map.h"
+#include "absl/flags/commandlineflag.h"
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/reflection.h"
@@ -117,6 +119,26 @@ absl::Status CheckListen(const std::vector<std::string>& addresses) {
   return absl::OkStatus();
 }
 
+// Abseil's own --help ends with 1, as if it were an error.
+bool AsksForHelp(int argc, char** argv) {
+  return std::any_of(argv + 1, argv + argc, [](absl::string_view argument) {
+    return argument == "--help" || argument == "-help" || argument == "-h";
+  });
+}
+
+std::string HelpText() {
+  std::string text = absl::StrCat(absl::ProgramUsageMessage(), "\n");
+  absl::btree_map<absl::string_view, absl::CommandLineFlag*> flags;
+  for (const auto& [name, flag] : absl::GetAllFlags()) {
+    if (IsOurs(flag->Filename())) flags.emplace(name, flag);
+  }
+  for (const auto& [name, flag] : flags) {
+    absl::StrAppend(&text, "\n  --", name, "=", flag->DefaultValue(), "\n      ", flag->Help(),
+                    "\n");
+  }
+  return text;
+}
+
 std::string VersionText() { return absl::StrCat("normd ", NORMD_VERSION, "\n"); }
 
 }  // namespace
@@ -132,6 +154,10 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
   usage.version_string = VersionText;
   absl::SetFlagsUsageConfig(usage);
 
+  if (AsksForHelp(argc, argv)) {
+    std::cout << HelpText();
+    std::exit(0);
+  }
   if (absl::Status read = ReadEnvironment(); !read.ok()) return read;
   const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
   if (rest.size() > 1) {

@@ -37,7 +37,11 @@ absl::StatusOr<std::string> SavedContexts::Put(SavedForward forward) {
   Entry entry{.uid = forward.uid, .expires = absl::Now() + ttl_};
   absl::MutexLock lock(&mutex_);
   absl::StatusOr<MemoryClaim> claim = budget_->Claim(bytes);
-  while (!claim.ok() && bytes <= budget_->limit() && DropOneSpent()) claim = budget_->Claim(bytes);
+  if (!claim.ok() && bytes <= budget_->limit()) {
+    DropExpired(absl::Now());
+    claim = budget_->Claim(bytes);
+    while (!claim.ok() && DropOneSpent()) claim = budget_->Claim(bytes);
+  }
   if (!claim.ok()) return ForField(claim.status(), "save_for_backward");
   entry.claim = *std::move(claim);
   entry.forward = std::make_shared<const SavedForward>(std::move(forward));
@@ -102,8 +106,11 @@ void SavedContexts::Drop(const std::string& id) {
 }
 
 void SavedContexts::Sweep() {
-  const absl::Time now = absl::Now();
   absl::MutexLock lock(&mutex_);
+  DropExpired(absl::Now());
+}
+
+void SavedContexts::DropExpired(absl::Time now) {
   absl::erase_if(entries_, [now](const auto& entry) {
     return entry.second.expires <= now && !entry.second.in_use;
   });

@@ -65,8 +65,8 @@ class SavedContexts {
   // `budget` bounds the bytes kept and must outlive the contexts; `ttl` how long.
   SavedContexts(MemoryBudget* budget, absl::Duration ttl) : budget_(budget), ttl_(ttl) {}
 
-  // Keeps `forward` and returns its context_id. Spent contexts make room;
-  // RESOURCE_EXHAUSTED when that is not enough.
+  // Keeps `forward` and returns its context_id. Expired contexts, then spent ones
+  // make room; RESOURCE_EXHAUSTED when that is not enough.
   absl::StatusOr<std::string> Put(SavedForward forward);
 
   // Forgets a context whose Forward was refused after all.
@@ -92,6 +92,7 @@ class SavedContexts {
   };
 
   void Release(const std::string& id, bool committed, bool retain);
+  void DropExpired(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Gives back the memory of the spent context that expires first.
   bool DropOneSpent() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

@@ -5,12 +5,12 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "server/error/error.h"
 #include "server/service/convert.h"
 #include "server/service/handlers.h"
 #include "server/service/saved_checkpoints.h"
 #include "server/service/validate.h"
+#include "server/state/manifest.h"
 
 namespace normd {
 namespace {
@@ -43,6 +43,11 @@ absl::Status Save(Core& core, absl::uint128 request_id, v1::SaveCheckpointRespon
 
 absl::Status Load(Core& core, const v1::LoadCheckpointRequest& request,
                   v1::LoadCheckpointResponse& response) {
+  uint64_t number = 0;
+  if (!request.checkpoint_id().empty() && !ParseGenerationId(request.checkpoint_id(), &number)) {
+    return InvalidField("checkpoint_id", request.checkpoint_id(),
+                        "an id as ListCheckpoints tells it, like 00000042-manual, or nothing");
+  }
   const std::vector<std::string> names(request.names().begin(), request.names().end());
   const auto loaded = core.checkpoints->Load(request.checkpoint_id(), names);
   if (!loaded.ok()) return ForField(loaded.status(), "checkpoint_id");
@@ -93,8 +98,8 @@ void ListCheckpoints(Core& core, const v1::ListCheckpointsRequest& request,
         // A token is the id of the last one listed; ids sort by age.
         auto first = all->begin();
         if (!request.page_token().empty()) {
-          const auto valid = [](char c) { return absl::ascii_isalnum(c) || c == '-'; };
-          if (!std::all_of(request.page_token().begin(), request.page_token().end(), valid)) {
+          uint64_t number = 0;
+          if (!ParseGenerationId(request.page_token(), &number)) {
             return done(InvalidField("page_token", request.page_token(),
                                      "next_page_token of the page before, or nothing"));
           }

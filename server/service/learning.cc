@@ -41,7 +41,12 @@ void ZeroGrad(Core& core, const v1::ZeroGradRequest& request, v1::ZeroGradRespon
 void Step(Core& core, const v1::StepRequest& request, v1::StepResponse& response, Done done) {
   const auto settings = ToOptimizerSettings(request.optimizer());
   if (!settings.ok()) return done(settings.status());
-  ChangeInstance(core, request, response, Method::kStep, std::move(done),
+  // A call that is remembered by its id has changed something: it stepped.
+  auto answer = [&response, done = std::move(done)](const absl::Status& status) mutable {
+    if (status.ok() && response.replayed()) response.set_stepped(true);
+    done(status);
+  };
+  ChangeInstance(core, request, response, Method::kStep, std::move(answer),
                  [&](InstanceState& next) -> absl::StatusOr<Edited> {
                    if (!next.weight.present()) return NoParameters();
                    if (request.reset_optimizer()) next.optimizer = nullptr;

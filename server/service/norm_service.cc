@@ -21,29 +21,84 @@ std::string InstanceOf(const Request& request) {
   }
 }
 
+// One call without tensors, from its message to its answer. The message comes raw:
+// gRPC's own parsing answers a malformed one with UNIMPLEMENTED and no reason.
+// Deletes itself when gRPC is done.
+template <class Request, class Response>
+class UnaryCall final : public grpc::ServerUnaryReactor {
+ public:
+  using Handler = void (*)(Core&, const Request&, Response&, Done);
+
+  UnaryCall(const char* method, grpc::CallbackServerContext* context,
+            const grpc::ByteBuffer* message, grpc::ByteBuffer* answer)
+      : rpc_(method, context),
+        bytes_in_(static_cast<int64_t>(message->Length())),
+        message_(*message),
+        answer_(answer) {}
+
+  void Start(Core& core, Handler handler) {
+    if (bytes_in_ > core.limits.max_message_bytes) {
+      return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
+                                  core.limits.max_message_bytes, "--max_message_bytes"));
+    }
+    if (!grpc::SerializationTraits<Request>::Deserialize(&message_, &request_).ok()) {
+      return Answer(InvalidField("request", absl::StrCat(bytes_in_, " bytes that are none"),
+                                 absl::StrCat("a serialized ", request_.GetTypeName())));
+    }
+    handler(core, request_, response_, [this](const absl::Status& status) { Answer(status); });
+  }
+
+  void OnDone() override { delete this; }
+
+ private:
+  void Answer(const absl::Status& status) {
+    if (status.ok()) {
+      bool own = false;
+      grpc::SerializationTraits<Response>::Serialize(response_, answer_, &own);
+    }
+    const auto bytes_out = static_cast<int64_t>(status.ok() ? answer_->Length() : 0);
+    Finish(rpc_.Finish(status, InstanceOf(request_), bytes_in_, bytes_out));
+  }
+
+  Rpc rpc_;
+  const int64_t bytes_in_;
+  grpc::ByteBuffer message_;
+  grpc::ByteBuffer* const answer_;
+  Request request_;
+  Response response_;
+};
+
 template <class Request, class Response>
 grpc::ServerUnaryReactor* ServeUnary(Core& core, const char* method,
-                                     grpc::CallbackServerContext* context, const Request* request,
-                                     Response* response,
+                                     grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* message, grpc::ByteBuffer* answer,
                                      void (*handler)(Core&, const Request&, Response&, Done)) {
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  const auto bytes = static_cast<int64_t>(request->ByteSizeLong());
-  auto done = [rpc = Rpc(method, context), reactor, request, response,
-               bytes](const absl::Status& status) mutable {
-    const auto bytes_out = static_cast<int64_t>(status.ok() ? response->ByteSizeLong() : 0);
-    reactor->Finish(rpc.Finish(status, InstanceOf(*request), bytes, bytes_out));
-  };
-  if (bytes > core.limits.max_message_bytes) {
-    done(LimitExceeded("request", absl::StrCat("a message of ", bytes, " bytes"),
-                       core.limits.max_message_bytes, "--max_message_bytes"));
-  } else {
-    handler(core, *request, *response, std::move(done));
-  }
-  return reactor;
+  auto* call = new UnaryCall<Request, Response>(method, context, message, answer);
+  call->Start(core, handler);
+  return call;
 }
 
-using Base = v1::NormService::WithRawCallbackMethod_Forward<
-    v1::NormService::WithRawCallbackMethod_Backward<v1::NormService::CallbackService>>;
+// The callback service with these methods raw.
+template <template <class> class... Methods>
+struct WithRawMethods {
+  using type = v1::NormService::CallbackService;
+};
+template <template <class> class First, template <class> class... Rest>
+struct WithRawMethods<First, Rest...> {
+  using type = First<typename WithRawMethods<Rest...>::type>;
+};
+
+using V1 = v1::NormService;
+using Base = WithRawMethods<
+    V1::WithRawCallbackMethod_CreateInstance, V1::WithRawCallbackMethod_GetInstance,
+    V1::WithRawCallbackMethod_ListInstances, V1::WithRawCallbackMethod_DeleteInstance,
+    V1::WithRawCallbackMethod_Train, V1::WithRawCallbackMethod_Eval,
+    V1::WithRawCallbackMethod_Forward, V1::WithRawCallbackMethod_Backward,
+    V1::WithRawCallbackMethod_ZeroGrad, V1::WithRawCallbackMethod_Step,
+    V1::WithRawCallbackMethod_GetState, V1::WithRawCallbackMethod_SetState,
+    V1::WithRawCallbackMethod_ResetRunningStats, V1::WithRawCallbackMethod_ResetParameters,
+    V1::WithRawCallbackMethod_SaveCheckpoint, V1::WithRawCallbackMethod_LoadCheckpoint,
+    V1::WithRawCallbackMethod_ListCheckpoints, V1::WithRawCallbackMethod_GetServerInfo>::type;
 
 class NormServiceImpl final : public Base {
  public:
@@ -69,11 +124,11 @@ class NormServiceImpl final : public Base {
   }
 
 // The rest differ in nothing but their names.
-#define NORMD_UNARY(METHOD)                                                       \
-  grpc::ServerUnaryReactor* METHOD(grpc::CallbackServerContext* context,          \
-                                   const v1::METHOD##Request* request,            \
-                                   v1::METHOD##Response* response) override {     \
-    return ServeUnary(core_, #METHOD, context, request, response, normd::METHOD); \
+#define NORMD_UNARY(METHOD)                                                                   \
+  grpc::ServerUnaryReactor* METHOD(grpc::CallbackServerContext* context,                      \
+                                   const grpc::ByteBuffer* message, grpc::ByteBuffer* answer) \
+      override {                                                                              \
+    return ServeUnary(core_, #METHOD, context, message, answer, normd::METHOD);               \
   }
   NORMD_UNARY(CreateInstance)
   NORMD_UNARY(GetInstance)

@@ -186,8 +186,9 @@ class TensorStream final
                    [this](absl::StatusOr<TensorAnswer<typename Method::Answer>> answer) {
                      if (!answer.ok()) return End(answer.status());
                      answer_ = *std::move(answer);
-                     Method::SetTensor(answer_.header, std::move(answer_.tensor));
-                     if (!answer_.has_tensor) Method::SetTensor(answer_.header, {});
+                     if (answer_.has_tensor) {
+                       Method::SetTensor(answer_.header, std::move(answer_.tensor));
+                     }
                      *response_.mutable_header() = std::move(answer_.header);
                      this->StartWrite(&response_);
                    });

@@ -186,6 +186,15 @@ def run_normd(*flags, env=None, timeout=60, **popen):
                           env=environment(env), timeout=timeout, check=False, **popen)
 
 
+def eventually(condition, timeout=10):
+    """Waits until the condition holds, and fails when it never does."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not in {timeout} s")
+        time.sleep(0.02)
+
+
 class ServerTestCase(unittest.TestCase):
     """Tests that share one server, started with the class's FLAGS."""
 

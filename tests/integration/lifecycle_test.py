@@ -17,7 +17,7 @@ import health_pb2_grpc
 import torch
 from harness.errors import refused
 from harness.layer import EVAL, TRAIN, Layer, request_id
-from harness.server import NORMD, Server, run_normd
+from harness.server import NORMD, Server, eventually, run_normd
 from harness.tensors import from_proto, to_proto
 from normd.v1 import norm_service_pb2 as rpc, norm_service_pb2_grpc, optimizer_pb2
 
@@ -31,14 +31,6 @@ def everything(stub):
     return {i.name: stub.GetState(rpc.GetStateRequest(name=i.name, include_gradients=True,
                                                       include_optimizer=True))
             for i in instances}
-
-
-def eventually(condition, timeout=10):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError("it never came")
-        time.sleep(0.02)
 
 
 class LifecycleCase(unittest.TestCase):
@@ -195,6 +187,17 @@ class Drain(LifecycleCase):
         self.addCleanup(parts.put, None)
         return call, finish
 
+    def is_refused(self, server):
+        """Whether a new connection, or its call, is refused."""
+        try:
+            with server.connect() as channel:
+                stub = norm_service_pb2_grpc.NormServiceStub(channel)
+                stub.GetInstance(rpc.GetInstanceRequest(name="bn"), timeout=10)
+        except grpc.RpcError as error:
+            self.assertEqual(error.code(), UNAVAILABLE)
+            return True
+        return False
+
     def test_sigterm_and_sigint_end_an_idle_server_at_once(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             server = self.server().start()
@@ -214,10 +217,7 @@ class Drain(LifecycleCase):
         server.signal(signal.SIGTERM)
         self.assertEqual(next(watch).status, health_pb2.HealthCheckResponse.NOT_SERVING)
         watch.cancel()
-        # New connections are refused, or their calls.
-        late = norm_service_pb2_grpc.NormServiceStub(server.connect())
-        with refused(self, UNAVAILABLE):
-            late.GetInstance(rpc.GetInstanceRequest(name="bn"), timeout=10)
+        eventually(lambda: self.is_refused(server))
         self.assertTrue(server.alive())
 
         header, data = finish()
