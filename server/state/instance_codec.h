@@ -15,6 +15,7 @@
 #ifndef NORMD_SERVER_STATE_INSTANCE_CODEC_H_
 #define NORMD_SERVER_STATE_INSTANCE_CODEC_H_
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 
@@ -23,11 +24,15 @@
 
 namespace normd {
 
+// Of the requests, the last RequestLog::kCapacity.
 std::string EncodeInstance(const StoredInstance& instance);
 
 // DataLoss, saying what is wrong, for anything that EncodeInstance cannot have
 // written: every field is checked as if it came from the network.
 absl::StatusOr<StoredInstance> DecodeInstance(std::string_view bytes);
+
+// Whether a Method has this number on disk.
+bool KnownMethod(uint64_t number);
 
 }  // namespace normd
 

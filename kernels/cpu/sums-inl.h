@@ -1,0 +1,81 @@
+// Running over contiguous elements with independent accumulators.
+#if defined(NORMD_KERNELS_CPU_SUMS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMD_KERNELS_CPU_SUMS_INL_H_
+#undef NORMD_KERNELS_CPU_SUMS_INL_H_
+#else
+#define NORMD_KERNELS_CPU_SUMS_INL_H_
+#endif
+
+#include <cstdint>
+
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normd::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Elements that are summed in the computing type before the sums go into doubles:
+// with four accumulators of a vector each, no float collects more than about 64
+// rounding errors.
+template <class D>
+HWY_INLINE int64_t BlockOf(D d) {
+  return 256 * static_cast<int64_t>(hn::Lanes(d));
+}
+// The same for columns, whose accumulators collect a row each.
+inline constexpr int64_t kBlockRows = 128;
+
+// Adds elements [0, n), n >= Lanes(d), to `sums`, which has
+//   Add<k>(i)              the vector at i, to accumulator k of 4
+//   Add<k>(i, mask)        those of its lanes that are in the mask
+template <class D, class Sums>
+HWY_INLINE void AddRun(D d, int64_t n, Sums& sums) {
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    sums.template Add<0>(i);
+    sums.template Add<1>(i + lanes);
+    sums.template Add<2>(i + 2 * lanes);
+    sums.template Add<3>(i + 3 * lanes);
+  }
+  if (i + lanes <= n) sums.template Add<0>(i), i += lanes;
+  if (i + lanes <= n) sums.template Add<1>(i), i += lanes;
+  if (i + lanes <= n) sums.template Add<2>(i), i += lanes;
+  if (i < n) {  // the run's last vector, without the lanes that have been added
+    const auto seen = hn::FirstN(d, static_cast<size_t>(lanes - (n - i)));
+    sums.template Add<3>(n - lanes, hn::Not(seen));
+  }
+}
+
+// Calls add(run, begin, n) for pieces of the runs and flush(elements) after about
+// every BlockOf(d) elements. No piece is shorter than a vector, if the runs are not.
+template <class D, class Add, class Flush>
+HWY_INLINE void ForEachPiece(D d, const Runs& runs, Add add, Flush flush) {
+  const int64_t block = BlockOf(d);
+  const int64_t most = block + block / 2;
+  int64_t pending = 0;
+  for (int64_t run = 0; run < runs.count; ++run) {
+    for (int64_t begin = 0; begin < runs.length;) {
+      const int64_t rest = runs.length - begin;
+      const int64_t n = rest < most ? rest : block;
+      if (pending != 0 && pending + n > most) {
+        flush(pending);
+        pending = 0;
+      }
+      add(run, begin, n);
+      pending += n;
+      begin += n;
+    }
+  }
+  if (pending != 0) flush(pending);
+}
+
+template <class D>
+HWY_INLINE double Total(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c, hn::Vec<D> e) {
+  const auto sum = hn::Add(hn::Add(a, b), hn::Add(c, e));
+  return static_cast<double>(hn::GetLane(hn::SumOfLanes(d, sum)));
+}
+
+}  // namespace normd::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

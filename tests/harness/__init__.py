@@ -1,0 +1,1 @@
+"""What the tests of the real server share. See tests/README.md."""
