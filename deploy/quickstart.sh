@@ -114,7 +114,7 @@ for step in {0..11}; do
   context=$(ctl forward "$name" --input="$x" --output="$work/y.npy" --save_for_backward --json |
     /usr/bin/python3 -c 'import json, sys; print(json.load(sys.stdin)["context_id"])')
   loss=$(python learn "$x" "$work/y.npy" "$work/grad_y.npy")
-  ctl backward "$name" --context_id="$context" --grad_output="$work/grad_y.npy" --accumulate \
+  ctl backward "$name" --context="$context" --grad_output="$work/grad_y.npy" --accumulate \
     --grad_input="$work/grad_x.npy" --grad_weight="$work/grad_w.npy" --grad_bias="$work/grad_b.npy" >/dev/null
   if ((step == 0)); then
     cp "$work"/grad_{y,x,w,b}.npy -t "$(mkdir -p "$work/first" && echo "$work/first")"
@@ -141,7 +141,7 @@ say "kill -9, and back"
 kill -KILL "$server"
 wait "$server" 2>/dev/null || true
 echo "  process $server was killed"
-if ctl health >/dev/null 2>&1; then fail "a killed server answers"; fi
+if ctl health --timeout=1s >/dev/null 2>&1; then fail "a killed server answers"; fi
 start_server
 echo "  normd serves at $address (process $server)"
 show describe "$name"

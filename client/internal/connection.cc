@@ -14,9 +14,10 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target,
   // The server limits what it takes; an answer is as large as its question.
   arguments.SetMaxReceiveMessageSize(-1);
   arguments.SetMaxSendMessageSize(-1);
-  // gRPC would wait a second before it looks again for a server that restarts.
+  // gRPC would wait a second before it looks again for a server that restarts. (Its
+  // MIN_RECONNECT_BACKOFF stays: that is how long one attempt may take, and a short one
+  // fails on a busy machine.)
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 5000);
   // Retries are ours: gRPC's would not know which answers carry a retry delay.
   arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);

@@ -73,7 +73,7 @@ start() {
   in_image env NORMD_LISTEN="127.0.0.1:$port" normd >"$work/normd.log" 2>&1 &
   server=$!
   for _ in {1..150}; do
-    if ctl health >/dev/null 2>&1; then return; fi
+    if ctl health --timeout=1s >/dev/null 2>&1; then return; fi
     kill -0 "$server" 2>/dev/null || { cat "$work/normd.log"; fail "the server ended"; }
     sleep 0.2
   done
@@ -107,7 +107,7 @@ ctl train image/layer
 in_image sh -c 'test -w /var/lib/normd && ! test -w /usr/local/bin'
 ctl describe image/layer
 stop
-if ctl health >/dev/null 2>&1; then fail "healthy without a server"; fi
+if ctl health --timeout=1s >/dev/null 2>&1; then fail "healthy without a server"; fi
 start
 ctl describe image/layer | grep -q image/layer || fail "the state did not survive"
 stop

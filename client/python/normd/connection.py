@@ -14,7 +14,6 @@ _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     # A server that restarts is found again soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5000),
 ]
 _FIRST_BACKOFF_S = 0.05
