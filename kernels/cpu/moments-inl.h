@@ -32,6 +32,20 @@ HWY_INLINE ComputeType<E> ScalarAt(const E* x, int64_t i) {
   }
 }
 
+// The nearest value of the element type. A half's distance from such a shift is
+// exact; from another, its few distinct values would all lose the same bits alike,
+// and the errors add up instead of cancelling.
+template <class E>
+HWY_INLINE ComputeType<E> NearestElement(ComputeType<E> value) {
+  if constexpr (std::is_same_v<E, Float16>) {
+    return ToFloat(ToFloat16(value));
+  } else if constexpr (std::is_same_v<E, BFloat16>) {
+    return ToFloat(ToBFloat16(value));
+  } else {
+    return value;
+  }
+}
+
 template <class E>
 struct MomentSums {
   using D = Tag<E>;
@@ -97,7 +111,7 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
   if (runs.count == 0 || runs.length == 0) return total;
   if (runs.length < static_cast<int64_t>(hn::Lanes(d))) return MomentsOfShortRuns(x, runs);
 
-  T shift = PilotMean(x, runs.length);
+  T shift = NearestElement<E>(PilotMean(x, runs.length));
   sums.shift = hn::Set(d, shift);
   sums.Clear();
   ForEachPiece(
@@ -114,7 +128,7 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
         const double m2 = square - sum * (sum / n);
         const double mean = static_cast<double>(shift) + sum / n;
         total.Merge({n, mean, m2 < 0 ? 0 : m2});
-        shift = static_cast<T>(mean);
+        shift = NearestElement<E>(static_cast<T>(mean));
         sums.shift = hn::Set(d, shift);
         sums.Clear();
       });
