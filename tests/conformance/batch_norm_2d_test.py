@@ -102,6 +102,12 @@ class Sequence:
                 self.test.assertEqual(got[key].item(), exact[key].item(), f"{key} of {self}")
                 continue
             scale = max(largest(before[key]), largest(exact[key]))
+            if key.startswith("running_"):
+                # What the new value is made of: (1 - m) * old + m * batch.
+                m = self.arguments["momentum"]
+                m = 1 / max(1, exact["num_batches_tracked"].item()) if m is None else m
+                old = (1 - m) * before[key].double()
+                scale = max(scale, largest(old), largest(exact[key] - old))
             if key == "running_mean":
                 # The sum that the mean is made of.
                 scale = max(scale, largest(x))
