@@ -12,6 +12,7 @@
 #include <new>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/shift.h"
 #include "kernels/problem.h"
 
 namespace normd::cpu {
@@ -127,13 +128,14 @@ class CoefficientArrays {
 struct SetConstants {
   SetConstants(const NormProblem& problem, double set_mean, double var)
       : mean(problem.center ? set_mean : 0),
-        shift(problem.dtype == DType::kFloat64 ? mean
-                                               : static_cast<double>(static_cast<float>(mean))),
+        shift(problem.dtype == DType::kFloat64
+                  ? mean
+                  : static_cast<double>(static_cast<float>(ShiftNear(mean, std::sqrt(var))))),
         residual(std::isfinite(shift) ? mean - shift : 0),
         invstd(1.0 / std::sqrt(var + problem.eps)) {}
 
   double mean;
-  double shift;     // the mean in the computing type
+  double shift;     // near the mean, in the computing type
   double residual;  // what it lost: mean - shift
   double invstd;
 };

@@ -69,10 +69,27 @@ HWY_INLINE void ForEachPiece(D d, const Runs& runs, Add add, Flush flush) {
   if (pending != 0) flush(pending);
 }
 
+// The lanes' sum. In double: a block's sum in float would be off by more than all
+// the roundings before, and what it is off by counts dy times in a gradient.
+template <class D>
+HWY_INLINE double SumInDouble([[maybe_unused]] D d, hn::Vec<D> v) {
+#if HWY_TARGET == HWY_SCALAR
+  return static_cast<double>(hn::GetLane(v));
+#else
+  if constexpr (sizeof(hn::TFromD<D>) == sizeof(double)) {
+    return hn::GetLane(hn::SumOfLanes(d, v));
+  } else {
+    const hn::Half<D> half;
+    const hn::Repartition<double, D> wide;
+    return hn::GetLane(hn::SumOfLanes(wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
+                                                    hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
+  }
+#endif
+}
+
 template <class D>
 HWY_INLINE double Total(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c, hn::Vec<D> e) {
-  const auto sum = hn::Add(hn::Add(a, b), hn::Add(c, e));
-  return static_cast<double>(hn::GetLane(hn::SumOfLanes(d, sum)));
+  return SumInDouble(d, a) + SumInDouble(d, b) + SumInDouble(d, c) + SumInDouble(d, e);
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE
