@@ -51,7 +51,7 @@ struct MomentSums {
     sum[k] = hn::Add(sum[k], deviation);
     square[k] = hn::MulAdd(deviation, deviation, square[k]);
   }
-  void Clear() {
+  HWY_INLINE void Clear() {
     for (int k = 0; k < 4; ++k) sum[k] = square[k] = hn::Zero(d);
   }
 
@@ -114,11 +114,11 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
   sums.Clear();
   ForEachPiece(
       d, runs,
-      [&](int64_t run, int64_t begin, int64_t n) {
+      [&](int64_t run, int64_t begin, int64_t n) NORMD_INLINE_LAMBDA {
         sums.x = x + run * runs.stride + begin;
         AddRun(d, n, sums);
       },
-      [&](int64_t elements) {
+      [&](int64_t elements) NORMD_INLINE_LAMBDA {
         const double n = static_cast<double>(elements);
         const double sum = Total(d, sums.sum[0], sums.sum[1], sums.sum[2], sums.sum[3]);
         const double square =
