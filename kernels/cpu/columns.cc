@@ -161,11 +161,10 @@ class ForwardJob {
       const int64_t i = unit * geometry_.sets + set;
       if (reduces()) {
         return SetConstants(problem_, call_.moments.mean[i],
-                            call_.moments.m2[i] / static_cast<double>(problem_.set_size()),
-                            /*of_batch=*/true);
+                            call_.moments.m2[i] / static_cast<double>(problem_.set_size()));
       }
       return SetConstants(problem_, call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[i],
-                          call_.statistics.var[i], /*of_batch=*/false);
+                          call_.statistics.var[i]);
     };
     const int64_t first = unit * geometry_.columns;
     for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
@@ -329,7 +328,7 @@ class BackwardJob {
   SetConstants ConstantsOf(int64_t unit, int64_t set) const {
     const int64_t i = unit * geometry_.sets + set;
     return SetConstants(problem_, args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[i],
-                        args_.statistics.var[i], args_.statistics_of_batch);
+                        args_.statistics.var[i]);
   }
 
   void SetShifts(int64_t unit) {
