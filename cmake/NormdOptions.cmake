@@ -26,7 +26,7 @@ endif()
 # Our own targets link this one.
 add_library(normd_options INTERFACE)
 target_compile_options(normd_options INTERFACE
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wnon-virtual-dtor -Woverloaded-virtual>)
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wno-missing-field-initializers -Wnon-virtual-dtor -Woverloaded-virtual>)
 get_filename_component(NORMD_ROOT ${CMAKE_CURRENT_LIST_DIR} DIRECTORY)
 target_include_directories(normd_options INTERFACE ${NORMD_ROOT})
 find_package(Threads REQUIRED)

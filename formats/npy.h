@@ -15,9 +15,9 @@ namespace normd {
 // parsed (reading).
 struct Npy {
   std::string descr;  // "<f4", "<f8", "<f2", "<i8", ...: numpy's dtype string
-  std::vector<int64_t> shape;
+  std::vector<int64_t> shape = {};
   bool fortran_order = false;  // first dimension varies fastest
-  std::string_view data;
+  std::string_view data = {};
 };
 
 // Magic, version and header of the file, padded so that the data begin at a

@@ -46,18 +46,37 @@ struct Statistics {
   const double* var = nullptr;
 };
 
+// ReLU as PyTorch has it: NaN stays NaN and lets its gradient through.
+enum class Activation : uint8_t { kNone, kRelu };
+
+// What follows the norm in the same pass: y = activation(norm(x) + residual).
+struct Epilogue {
+  const void* residual = nullptr;  // shaped and typed as x; null: none
+  Activation activation = Activation::kNone;
+  // kRelu only: receives a bit a value, in memory order (value i is bit i % 8 of
+  // byte i / 8), set where the gradient passes. ReluMaskBytes(problem.size())
+  // bytes; null: not wanted.
+  uint8_t* relu_mask = nullptr;
+};
+
+// Bytes of a mask of `size` values: some more than the bits need, so that whole
+// words may be read from any bit on. The bytes after the last bit hold anything.
+constexpr int64_t ReluMaskBytes(int64_t size) { return (size + 63) / 64 * 8 + 8; }
+
 struct ForwardByBatchArgs {
   const void* x = nullptr;
-  void* y = nullptr;  // may be x
-  Affine affine;
-  Moments moments;  // written; required
+  void* y = nullptr;  // may be x or the residual
+  Affine affine = {};
+  Moments moments = {};  // written; required
+  Epilogue epilogue = {};
 };
 
 struct ForwardByStatisticsArgs {
   const void* x = nullptr;
-  void* y = nullptr;  // may be x
-  Affine affine;
-  Statistics statistics;
+  void* y = nullptr;  // may be x or the residual
+  Affine affine = {};
+  Statistics statistics = {};
+  Epilogue epilogue = {};
 };
 
 struct BackwardArgs {
@@ -65,7 +84,7 @@ struct BackwardArgs {
   const void* grad_y = nullptr;
   void* grad_x = nullptr;  // may be x or grad_y; null: not wanted
   const void* weight = nullptr;
-  Statistics statistics;  // those that the forward normalized by
+  Statistics statistics = {};  // those that the forward normalized by
   // Whether these are the statistics of x itself (train), so that the gradient
   // flows through them too, or constants (eval).
   bool statistics_of_batch = true;
@@ -73,6 +92,10 @@ struct BackwardArgs {
   // not wanted.
   void* grad_weight = nullptr;
   void* grad_bias = nullptr;
+  // Of a forward with an epilogue: the mask it wrote (null: no activation), and
+  // where the residual's gradient goes: may be grad_y; null: not wanted.
+  const uint8_t* relu_mask = nullptr;
+  void* grad_residual = nullptr;
 };
 
 struct DeviceInfo {
@@ -119,7 +142,8 @@ class Backend {
   //   grad_bias   = sum(grad_y)          grad_weight = sum(grad_y * x^)    a channel
   //   grad_x      = invstd * (g - mean(g) - x^ * mean(g * x^)),  g = grad_y * weight
   // with both means over the set (Ioffe and Szegedy 2015); with constant
-  // statistics grad_x = invstd * g.
+  // statistics grad_x = invstd * g. Where the forward had an activation, grad_y is
+  // what the mask lets through of it, and that is grad_residual.
   virtual Outcome Backward(const NormProblem& problem, const BackwardArgs& args, Place place,
                            std::stop_token stop) = 0;
 };

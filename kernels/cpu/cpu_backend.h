@@ -11,7 +11,8 @@
 namespace normd {
 
 struct CpuOptions {
-  // Results do not depend on the number of threads, bit for bit.
+  // Results do not depend on the number of threads, bit for bit. This backend keeps
+  // the promise anyway: it cuts a problem by its shape alone and merges in order.
   bool deterministic = false;
 };
 

@@ -30,7 +30,7 @@ enum class Method : uint8_t {
 struct AppliedRequest {
   absl::uint128 id = 0;  // the request_id, a UUID
   Method method = Method::kForward;
-  uint64_t version = 0;  // that the change made
+  uint64_t version = 0;             // that the change made
   int64_t num_batches_tracked = 0;  // then
   absl::Time time;
 

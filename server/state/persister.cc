@@ -1,6 +1,7 @@
 #include "server/state/persister.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cassert>
 #include <iterator>
 #include <string>
@@ -29,6 +30,7 @@ class NullPersister : public Persister {
     done(absl::OkStatus());
   }
   absl::Status Flush() override { return absl::OkStatus(); }
+  uint64_t submitted() const override { return 0; }
   absl::Status health() const override { return absl::OkStatus(); }
 };
 
@@ -43,6 +45,8 @@ class WritingPersister : public Persister {
     while (flushes_done_ < flush) flushed_.Wait(&mutex_);
     return health_;
   }
+
+  uint64_t submitted() const final { return submitted_.load(std::memory_order_relaxed); }
 
   absl::Status health() const final {
     absl::MutexLock lock(&mutex_);
@@ -75,6 +79,7 @@ class WritingPersister : public Persister {
   }
 
   StateStore* const store_;
+  std::atomic<uint64_t> submitted_ = 0;
   mutable absl::Mutex mutex_;
   absl::CondVar work_;  // what Due answers has changed
 
@@ -118,6 +123,7 @@ class UpdatePersister : public WritingPersister {
   bool acknowledges_at_once() const override { return false; }
 
   void Submit(Change change, absl::AnyInvocable<void(absl::Status)> done) override {
+    submitted_.fetch_add(1, std::memory_order_relaxed);
     absl::MutexLock lock(&mutex_);
     waiting_.changes.push_back(std::move(change));
     waiting_.done.push_back(std::move(done));
@@ -170,6 +176,7 @@ class IntervalPersister : public WritingPersister {
   bool acknowledges_at_once() const override { return true; }
 
   void Submit(Change change, absl::AnyInvocable<void(absl::Status)> done) override {
+    submitted_.fetch_add(1, std::memory_order_relaxed);
     {
       absl::MutexLock lock(&mutex_);
       if (due_ == absl::InfiniteFuture()) {

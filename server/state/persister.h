@@ -43,6 +43,9 @@ class Persister {
   // Returns when everything submitted before is durable, or why it is not.
   virtual absl::Status Flush() = 0;
 
+  // Changes submitted since the start; always 0 with kNone.
+  virtual uint64_t submitted() const = 0;
+
   // The last commit's error; OK when it went well.
   virtual absl::Status health() const = 0;
 };

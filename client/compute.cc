@@ -1,0 +1,325 @@
+// Forward and Backward, in one message or streamed.
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "client/internal/change.h"
+#include "client/internal/connection.h"
+#include "client/internal/convert.h"
+#include "client/internal/stream.h"
+#include "client/internal/wire_format.h"
+#include "client/normd_client.h"
+
+namespace normd::inline client {
+namespace {
+
+using internal::Connection;
+using internal::FromWire;
+using internal::HeaderOf;
+using internal::ToWire;
+using Progress = std::function<void(int64_t received, int64_t total)>;
+
+constexpr char kForward[] = "/normd.v1.NormService/Forward";
+constexpr char kForwardStream[] = "/normd.v1.NormService/ForwardStream";
+constexpr char kBackward[] = "/normd.v1.NormService/Backward";
+constexpr char kBackwardStream[] = "/normd.v1.NormService/BackwardStream";
+
+// Room for all in a message that is no tensor, beside a few numbers a channel.
+constexpr int64_t kOverhead = 4096;
+// Payloads that any server takes in one message, so that none is asked.
+constexpr int64_t kSmall = 1 << 20;
+// Protobuf reads no message of 2 GiB or more.
+constexpr int64_t kProtobufLimit = std::numeric_limits<int32_t>::max();
+
+v1::ForwardRequest ForwardHeader(std::string_view name, const ForwardOptions& options,
+                                 const CallOptions& call) {
+  v1::ForwardRequest request;
+  request.set_name(std::string(name));
+  if (options.mode) request.set_mode(ToWire(*options.mode));
+  request.set_save_for_backward(options.save_for_backward);
+  request.set_return_batch_statistics(options.return_batch_statistics);
+  internal::MarkChange(call, &request);
+  return request;
+}
+
+v1::BackwardRequest BackwardHeader(std::string_view name, const BackwardOptions& options,
+                                   const CallOptions& call) {
+  v1::BackwardRequest request;
+  request.set_name(std::string(name));
+  request.set_context_id(options.context_id);
+  if (options.mode) request.set_mode(ToWire(*options.mode));
+  if (options.batch_statistics) {
+    *request.mutable_batch_statistics() = ToWire(*options.batch_statistics);
+  }
+  request.set_accumulate(options.accumulate);
+  request.set_retain_context(options.retain_context);
+  request.set_skip_grad_input(options.skip_grad_input);
+  internal::MarkChange(call, &request);
+  return request;
+}
+
+ForwardResult ResultOf(v1::ForwardResponse&& response, Tensor output) {
+  ForwardResult result;
+  result.version = response.version();
+  result.replayed = response.replayed();
+  result.output = std::move(output);
+  result.mode = FromWire(response.mode());
+  result.num_batches_tracked = response.num_batches_tracked();
+  result.context_id = response.context_id();
+  if (response.has_batch_statistics()) {
+    result.batch_statistics = FromWire(response.batch_statistics());
+  }
+  return result;
+}
+
+BackwardResult ResultOf(v1::BackwardResponse&& response, std::optional<Tensor> grad_input) {
+  BackwardResult result;
+  result.version = response.version();
+  result.replayed = response.replayed();
+  result.grad_input = std::move(grad_input);
+  if (response.has_grad_weight()) {
+    result.grad_weight = FromWire(std::move(*response.mutable_grad_weight()));
+  }
+  if (response.has_grad_bias()) {
+    result.grad_bias = FromWire(std::move(*response.mutable_grad_bias()));
+  }
+  return result;
+}
+
+// Whether a message with so much tensor must be streamed.
+absl::StatusOr<bool> MustStream(Connection& connection, int64_t payload, int64_t channels,
+                                absl::Time deadline) {
+  if (payload <= kSmall && connection.options().max_message_bytes == 0) return false;
+  const auto limit = connection.MaxMessageBytes(deadline);
+  if (!limit.ok()) return limit.status();
+  // Statistics have two doubles a channel.
+  return payload + channels * 16 + kOverhead > std::min(*limit, kProtobufLimit);
+}
+
+int64_t ByteCount(const Tensor& tensor) { return static_cast<int64_t>(tensor.bytes().size()); }
+
+int64_t Channels(const Tensor& tensor) {
+  return tensor.shape().size() < 2 ? 0 : std::max<int64_t>(tensor.shape()[1], 0);
+}
+
+// The server found the message too long though the client thought otherwise: it
+// has another limit than the one that the client was told.
+bool IsTooLong(const absl::Status& status) {
+  return absl::IsResourceExhausted(status) && DetailOf(status).flag == "--max_message_bytes";
+}
+
+// The bytes of a tensor as messages of chunks, from the first to the last.
+class Chunks {
+ public:
+  Chunks(const Tensor& tensor, int field_number, int64_t chunk_bytes)
+      : bytes_(internal::LendBytes(tensor)),
+        field_number_(field_number),
+        chunk_bytes_(static_cast<size_t>(chunk_bytes)) {}
+
+  void Rewind() { offset_ = 0; }
+
+  std::optional<grpc::ByteBuffer> Next() {
+    if (offset_ == bytes_.size()) return std::nullopt;
+    const size_t begin = offset_;
+    offset_ = std::min(bytes_.size(), begin + chunk_bytes_);
+    return internal::MessageOfBytes(field_number_, bytes_.sub(begin, offset_));
+  }
+
+ private:
+  grpc::Slice bytes_;
+  int field_number_;
+  size_t chunk_bytes_;
+  size_t offset_ = 0;
+};
+
+absl::StatusOr<int64_t> ChunkBytes(Connection& connection, absl::Time deadline) {
+  const auto limit = connection.MaxMessageBytes(deadline);
+  if (!limit.ok()) return limit.status();
+  // Half of the limit leaves room for the message around the chunk.
+  return std::max<int64_t>(1, std::min(connection.options().stream_chunk_bytes, *limit / 2));
+}
+
+template <class Header>
+struct StreamAnswer {
+  Header header;
+  std::string bytes;  // all chunks
+};
+
+// Sends `header` and then the chunks, and gathers what comes back; `expected`
+// bytes, if all goes well.
+template <class Response, class Header>
+absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const char* method,
+                                                const google::protobuf::MessageLite& header,
+                                                std::vector<Chunks> chunks, int64_t expected,
+                                                absl::Time deadline, const Progress& progress) {
+  StreamAnswer<Header> answer;
+  absl::Status status = connection.Run(deadline, [&](grpc::ClientContext* context) {
+    // Each attempt begins anew.
+    bool header_sent = false;
+    bool header_received = false;
+    for (Chunks& tensor : chunks) tensor.Rewind();
+    answer.bytes.clear();
+    answer.bytes.reserve(expected);
+
+    const auto next_request = [&]() -> std::optional<grpc::ByteBuffer> {
+      if (!std::exchange(header_sent, true)) return internal::MessageOf(header);
+      for (Chunks& tensor : chunks) {
+        if (auto chunk = tensor.Next()) return chunk;
+      }
+      return std::nullopt;
+    };
+    const auto on_response = [&](grpc::ByteBuffer* buffer) -> grpc::Status {
+      Response response;
+      auto parsed = grpc::GenericDeserialize<grpc::ProtoBufferReader, Response>(buffer, &response);
+      if (!parsed.ok()) return parsed;
+      if (response.has_header() == header_received) {
+        return {grpc::StatusCode::INTERNAL, "the server's stream is not one header, then chunks"};
+      }
+      if (response.has_header()) {
+        header_received = true;
+        answer.header = std::move(*response.mutable_header());
+      } else {
+        answer.bytes += response.chunk();
+        if (progress) progress(static_cast<int64_t>(answer.bytes.size()), expected);
+      }
+      return grpc::Status::OK;
+    };
+    grpc::Status ended =
+        internal::RunStream(connection.generic_stub(), context, method, next_request, on_response);
+    if (ended.ok() && !header_received) {
+      return grpc::Status(grpc::StatusCode::INTERNAL, "the server's stream has no header");
+    }
+    return ended;
+  });
+  if (!status.ok()) return status;
+  return answer;
+}
+
+// A streamed tensor is as large as its header says, or the server is at fault.
+absl::StatusOr<Tensor> StreamedTensor(const v1::Tensor& header, std::string bytes) {
+  const size_t received = bytes.size();
+  Tensor tensor = FromWire(header, std::move(bytes));
+  if (static_cast<size_t>(tensor.num_elements()) * SizeOf(tensor.dtype()) != received) {
+    return absl::InternalError("the server's stream ended before the tensor did");
+  }
+  return tensor;
+}
+
+absl::StatusOr<ForwardResult> StreamForward(Connection& connection, v1::ForwardRequest request,
+                                            const Tensor& input, absl::Time deadline,
+                                            const Progress& progress) {
+  const auto chunk_bytes = ChunkBytes(connection, deadline);
+  if (!chunk_bytes.ok()) return chunk_bytes.status();
+  *request.mutable_input() = HeaderOf(input);
+  v1::ForwardStreamRequest first;
+  *first.mutable_header() = std::move(request);
+  auto answer = CallStream<v1::ForwardStreamResponse, v1::ForwardResponse>(
+      connection, kForwardStream, first,
+      {Chunks(input, v1::ForwardStreamRequest::kChunkFieldNumber, *chunk_bytes)}, ByteCount(input),
+      deadline, progress);
+  if (!answer.ok()) return answer.status();
+  auto output = StreamedTensor(answer->header.output(), std::move(answer->bytes));
+  if (!output.ok()) return output.status();
+  return ResultOf(std::move(answer->header), *std::move(output));
+}
+
+absl::StatusOr<BackwardResult> StreamBackward(Connection& connection, v1::BackwardRequest request,
+                                              const Tensor& grad_output,
+                                              const std::optional<Tensor>& input,
+                                              absl::Time deadline, const Progress& progress) {
+  const auto chunk_bytes = ChunkBytes(connection, deadline);
+  if (!chunk_bytes.ok()) return chunk_bytes.status();
+  *request.mutable_grad_output() = HeaderOf(grad_output);
+  std::vector<Chunks> chunks;
+  if (input) {
+    *request.mutable_input() = HeaderOf(*input);
+    chunks.emplace_back(*input, v1::BackwardStreamRequest::kInputChunkFieldNumber, *chunk_bytes);
+  }
+  chunks.emplace_back(grad_output, v1::BackwardStreamRequest::kGradOutputChunkFieldNumber,
+                      *chunk_bytes);
+  const int64_t expected = request.skip_grad_input() ? 0 : ByteCount(grad_output);
+  v1::BackwardStreamRequest first;
+  *first.mutable_header() = std::move(request);
+  auto answer = CallStream<v1::BackwardStreamResponse, v1::BackwardResponse>(
+      connection, kBackwardStream, first, std::move(chunks), expected, deadline, progress);
+  if (!answer.ok()) return answer.status();
+  std::optional<Tensor> grad_input;
+  if (answer->header.has_grad_input()) {
+    auto tensor = StreamedTensor(answer->header.grad_input(), std::move(answer->bytes));
+    if (!tensor.ok()) return tensor.status();
+    grad_input = *std::move(tensor);
+  }
+  return ResultOf(std::move(answer->header), std::move(grad_input));
+}
+
+}  // namespace
+
+absl::StatusOr<ForwardResult> Client::Forward(std::string_view name, const Tensor& input,
+                                              const ForwardOptions& options,
+                                              const CallOptions& call) const {
+  const absl::Time deadline = connection_->DeadlineOf(call);
+  const auto must_stream = MustStream(*connection_, ByteCount(input), Channels(input), deadline);
+  if (!must_stream.ok()) return must_stream.status();
+
+  v1::ForwardRequest request = ForwardHeader(name, options, call);
+  if (!*must_stream) {
+    const grpc::ByteBuffer message =
+        internal::MessageWithTensors(request, {{v1::ForwardRequest::kInputFieldNumber, &input}});
+    v1::ForwardResponse response;
+    absl::Status status = connection_->CallRaw(kForward, message, &response, deadline);
+    if (status.ok()) {
+      Tensor output = FromWire(std::move(*response.mutable_output()));
+      return ResultOf(std::move(response), std::move(output));
+    }
+    if (!IsTooLong(status)) return status;
+  }
+  return StreamForward(*connection_, std::move(request), input, deadline, call.progress);
+}
+
+absl::StatusOr<ForwardResult> Client::ForwardStream(std::string_view name, const Tensor& input,
+                                                    const ForwardOptions& options,
+                                                    const CallOptions& call) const {
+  return StreamForward(*connection_, ForwardHeader(name, options, call), input,
+                       connection_->DeadlineOf(call), call.progress);
+}
+
+absl::StatusOr<BackwardResult> Client::Backward(std::string_view name, const Tensor& grad_output,
+                                                const BackwardOptions& options,
+                                                const CallOptions& call) const {
+  const absl::Time deadline = connection_->DeadlineOf(call);
+  const int64_t payload = ByteCount(grad_output) + (options.input ? ByteCount(*options.input) : 0);
+  const auto must_stream = MustStream(*connection_, payload, Channels(grad_output), deadline);
+  if (!must_stream.ok()) return must_stream.status();
+
+  v1::BackwardRequest request = BackwardHeader(name, options, call);
+  if (!*must_stream) {
+    std::vector<internal::TensorField> tensors;
+    if (options.input) {
+      tensors.push_back({v1::BackwardRequest::kInputFieldNumber, &*options.input});
+    }
+    tensors.push_back({v1::BackwardRequest::kGradOutputFieldNumber, &grad_output});
+    v1::BackwardResponse response;
+    absl::Status status = connection_->CallRaw(
+        kBackward, internal::MessageWithTensors(request, tensors), &response, deadline);
+    if (status.ok()) {
+      std::optional<Tensor> grad_input;
+      if (response.has_grad_input()) {
+        grad_input = FromWire(std::move(*response.mutable_grad_input()));
+      }
+      return ResultOf(std::move(response), std::move(grad_input));
+    }
+    if (!IsTooLong(status)) return status;
+  }
+  return StreamBackward(*connection_, std::move(request), grad_output, options.input, deadline,
+                        call.progress);
+}
+
+absl::StatusOr<BackwardResult> Client::BackwardStream(std::string_view name,
+                                                      const Tensor& grad_output,
+                                                      const BackwardOptions& options,
+                                                      const CallOptions& call) const {
+  return StreamBackward(*connection_, BackwardHeader(name, options, call), grad_output,
+                        options.input, connection_->DeadlineOf(call), call.progress);
+}
+
+}  // namespace normd::inline client

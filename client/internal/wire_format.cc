@@ -1,0 +1,65 @@
+#include "client/internal/wire_format.h"
+
+#include <memory>
+#include <string>
+
+#include <google/protobuf/io/coded_stream.h>
+#include <google/protobuf/io/zero_copy_stream_impl_lite.h>
+
+#include "client/internal/convert.h"
+
+namespace normd::inline client::internal {
+namespace {
+
+// Tag and length of a field, whose bytes are to follow.
+std::string FieldPrefix(int field_number, uint64_t length) {
+  std::string prefix;
+  google::protobuf::io::StringOutputStream stream(&prefix);
+  google::protobuf::io::CodedOutputStream coded(&stream);
+  constexpr uint32_t kLengthDelimited = 2;
+  coded.WriteTag(static_cast<uint32_t>(field_number) << 3 | kLengthDelimited);
+  coded.WriteVarint64(length);
+  coded.Trim();
+  return prefix;
+}
+
+}  // namespace
+
+grpc::Slice LendBytes(const Tensor& tensor) {
+  const std::string_view bytes = tensor.bytes();
+  if (tensor.owner() == nullptr) return grpc::Slice(bytes.data(), bytes.size());
+  auto* owner = new std::shared_ptr<const void>(tensor.owner());
+  return grpc::Slice(
+      const_cast<char*>(bytes.data()), bytes.size(),
+      [](void* data) { delete static_cast<std::shared_ptr<const void>*>(data); }, owner);
+}
+
+grpc::ByteBuffer MessageWithTensors(const google::protobuf::MessageLite& message,
+                                    absl::Span<const TensorField> fields) {
+  std::vector<grpc::Slice> slices;
+  std::string header = message.SerializeAsString();
+  for (const TensorField& field : fields) {
+    const std::string_view bytes = field.tensor->bytes();
+    std::string tensor_header = HeaderOf(*field.tensor).SerializeAsString();
+    tensor_header += FieldPrefix(v1::Tensor::kDataFieldNumber, bytes.size());
+    header += FieldPrefix(field.number, tensor_header.size() + bytes.size());
+    header += tensor_header;
+    slices.emplace_back(header);
+    slices.push_back(LendBytes(*field.tensor));
+    header.clear();
+  }
+  if (!header.empty()) slices.emplace_back(header);
+  return grpc::ByteBuffer(slices.data(), slices.size());
+}
+
+grpc::ByteBuffer MessageOfBytes(int field_number, grpc::Slice bytes) {
+  const grpc::Slice slices[] = {FieldPrefix(field_number, bytes.size()), std::move(bytes)};
+  return grpc::ByteBuffer(slices, 2);
+}
+
+grpc::ByteBuffer MessageOf(const google::protobuf::MessageLite& message) {
+  const grpc::Slice slice(message.SerializeAsString());
+  return grpc::ByteBuffer(&slice, 1);
+}
+
+}  // namespace normd::inline client::internal

@@ -1,0 +1,210 @@
+// forward, backward.
+#include "absl/strings/str_cat.h"
+#include "client/normctl/command.h"
+#include "client/normctl/flags.h"
+#include "client/normctl/float_types.h"
+#include "client/normctl/layout.h"
+#include "client/normctl/output.h"
+#include "client/normctl/tensor_file.h"
+#include "client/normctl/usage_error.h"
+
+namespace normd::normctl {
+namespace {
+
+constexpr char kTensorFile[] = "FILE.npy|FILE.safetensors[:KEY]";
+
+// What both commands say of their tensors.
+struct TensorFlags {
+  std::shared_ptr<std::optional<DataType>> dtype;
+  std::shared_ptr<MemoryFormat> format;
+  std::shared_ptr<bool> stream;
+
+  explicit TensorFlags(CLI::App& app)
+      : dtype(AddDataType(app, "--dtype", InputTypes(), "Convert the files' values to this first")),
+        format(AddMemoryFormat(app)),
+        stream(Shared(false)) {
+    app.add_flag("--stream", *stream, "Stream the tensor even where one message can hold it");
+  }
+
+  absl::StatusOr<Tensor> Read(const std::string& spec) const {
+    auto tensor = ReadTensor(spec);
+    if (!tensor.ok()) return tensor;
+    if (tensor->dtype() == DataType::kInt64) {
+      return UsageError(absl::StrCat(spec, ": values are int64; save them as float32"));
+    }
+    return InFormat(*format, ConvertTo(dtype->value_or(tensor->dtype()), *tensor));
+  }
+};
+
+std::shared_ptr<std::string> AddFile(CLI::App& app, const std::string& flag,
+                                     const std::string& help) {
+  auto file = Shared<std::string>();
+  app.add_option(flag, *file, help)->type_name(kTensorFile);
+  return file;
+}
+
+CallOptions Watched(CallOptions call, Session& session, const char* what) {
+  call.progress = [&session, what](int64_t received, int64_t total) {
+    session.progress.Show(absl::StrCat(what, ": ", HumanBytes(static_cast<double>(received)),
+                                       " of ", HumanBytes(static_cast<double>(total))));
+  };
+  return call;
+}
+
+// Writes a tensor where a file was named for it, and tells of it.
+absl::Status Deliver(const char* name, const std::string& spec, const std::optional<Tensor>& tensor,
+                     Report* report) {
+  if (!tensor) {
+    if (spec.empty()) return absl::OkStatus();
+    return UsageError(absl::StrCat("there is no ", name, " to write to ", spec));
+  }
+  Json json = JsonTensor(*tensor);
+  absl::StrAppend(&report->text, name, ": ", HumanTensor(*tensor));
+  if (!spec.empty()) {
+    absl::Status status = WriteTensor(spec, *tensor);
+    if (!status.ok()) return status;
+    json["file"] = spec;
+    absl::StrAppend(&report->text, " -> ", spec);
+  }
+  report->text += "\n";
+  report->json[name] = std::move(json);
+  return absl::OkStatus();
+}
+
+absl::Status CheckSpecs(const std::vector<std::string>& specs) {
+  for (const std::string& spec : specs) {
+    if (spec.empty()) continue;
+    absl::Status status = CheckTensorSpec(spec);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+Action Forward(CLI::App& app) {
+  auto name = AddName(app);
+  auto input = Shared<std::string>();
+  app.add_option("--input", *input, "The input, (N, C, H, W)")->required()->type_name(kTensorFile);
+  auto output = AddFile(app, "--output", "Where the output goes");
+  auto mode = AddMode(app, "Mode of this call alone; default: the instance's");
+  auto options = Shared<ForwardOptions>();
+  app.add_flag("--save_for_backward", options->save_for_backward,
+               "Keep on the server what backward needs, and print its context");
+  app.add_flag("--stats", options->return_batch_statistics, "Print the batch's statistics");
+  const TensorFlags tensors(app);
+  auto call = AddChangeFlags(app);
+
+  return [=](Session& session) -> absl::StatusOr<Report> {
+    absl::Status status = CheckSpecs({*output});
+    if (!status.ok()) return status;
+    const auto x = tensors.Read(*input);
+    if (!x.ok()) return x.status();
+    options->mode = *mode;
+    const CallOptions watched = Watched(*call, session, "forward");
+    const auto answer = *tensors.stream ? session.client.ForwardStream(*name, *x, *options, watched)
+                                        : session.client.Forward(*name, *x, *options, watched);
+    if (!answer.ok()) return answer.status();
+
+    Report report = {.json = JsonChanged(*answer),
+                     .text = absl::StrCat(*name, " in ", std::string(NameOf(answer->mode)),
+                                          " mode: ", HumanVersion(*answer), ", ",
+                                          answer->num_batches_tracked, " batches tracked\n")};
+    report.json["mode"] = NameOf(answer->mode);
+    report.json["num_batches_tracked"] = answer->num_batches_tracked;
+    if (options->save_for_backward) {
+      report.json["context_id"] = answer->context_id;
+      absl::StrAppend(&report.text, "context: ", answer->context_id, "\n");
+    }
+    if (answer->batch_statistics) {
+      const BatchStatistics& statistics = *answer->batch_statistics;
+      report.json["batch_statistics"] = {
+          {"count", statistics.count}, {"mean", statistics.mean}, {"var", statistics.var}};
+      std::vector<std::vector<std::string>> rows = {{"CHANNEL", "MEAN", "VAR"}};
+      for (size_t c = 0; c < statistics.mean.size(); ++c) {
+        rows.push_back({absl::StrCat(c), absl::StrCat(statistics.mean[c]),
+                        absl::StrCat(c < statistics.var.size() ? statistics.var[c] : 0)});
+      }
+      absl::StrAppend(&report.text, "statistics over ", statistics.count, " values a channel:\n",
+                      Table(rows));
+    }
+    status = Deliver("output", *output, answer->output, &report);
+    if (!status.ok()) return status;
+    return report;
+  };
+}
+
+Action Backward(CLI::App& app) {
+  auto name = AddName(app);
+  auto grad_output = Shared<std::string>();
+  app.add_option("--grad_output", *grad_output, "Gradient of the loss by the output")
+      ->required()
+      ->type_name(kTensorFile);
+  auto options = Shared<BackwardOptions>();
+  auto* context =
+      app.add_option("--context", options->context_id, "What forward --save_for_backward printed")
+          ->type_name("ID");
+  auto input = Shared<std::string>();
+  auto* input_option = app.add_option("--input", *input, "Without a context: the forward's input")
+                           ->type_name(kTensorFile);
+  context->excludes(input_option);
+  auto grad_input = AddFile(app, "--grad_input,--output", "Where the input's gradient goes");
+  auto grad_weight = AddFile(app, "--grad_weight", "Where the weight's gradient goes");
+  auto grad_bias = AddFile(app, "--grad_bias", "Where the bias's gradient goes");
+  auto mode = AddMode(app, "Without a context: the forward's mode; default: the instance's");
+  app.add_flag("--accumulate", options->accumulate,
+               "Add the gradients of weight and bias to the instance's, for step");
+  app.add_flag("--retain_context", options->retain_context,
+               "Keep the context for another backward");
+  app.add_flag("--skip_grad_input", options->skip_grad_input,
+               "Do not compute the input's gradient");
+  const TensorFlags tensors(app);
+  auto call = AddChangeFlags(app);
+
+  return [=](Session& session) -> absl::StatusOr<Report> {
+    if (options->context_id.empty() && input->empty()) {
+      return UsageError("give --context=ID, as forward --save_for_backward printed it, or --input");
+    }
+    absl::Status status = CheckSpecs({*grad_input, *grad_weight, *grad_bias});
+    if (!status.ok()) return status;
+    const auto dy = tensors.Read(*grad_output);
+    if (!dy.ok()) return dy.status();
+    if (!input->empty()) {
+      auto x = tensors.Read(*input);
+      if (!x.ok()) return x.status();
+      options->input = *std::move(x);
+    }
+    options->mode = *mode;
+    const CallOptions watched = Watched(*call, session, "backward");
+    const auto answer = *tensors.stream
+                            ? session.client.BackwardStream(*name, *dy, *options, watched)
+                            : session.client.Backward(*name, *dy, *options, watched);
+    if (!answer.ok()) return answer.status();
+
+    Report report = {
+        .json = JsonChanged(*answer),
+        .text = absl::StrCat(*name, ": ", HumanVersion(*answer),
+                             options->accumulate ? ", gradients accumulated\n" : "\n")};
+    report.json["accumulated"] = options->accumulate;
+    for (const auto& [what, spec, tensor] :
+         {std::make_tuple("grad_input", *grad_input, answer->grad_input),
+          std::make_tuple("grad_weight", *grad_weight, answer->grad_weight),
+          std::make_tuple("grad_bias", *grad_bias, answer->grad_bias)}) {
+      status = Deliver(what, spec, tensor, &report);
+      if (!status.ok()) return status;
+    }
+    return report;
+  };
+}
+
+constexpr Command kCommands[] = {
+    {"forward", "Normalize a tensor", "forward net/bn1 --input=x.npy --output=y.npy --mode=train",
+     Forward},
+    {"backward", "The gradients of a forward",
+     "backward net/bn1 --context=ID --grad_output=dy.npy --grad_input=dx.npy --accumulate",
+     Backward},
+};
+
+}  // namespace
+
+absl::Span<const Command> ComputeCommands() { return kCommands; }
+
+}  // namespace normd::normctl

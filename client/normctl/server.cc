@@ -1,0 +1,94 @@
+// info, health.
+#include "absl/strings/str_cat.h"
+#include "client/normctl/command.h"
+#include "client/normctl/flags.h"
+#include "client/normctl/output.h"
+
+namespace normd::normctl {
+namespace {
+
+std::string Limit(int64_t bytes) {
+  return bytes == 0 ? "none" : HumanBytes(static_cast<double>(bytes));
+}
+
+Action Info(CLI::App&) {
+  return [](Session& session) -> absl::StatusOr<Report> {
+    const auto info = session.client.GetServerInfo();
+    if (!info.ok()) return info.status();
+    const ServerInfo::Limits& limits = info->limits;
+    Json devices = Json::array();
+    std::vector<std::pair<std::string, std::string>> facts = {
+        {"version", info->version},
+        {"backend", info->backend},
+        {"started", HumanTime(info->start_time)},
+        {"durability", info->durability},
+        {"instances", absl::StrCat(info->instance_count, " of ", limits.max_instances)},
+        {"memory in use", absl::StrCat(HumanBytes(static_cast<double>(info->memory_in_use)), " of ",
+                                       Limit(limits.memory_budget))},
+        {"saved contexts", absl::StrCat("up to ", Limit(limits.context_budget), " for ",
+                                        absl::FormatDuration(limits.context_ttl))},
+        {"longest message", Limit(limits.max_message_bytes)},
+        {"most channels", absl::StrCat(limits.max_features)}};
+    for (const ServerInfo::Device& device : info->devices) {
+      devices.push_back({{"name", device.name},
+                         {"parallelism", device.parallelism},
+                         {"memory_bytes", device.memory_bytes},
+                         {"healthy", device.healthy}});
+      facts.push_back(
+          {"device", absl::StrCat(device.name, ", parallelism ", device.parallelism, ", ",
+                                  HumanBytes(static_cast<double>(device.memory_bytes)),
+                                  device.healthy ? "" : ", UNHEALTHY")});
+    }
+    return Report{.json = {{"version", info->version},
+                           {"backend", info->backend},
+                           {"devices", devices},
+                           {"limits",
+                            {{"max_message_bytes", limits.max_message_bytes},
+                             {"max_instances", limits.max_instances},
+                             {"max_features", limits.max_features},
+                             {"memory_budget", limits.memory_budget},
+                             {"context_budget", limits.context_budget},
+                             {"context_ttl_ms", absl::ToInt64Milliseconds(limits.context_ttl)}}},
+                           {"start_time", JsonTime(info->start_time)},
+                           {"instance_count", info->instance_count},
+                           {"memory_in_use", info->memory_in_use},
+                           {"durability", info->durability}},
+                  .text = Facts(facts)};
+  };
+}
+
+std::string NameOfHealth(Health health) {
+  switch (health) {
+    case Health::kServing: return "SERVING";
+    case Health::kNotServing: return "NOT_SERVING";
+    case Health::kServiceUnknown: return "SERVICE_UNKNOWN";
+    case Health::kUnknown: break;
+  }
+  return "UNKNOWN";
+}
+
+Action CheckHealth(CLI::App& app) {
+  auto service = Shared<std::string>();
+  app.add_option("--service", *service, "Of this service; default: of the whole server")
+      ->type_name("NAME");
+  return [=](Session& session) -> absl::StatusOr<Report> {
+    const auto health = session.client.CheckHealth(*service);
+    if (!health.ok()) return health.status();
+    const std::string name = NameOfHealth(*health);
+    return Report{.json = {{"status", name}},
+                  .text = name + "\n",
+                  .exit_code = *health == Health::kServing ? 0 : 1};
+  };
+}
+
+constexpr Command kCommands[] = {
+    {"info", "Show the server's version, devices and limits", "info", Info},
+    {"health", "Ask whether the server serves; exit code 1 if not",
+     "health --service=normd.v1.NormService", CheckHealth},
+};
+
+}  // namespace
+
+absl::Span<const Command> ServerCommands() { return kCommands; }
+
+}  // namespace normd::normctl

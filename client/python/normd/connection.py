@@ -1,0 +1,62 @@
+"""Channel, deadlines and retries: everything between Client and the stubs."""
+
+import random
+import time
+
+import grpc
+
+from normd.errors import NormdError
+from normd.v1 import norm_service_pb2_grpc
+
+_OPTIONS = [
+    # The server limits what it accepts; answers are as large as their questions.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A server that restarts is found again soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5000),
+]
+_FIRST_BACKOFF_S = 0.05
+_LONGEST_BACKOFF_S = 5.0
+
+
+def _retry_delay(error, attempt):
+    """Seconds to wait before another try; None: do not retry."""
+    hint = error.detail.retry_delay_ms / 1000
+    if error.code is not grpc.StatusCode.UNAVAILABLE:
+        if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or not hint:
+            return None
+    backoff = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2**attempt)
+    return max(hint, backoff * random.uniform(0.5, 1.0))
+
+
+class Connection:
+    """Thread-safe. `timeout` is in seconds and covers a call with its retries."""
+
+    def __init__(self, target, timeout, credentials, metadata):
+        if credentials is None:
+            self.channel = grpc.insecure_channel(target, options=_OPTIONS)
+        else:
+            self.channel = grpc.secure_channel(target, credentials, options=_OPTIONS)
+        self.stub = norm_service_pb2_grpc.NormServiceStub(self.channel)
+        self._timeout = timeout
+        self._metadata = metadata
+
+    def call(self, attempt_call, timeout=None):
+        """attempt_call(timeout=, metadata=), repeated while that is safe and sensible.
+
+        Every changing request carries a request_id, so that all may be retried.
+        """
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        attempt = 0
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                return attempt_call(timeout=max(remaining, 1e-3), metadata=self._metadata)
+            except grpc.RpcError as rpc_error:
+                error = NormdError.from_rpc_error(rpc_error)
+                delay = _retry_delay(error, attempt)
+                if delay is None or time.monotonic() + delay >= deadline:
+                    raise error from None
+                time.sleep(delay)
+                attempt += 1

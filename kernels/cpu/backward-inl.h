@@ -1,0 +1,388 @@
+// Backward's two steps: the sums of dy and dy * (x - shift), and the gradient
+//   dx = dy * scale + ((x - shift) * slope + offset),
+// where dy is what the ReLU's mask lets through of it.
+#if defined(NORMD_KERNELS_CPU_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMD_KERNELS_CPU_BACKWARD_INL_H_
+#undef NORMD_KERNELS_CPU_BACKWARD_INL_H_
+#else
+#define NORMD_KERNELS_CPU_BACKWARD_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/elements-inl.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/moments-inl.h"
+#include "kernels/cpu/normalize-inl.h"
+#include "kernels/cpu/relu_mask-inl.h"
+#include "kernels/cpu/sums-inl.h"
+#include "kernels/cpu/walk-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normd::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// The tensors that are read, as vectors. kMasked: there is a ReLU mask.
+template <class E, bool kMasked>
+struct GradientInput {
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  explicit GradientInput(const BackwardTensors& tensors)
+      : x(static_cast<const E*>(tensors.x)),
+        grad_y(static_cast<const E*>(tensors.grad_y)),
+        mask(tensors.relu_mask) {}
+
+  HWY_INLINE V X(int64_t i) const { return LoadElements(D(), x + i); }
+  HWY_INLINE V GradY(int64_t i) const {
+    const V dy = LoadElements(D(), grad_y + i);
+    if constexpr (kMasked) return hn::IfThenElseZero(ReadMask(D(), mask, i), dy);
+    return dy;
+  }
+  HWY_INLINE V PartialX(int64_t i, size_t n) const { return LoadPartial(D(), x + i, n); }
+  HWY_INLINE V PartialGradY(int64_t i, size_t n) const {
+    const V dy = LoadPartial(D(), grad_y + i, n);
+    if constexpr (kMasked) return hn::IfThenElseZero(ReadMask(D(), mask, i), dy);
+    return dy;
+  }
+
+  const E* x;
+  const E* grad_y;
+  const uint8_t* mask;
+};
+
+// Calls run(input) with the input that the tensors ask for.
+template <class E, class Run>
+HWY_INLINE auto WithInput(const BackwardTensors& tensors, Run run) {
+  if (tensors.relu_mask != nullptr) return run(GradientInput<E, true>(tensors));
+  return run(GradientInput<E, false>(tensors));
+}
+
+// Sums over a run. `weight`: an array along the run, or null.
+template <class E, bool kMasked>
+struct RunSums {
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+  using T = ComputeType<E>;
+
+  explicit RunSums(const GradientInput<E, kMasked>& from) : input(from) {}
+
+  template <int k>
+  HWY_INLINE void Add(int64_t i) {
+    Collect<k>(i, input.GradY(begin + i));
+  }
+  template <int k, class M>
+  HWY_INLINE void Add(int64_t i, M mask) {
+    Collect<k>(i, input.GradY(begin + i), mask);
+  }
+  template <int k>
+  HWY_INLINE void Collect(int64_t i, V gradient) {
+    if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
+    dy[k] = hn::Add(dy[k], gradient);
+    dy_d[k] = hn::MulAdd(gradient, hn::Sub(input.X(begin + i), shift), dy_d[k]);
+  }
+  template <int k, class M>
+  HWY_INLINE void Collect(int64_t i, V gradient, M mask) {
+    if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
+    const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
+    dy[k] = hn::Add(dy[k], hn::IfThenElseZero(mask, gradient));
+    dy_d[k] = hn::Add(dy_d[k], hn::IfThenElseZero(mask, product));
+  }
+  HWY_INLINE void Clear() {
+    for (int k = 0; k < 4; ++k) dy[k] = dy_d[k] = hn::Zero(d);
+  }
+
+  D d;
+  GradientInput<E, kMasked> input;
+  const T* weight = nullptr;
+  V shift;
+  int64_t begin = 0;
+  V dy[4];
+  V dy_d[4];
+};
+
+// A run shorter than a vector.
+template <class E, bool kMasked>
+GradientSums SumsOfShortRun(const GradientInput<E, kMasked>& input, int64_t begin, int64_t length,
+                            const ComputeType<E>* weight, double shift) {
+  GradientSums sums;
+  for (int64_t i = begin; i < begin + length; ++i) {
+    if (kMasked && (input.mask[i / 8] >> (i % 8) & 1) == 0) continue;
+    const double w = weight == nullptr ? 1.0 : static_cast<double>(weight[i - begin]);
+    const double dy = w * static_cast<double>(ScalarAt(input.grad_y, i));
+    sums.dy += dy;
+    sums.dy_d += dy * (static_cast<double>(ScalarAt(input.x, i)) - shift);
+  }
+  return sums;
+}
+
+template <class E>
+GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
+                          const ComputeType<E>* weight, double shift) {
+  return WithInput<E>(tensors, [&](auto input) {
+    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
+    GradientSums total;
+    const Tag<E> d;
+    if (runs.length < static_cast<int64_t>(hn::Lanes(d))) {
+      for (int64_t run = 0; run < runs.count; ++run) {
+        const auto sums =
+            SumsOfShortRun(input, begin + run * runs.stride, runs.length, weight, shift);
+        total.dy += sums.dy;
+        total.dy_d += sums.dy_d;
+      }
+      return total;
+    }
+    RunSums<E, kMasked> sums(input);
+    sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift));
+    sums.Clear();
+    ForEachPiece(
+        d, runs,
+        [&](int64_t run, int64_t piece, int64_t n) NORMD_INLINE_LAMBDA {
+          sums.begin = begin + run * runs.stride + piece;
+          sums.weight = weight == nullptr ? nullptr : weight + piece;
+          AddRun(d, n, sums);
+        },
+        [&](int64_t) NORMD_INLINE_LAMBDA {
+          total.dy += Total(d, sums.dy[0], sums.dy[1], sums.dy[2], sums.dy[3]);
+          total.dy_d += Total(d, sums.dy_d[0], sums.dy_d[1], sums.dy_d[2], sums.dy_d[3]);
+          sums.Clear();
+        });
+    return total;
+  });
+}
+
+template <class E>
+GradientSums SumsOfRuns(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
+                        double shift) {
+  return WeightedSums<E>(tensors, begin, runs, nullptr, shift);
+}
+
+template <class E>
+GradientSums SumsOfRow(const BackwardTensors& tensors, const Row& row) {
+  return WeightedSums<E>(tensors, row.begin, {1, row.count, 0},
+                         static_cast<const ComputeType<E>*>(row.weight), row.shift);
+}
+
+template <class E>
+void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                   const void* shift_array, void* scratch, double* HWY_RESTRICT dy,
+                   double* HWY_RESTRICT dy_d) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t columns = matrix.columns;
+  const T* shift = static_cast<const T*>(shift_array);
+  WithInput<E>(tensors, [&](auto input) {
+    if (columns < lanes) {
+      for (int64_t row = 0; row < matrix.rows; ++row) {
+        for (int64_t j = 0; j < columns; ++j) {
+          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1,
+                                           static_cast<const T*>(nullptr), shift[j]);
+          dy[j] += sums.dy;
+          dy_d[j] += sums.dy_d;
+        }
+      }
+      return;
+    }
+    T* HWY_RESTRICT sum = static_cast<T*>(scratch);
+    T* HWY_RESTRICT product = sum + columns;
+    constexpr int64_t kTogether = 8;
+    const auto add = [&](int64_t row, int64_t count, int64_t j, auto keep) {
+      const auto center = hn::LoadU(d, shift + j);
+      auto s = hn::LoadU(d, sum + j), p = hn::LoadU(d, product + j);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t i = begin + (row + k) * matrix.stride + j;
+        const auto g = input.GradY(i);
+        s = hn::Add(s, keep(g));
+        p = hn::Add(p, keep(hn::Mul(g, hn::Sub(input.X(i), center))));
+      }
+      hn::StoreU(s, d, sum + j);
+      hn::StoreU(p, d, product + j);
+    };
+    for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
+      std::fill(sum, sum + columns, T{0});
+      std::fill(product, product + columns, T{0});
+      const int64_t end = std::min(block + kBlockRows, matrix.rows);
+      for (int64_t row = block; row < end; row += kTogether) {
+        const int64_t count = std::min(kTogether, end - row);
+        int64_t j = 0;
+        for (; j + lanes <= columns; j += lanes) add(row, count, j, [](auto v) { return v; });
+        if (j < columns) {
+          const auto fresh = hn::Not(hn::FirstN(d, static_cast<size_t>(j + lanes - columns)));
+          add(row, count, columns - lanes, [&](auto v) { return hn::IfThenElseZero(fresh, v); });
+        }
+      }
+      for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
+      for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
+    }
+  });
+}
+
+// The walk's operation. kMasked: there is a ReLU mask.
+template <class E, bool kMasked>
+class Gradient {
+ public:
+  using Type = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  explicit Gradient(const BackwardTensors& tensors)
+      : input_(tensors),
+        grad_x_(static_cast<E*>(tensors.grad_x)),
+        grad_residual_(static_cast<E*>(tensors.grad_residual)),
+        stream_(tensors.stream && tensors.grad_x != nullptr),
+        // Both outputs are streamed only if one peel aligns them both.
+        stream_residual_(stream_ && (reinterpret_cast<uintptr_t>(tensors.grad_residual) -
+                                     reinterpret_cast<uintptr_t>(tensors.grad_x)) %
+                                            64 ==
+                                        0),
+        ahead_(tensors.ahead) {}
+
+  int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(grad_x_ + i) : 0; }
+  void Begin(int64_t) {}
+  void End() {}
+
+  template <class At>
+  HWY_INLINE int64_t Vectors(int64_t i, int64_t end, const At& at) {
+    const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};
+    if (input_.x == nullptr) return Loop<false>(i, end, at, input_, out, ahead_);
+    return Loop<true>(i, end, at, input_, out, ahead_);
+  }
+
+  HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
+    const D d;
+    const V dy = input_.PartialGradY(i, n);
+    if (grad_x_ != nullptr) {
+      const V dx =
+          input_.x == nullptr
+              ? hn::Mul(dy, c.scale)
+              : hn::MulAdd(dy, c.scale,
+                           hn::MulAdd(hn::Sub(input_.PartialX(i, n), c.shift), c.slope, c.offset));
+      StorePartial(d, dx, grad_x_ + i, n);
+    }
+    if (grad_residual_ != nullptr) StorePartial(d, dy, grad_residual_ + i, n);
+  }
+
+ private:
+  using Input = GradientInput<E, kMasked>;
+  struct Outputs {
+    E* grad_x;
+    E* grad_residual;
+    bool stream;
+    bool stream_residual;
+  };
+
+  // All by value: what is stored might otherwise be thought to change it.
+  template <bool kNeedsX, class At>
+  static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Input input,
+                                 const Outputs out, const int64_t ahead) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    for (; i + lanes <= end; i += lanes) {
+      const VectorCoefficients<D> c = at(i);
+      if (ahead != 0) {
+        FetchAhead(input.grad_y + i + ahead);
+        if (kNeedsX) FetchAhead(input.x + i + ahead);
+      }
+      const V dy = input.GradY(i);
+      if (out.grad_x != nullptr) {
+        V dx;
+        if constexpr (kNeedsX) {
+          dx = hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(input.X(i), c.shift), c.slope, c.offset));
+        } else {
+          dx = hn::Mul(dy, c.scale);
+        }
+        StoreElements(d, dx, out.grad_x + i, out.stream);
+      }
+      if (out.grad_residual != nullptr) {
+        StoreElements(d, dy, out.grad_residual + i, out.stream_residual);
+      }
+    }
+    return i;
+  }
+
+  Input input_;
+  E* grad_x_;
+  E* grad_residual_;
+  bool stream_;
+  bool stream_residual_;
+  int64_t ahead_;
+};
+
+template <class E, class Run>
+HWY_INLINE void WithGradient(const BackwardTensors& tensors, Run run) {
+  if (tensors.relu_mask != nullptr) {
+    Gradient<E, true> op(tensors);
+    run(op);
+  } else {
+    Gradient<E, false> op(tensors);
+    run(op);
+  }
+}
+
+template <class E>
+void GradientOfPlanes(const BackwardTensors& tensors, const Planes& planes,
+                      const Coefficients& coefficients) {
+  WithGradient<E>(tensors, [&](auto& op) { WalkPlanes(op, planes, coefficients); });
+}
+
+template <class E>
+void GradientOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                       const Coefficients& coefficients) {
+  const ArrayCoefficients<ComputeType<E>> source(coefficients);
+  WithGradient<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
+}
+
+// grad_weight and grad_bias, along the row.
+template <class E, class Input>
+void AddParameterGradients(const Input& input, const Row& row) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  T* grad_weight = static_cast<T*>(row.grad_weight);
+  T* grad_bias = static_cast<T*>(row.grad_bias);
+  const auto shift = hn::Set(d, static_cast<T>(row.shift));
+  const auto invstd = hn::Set(d, static_cast<T>(row.invstd));
+  const auto lost = hn::Set(d, static_cast<T>(row.lost));
+  int64_t j = 0;
+  for (; j + lanes <= row.count; j += lanes) {
+    const auto dy = input.GradY(row.begin + j);
+    const auto normalized = hn::MulAdd(hn::Sub(input.X(row.begin + j), shift), invstd, lost);
+    hn::StoreU(hn::MulAdd(dy, normalized, hn::LoadU(d, grad_weight + j)), d, grad_weight + j);
+    hn::StoreU(hn::Add(dy, hn::LoadU(d, grad_bias + j)), d, grad_bias + j);
+  }
+  if (j < row.count) {
+    const size_t n = static_cast<size_t>(row.count - j);
+    const auto dy = input.PartialGradY(row.begin + j, n);
+    const auto normalized =
+        hn::MulAdd(hn::Sub(input.PartialX(row.begin + j, n), shift), invstd, lost);
+    StorePartial(d, hn::MulAdd(dy, normalized, LoadPartial(d, grad_weight + j, n)), grad_weight + j,
+                 n);
+    StorePartial(d, hn::Add(dy, LoadPartial(d, grad_bias + j, n)), grad_bias + j, n);
+  }
+}
+
+template <class E>
+void GradientOfRow(const BackwardTensors& tensors, const Row& row) {
+  if (row.grad_weight != nullptr) {
+    WithInput<E>(tensors, [&](auto input) { AddParameterGradients<E>(input, row); });
+  }
+  if (tensors.grad_x == nullptr && tensors.grad_residual == nullptr) return;
+  Row coefficients = row;
+  coefficients.lost = 0;  // is in the offset
+  coefficients.bias = nullptr;
+  const RowCoefficients<ComputeType<E>> source(coefficients);
+  BackwardTensors applied = tensors;
+  if (row.constant) applied.x = nullptr;
+  WithGradient<E>(applied, [&](auto& op) {
+    WalkColumns(op, row.begin, {1, row.count, row.count}, source);
+  });
+}
+
+}  // namespace normd::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

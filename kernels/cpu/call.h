@@ -1,0 +1,74 @@
+// One call of the CPU backend, as the three geometries take it.
+//
+//   planes    contiguous tensors whose channels have kSmallestPlane positions or more
+//   columns   channels are neighbours in memory: channels_last, or a position or two
+//   rows      a set is one contiguous row with a weight an element: LayerNorm
+#ifndef NORMD_KERNELS_CPU_CALL_H_
+#define NORMD_KERNELS_CPU_CALL_H_
+
+#include <stop_token>
+
+#include "kernels/backend.h"
+#include "kernels/executor.h"
+#include "kernels/moments.h"
+#include "kernels/problem.h"
+
+namespace normd::cpu {
+
+struct Context {
+  Executor& executor;
+  std::stop_token stop;
+};
+
+struct ForwardCall {
+  const NormProblem& problem;
+  const void* x;
+  void* y;
+  Affine affine;
+  Epilogue epilogue;
+  // One of both: to be written, or to be used.
+  Moments moments;
+  Statistics statistics;
+
+  bool by_batch() const { return moments.mean != nullptr; }
+};
+
+struct BackwardCall {
+  const NormProblem& problem;
+  const BackwardArgs& args;
+
+  bool wants_sums() const {
+    return args.grad_weight != nullptr || args.grad_bias != nullptr ||
+           (args.statistics_of_batch && args.grad_x != nullptr);
+  }
+  bool wants_elements() const { return args.grad_x != nullptr || args.grad_residual != nullptr; }
+};
+
+// Preconditions: the problem is not empty; pointers as backend.h asks.
+Outcome ForwardByPlanes(const ForwardCall& call, const Context& context);
+Outcome ForwardByColumns(const ForwardCall& call, const Context& context);
+Outcome ForwardByRows(const ForwardCall& call, const Context& context);
+Outcome BackwardByPlanes(const BackwardCall& call, const Context& context);
+Outcome BackwardByColumns(const BackwardCall& call, const Context& context);
+Outcome BackwardByRows(const BackwardCall& call, const Context& context);
+
+// Moments of one set in plain double arithmetic, for where the fast sums overflow
+// or x holds NaN or Inf.
+struct SetMoments {
+  double mean;
+  double m2;
+};
+SetMoments ExactMomentsOf(const NormProblem& problem, const void* x, int64_t set);
+
+// Around the mean, or around 0 where the problem is not centered.
+inline SetMoments CenteredAsAsked(const NormProblem& problem, const PartialMoments& moments) {
+  if (problem.center) return {moments.mean, moments.m2};
+  return {0, moments.m2 + moments.count * moments.mean * moments.mean};
+}
+
+// Whether fast sums may be trusted; if not, ExactMomentsOf().
+bool AreSound(const NormProblem& problem, double m2);
+
+}  // namespace normd::cpu
+
+#endif  // NORMD_KERNELS_CPU_CALL_H_

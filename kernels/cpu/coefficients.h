@@ -1,0 +1,184 @@
+// From statistics and parameters to the coefficients of kernels.h.
+#ifndef NORMD_KERNELS_CPU_COEFFICIENTS_H_
+#define NORMD_KERNELS_CPU_COEFFICIENTS_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/shift.h"
+#include "kernels/problem.h"
+
+namespace normd::cpu {
+
+// Memory for a while. Throws std::bad_alloc.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(size_t bytes) : bytes_(new (std::align_val_t{64}) std::byte[bytes + 1]) {}
+
+  template <class T = void>
+  T* Get(size_t offset_bytes = 0) const {
+    return reinterpret_cast<T*>(bytes_.get() + offset_bytes);
+  }
+
+ private:
+  struct Free {
+    void operator()(std::byte* bytes) const { operator delete[](bytes, std::align_val_t{64}); }
+  };
+  std::unique_ptr<std::byte[], Free> bytes_;
+};
+
+// A parameter of each channel, of which there may be none.
+class Parameter {
+ public:
+  Parameter(DType dtype, const void* data, double otherwise)
+      : is_double_(dtype == DType::kFloat64), data_(data), otherwise_(otherwise) {}
+
+  double operator[](int64_t c) const {
+    if (data_ == nullptr) return otherwise_;
+    return is_double_ ? static_cast<const double*>(data_)[c] : static_cast<const float*>(data_)[c];
+  }
+
+ private:
+  bool is_double_;
+  const void* data_;
+  double otherwise_;
+};
+
+// Writes the gradient of a parameter; null: not wanted.
+class ParameterGradient {
+ public:
+  ParameterGradient(DType dtype, void* data) : is_double_(dtype == DType::kFloat64), data_(data) {}
+
+  void Set(int64_t c, double value) const {
+    if (data_ == nullptr) return;
+    if (is_double_) {
+      static_cast<double*>(data_)[c] = value;
+    } else {
+      static_cast<float*>(data_)[c] = static_cast<float>(value);
+    }
+  }
+
+ private:
+  bool is_double_;
+  void* data_;
+};
+
+// `count` values each of the coefficients, in the computing type.
+class CoefficientArrays {
+ public:
+  static constexpr int kShift = 0, kScale = 1, kOffset = 2, kSlope = 3;
+
+  // `kinds`: 3 for forward, 4 for backward.
+  CoefficientArrays(DType dtype, int64_t count, int kinds)
+      : is_double_(dtype == DType::kFloat64),
+        count_(count),
+        kinds_(kinds),
+        memory_(static_cast<size_t>(count * kinds) * (is_double_ ? 8 : 4)) {}
+
+  void Set(int kind, int64_t i, double value) {
+    // A NaN's low bits must be clear: see StoreElements() for bfloat16.
+    if (std::isnan(value)) value = std::numeric_limits<double>::quiet_NaN();
+    const int64_t at = kind * count_ + i;
+    if (is_double_) {
+      memory_.Get<double>()[at] = value;
+    } else {
+      memory_.Get<float>()[at] = static_cast<float>(value);
+    }
+  }
+
+  // Repeats the first `period` of the `count` values from `first` on, through all.
+  void Repeat(int64_t first, int64_t period, int64_t count) {
+    const size_t bytes = is_double_ ? 8 : 4;
+    for (int kind = 0; kind < kinds_ && period < count; ++kind) {
+      std::byte* values =
+          memory_.Get<std::byte>(static_cast<size_t>(kind * count_ + first) * bytes);
+      for (int64_t done = period; done < count; done += period) {
+        const int64_t more = std::min(period, count - done);
+        std::memcpy(values + static_cast<size_t>(done) * bytes, values,
+                    static_cast<size_t>(more) * bytes);
+      }
+    }
+  }
+
+  // From the i-th on.
+  Coefficients From(int64_t i) const {
+    return {At(kShift, i), At(kScale, i), At(kOffset, i), kinds_ == 4 ? At(kSlope, i) : nullptr};
+  }
+
+  const void* At(int kind, int64_t i) const {
+    return memory_.Get(static_cast<size_t>(kind * count_ + i) * (is_double_ ? 8 : 4));
+  }
+
+ private:
+  bool is_double_;
+  int64_t count_;
+  int kinds_;
+  Scratch memory_;
+};
+
+// What a set's elements are normalized by.
+struct SetConstants {
+  // `of_batch`: these are the statistics of the batch itself. Then a channel without
+  // variance and eps gets 0 for 1 / 0, as in PyTorch: y = bias, dx = 0.
+  SetConstants(const NormProblem& problem, double set_mean, double var, bool of_batch)
+      : mean(problem.center ? set_mean : 0),
+        shift(problem.dtype == DType::kFloat64
+                  ? mean
+                  : static_cast<double>(static_cast<float>(ShiftNear(mean, std::sqrt(var))))),
+        residual(std::isfinite(shift) ? mean - shift : 0),
+        invstd(of_batch && problem.reduction == Reduction::kPerChannel && var + problem.eps == 0
+                   ? 0
+                   : 1.0 / std::sqrt(var + problem.eps)) {}
+
+  double mean;
+  double shift;     // near the mean, in the computing type
+  double residual;  // what it lost: mean - shift
+  double invstd;
+};
+
+inline void SetForward(CoefficientArrays& arrays, int64_t i, const SetConstants& set, double weight,
+                       double bias) {
+  const double scale = set.invstd * weight;
+  arrays.Set(CoefficientArrays::kShift, i, set.shift);
+  arrays.Set(CoefficientArrays::kScale, i, scale);
+  arrays.Set(CoefficientArrays::kOffset, i, bias - set.residual * scale);
+}
+
+// grad_weight of a channel from its sums within a set.
+inline double GradWeight(const SetConstants& set, const GradientSums& sums) {
+  return (sums.dy_d - set.residual * sums.dy) * set.invstd;
+}
+
+// The part of dx that all elements of a set share, from the sums over the set of
+// g = dy * weight and of g * x^:
+//   dx = invstd * (g - sum_g / n - x^ * sum_gx / n) = dy * scale + d * slope + offset
+struct SetGradient {
+  SetGradient(const NormProblem& problem, const SetConstants& set, double sum_g, double sum_gx) {
+    const double n = static_cast<double>(problem.set_size());
+    slope = -set.invstd * set.invstd * (sum_gx / n);
+    offset = -set.residual * slope;
+    if (problem.center) offset -= set.invstd * (sum_g / n);
+  }
+  double slope;
+  double offset;
+};
+
+inline void SetBackward(CoefficientArrays& arrays, int64_t i, const SetConstants& set,
+                        double weight, const SetGradient& gradient) {
+  arrays.Set(CoefficientArrays::kShift, i, set.shift);
+  arrays.Set(CoefficientArrays::kScale, i, set.invstd * weight);
+  arrays.Set(CoefficientArrays::kOffset, i, gradient.offset);
+  arrays.Set(CoefficientArrays::kSlope, i, gradient.slope);
+}
+
+}  // namespace normd::cpu
+
+#endif  // NORMD_KERNELS_CPU_COEFFICIENTS_H_

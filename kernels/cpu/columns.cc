@@ -1,0 +1,418 @@
+// Tensors whose neighbours in memory are channels: all norms of channels_last, and
+// BatchNorm of contiguous tensors with hardly any positions.
+//
+// Memory is a matrix whose columns have a channel each. There are `outer` of them
+// (one, or one a sample), each normalized by itself. Rows of few channels are folded:
+// k rows are taken as one of k times the columns, so that every row is whole vectors,
+// and the columns of a channel are merged in the end.
+//
+// Sums are collected by column, never in one pass a channel. A matrix is usually too
+// large for the cache, so it is read twice from memory; the second reading walks back
+// from the end, where the first one ended.
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "kernels/cpu/call.h"
+#include "kernels/cpu/coefficients.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/schedule.h"
+
+namespace normd::cpu {
+namespace {
+
+constexpr int64_t kTile = 1024;           // columns whose sums stay in L1
+constexpr int64_t kFewestColumns = 128;   // after folding
+constexpr int64_t kWidestVector = 16;     // lanes
+constexpr int64_t kWidestFolded = 16384;  // columns
+constexpr int64_t kLargestChunkBytes = int64_t{1} << 20;
+constexpr int64_t kSmallestChunkBytes = int64_t{1} << 17;
+
+struct Geometry {
+  explicit Geometry(const NormProblem& problem) {
+    const bool per_channel = problem.reduction == Reduction::kPerChannel;
+    const bool channels_last = problem.format == MemoryFormat::kChannelsLast;
+    element_bytes = static_cast<int64_t>(SizeOf(problem.dtype));
+    channels = problem.channels;
+    inner = channels_last ? 1 : problem.positions;
+    outer = per_channel ? 1 : problem.batch;
+    base = channels * inner;
+    const int64_t all_rows = problem.size() / base / outer;
+    channels_of_set = per_channel ? 1 : channels / problem.groups;
+    sets = channels / channels_of_set;
+
+    int64_t fold = kWidestVector / std::gcd(base, kWidestVector);
+    if (base * fold < kFewestColumns) fold *= (kFewestColumns - 1) / (base * fold) + 1;
+    if (base * fold > kWidestFolded || fold > all_rows) fold = 1;
+    columns = base * fold;
+    rows = all_rows / fold;
+    tail_columns = all_rows % fold * base;
+
+    tile = columns <= kTile ? columns : kTile;
+    tiles = (columns + tile - 1) / tile;
+    const int64_t bytes = rows * columns * element_bytes;
+    const int64_t chunk_bytes = std::clamp(bytes / 64, kSmallestChunkBytes, kLargestChunkBytes);
+    rows_of_chunk = std::max<int64_t>(128, chunk_bytes / (tile * element_bytes));
+    row_chunks = (rows + rows_of_chunk - 1) / rows_of_chunk;
+  }
+
+  int64_t chunks() const { return row_chunks * tiles; }
+  int64_t ChannelOf(int64_t column) const { return column % base / inner; }
+  int64_t columns_of_set() const { return channels_of_set * inner; }  // before folding
+  // Elements of a matrix, the last rows that do not fill a folded one included.
+  int64_t matrix_size() const { return rows * columns + tail_columns; }
+
+  struct Chunk {
+    int64_t first_column;
+    int64_t partial;  // index of the first column's partial sums
+    int64_t begin;    // offset of the first element, in the tensor
+    Matrix matrix;
+    // The incomplete row after a tile's last chunk; maybe no columns.
+    int64_t tail_begin;
+    Matrix tail;
+  };
+  Chunk ChunkAt(int64_t unit, int64_t index) const {
+    const int64_t row_chunk = index / tiles;
+    const int64_t first_row = row_chunk * rows_of_chunk;
+    const int64_t first = index % tiles * tile;
+    const int64_t width = std::min(tile, columns - first);
+    const int64_t tail_width =
+        row_chunk == row_chunks - 1 ? std::clamp<int64_t>(tail_columns - first, 0, width) : 0;
+    const int64_t start = unit * matrix_size() + first;
+    return {first,
+            PartialAt(unit, row_chunk) + first,
+            start + first_row * columns,
+            Matrix{std::min(rows_of_chunk, rows - first_row), width, columns},
+            start + rows * columns,
+            Matrix{1, tail_width, columns}};
+  }
+  // Partial sums: a value each unit, chunk of rows, and column.
+  int64_t PartialAt(int64_t unit, int64_t row_chunk) const {
+    return (unit * row_chunks + row_chunk) * columns;
+  }
+  int64_t partial_count() const { return PartialAt(outer, 0); }
+
+  int64_t element_bytes, channels, channels_of_set, sets, inner, outer;
+  int64_t base;  // columns before folding
+  int64_t columns, rows, tail_columns;
+  int64_t tile, tiles, rows_of_chunk, row_chunks;
+};
+
+const void* At(const Geometry& geometry, const void* data, int64_t element) {
+  return static_cast<const char*>(data) + element * geometry.element_bytes;
+}
+
+// PartialMoments::Merge(), column by column; all columns have the same counts.
+void MergeMoments(int64_t columns, double count, double* mean, double* m2, double more_count,
+                  const double* more_mean, const double* more_m2) {
+  const double part = more_count / (count + more_count);
+  for (int64_t j = 0; j < columns; ++j) {
+    const double delta = more_mean[j] - mean[j];
+    mean[j] += delta * part;
+    m2[j] += more_m2[j] + delta * delta * (count * part);
+  }
+}
+
+class ForwardJob {
+ public:
+  explicit ForwardJob(const ForwardCall& call)
+      : call_(call),
+        problem_(call.problem),
+        kernels_(ForwardKernelsFor(problem_.dtype)),
+        geometry_(problem_),
+        weight_(problem_.dtype, call.affine.weight, 1),
+        bias_(problem_.dtype, call.affine.bias, 0),
+        arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 3) {
+    const int64_t tensors = call.epilogue.residual == nullptr ? 2 : 3;
+    bytes_ = tensors * problem_.size() * geometry_.element_bytes;
+    tensors_ = {
+        .x = call.x,
+        .y = call.y,
+        .residual = call.epilogue.residual,
+        .relu = call.epilogue.activation == Activation::kRelu,
+        .relu_mask = call.epilogue.relu_mask,
+        .stream = ShouldStream(bytes_, call.y == call.x || call.y == call.epilogue.residual)};
+  }
+
+  Outcome Execute(const Context& context) {
+    if (reduces()) {
+      const auto count = static_cast<size_t>(geometry_.partial_count());
+      mean_ = Scratch(count * sizeof(double));
+      m2_ = Scratch(count * sizeof(double));
+    }
+    return Run(*this, {geometry_.outer, geometry_.chunks(), bytes_}, context);
+  }
+
+  bool reduces() const { return call_.by_batch(); }
+  bool applies() const { return true; }
+
+  void Reduce(int64_t unit, int64_t index) {
+    const auto chunk = geometry_.ChunkAt(unit, index);
+    double scratch[3 * kTile];
+    kernels_.moments_of_columns(At(geometry_, call_.x, chunk.begin), chunk.matrix, scratch,
+                                mean_.Get<double>() + chunk.partial,
+                                m2_.Get<double>() + chunk.partial);
+  }
+
+  void Finish(int64_t unit) {
+    if (reduces()) WriteMoments(unit);
+    const auto constants = [&](int64_t set) {
+      const int64_t i = unit * geometry_.sets + set;
+      if (reduces()) {
+        return SetConstants(problem_, call_.moments.mean[i],
+                            call_.moments.m2[i] / static_cast<double>(problem_.set_size()),
+                            /*of_batch=*/true);
+      }
+      return SetConstants(problem_, call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[i],
+                          call_.statistics.var[i], /*of_batch=*/false);
+    };
+    const int64_t first = unit * geometry_.columns;
+    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
+      const SetConstants of_set = constants(set);
+      for (int64_t end = j + geometry_.columns_of_set(); j < end; ++j) {
+        const int64_t c = geometry_.ChannelOf(j);
+        SetForward(arrays_, first + j, of_set, weight_[c], bias_[c]);
+      }
+    }
+    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+  }
+
+  void Apply(int64_t unit, int64_t index) {
+    const auto chunk = geometry_.ChunkAt(unit, index);
+    const Coefficients coefficients = arrays_.From(unit * geometry_.columns + chunk.first_column);
+    if (chunk.tail.columns != 0) {
+      kernels_.normalize_columns(tensors_, chunk.tail_begin, chunk.tail, coefficients);
+    }
+    kernels_.normalize_columns(tensors_, chunk.begin, chunk.matrix, coefficients);
+  }
+
+ private:
+  // Merges what the chunks found: first the chunks of each column, then the columns
+  // of each set.
+  void WriteMoments(int64_t unit) {
+    double* mean = mean_.Get<double>() + geometry_.PartialAt(unit, 0);
+    double* m2 = m2_.Get<double>() + geometry_.PartialAt(unit, 0);
+    double count = static_cast<double>(std::min(geometry_.rows_of_chunk, geometry_.rows));
+    for (int64_t chunk = 1; chunk < geometry_.row_chunks; ++chunk) {
+      const int64_t first_row = chunk * geometry_.rows_of_chunk;
+      const double more =
+          static_cast<double>(std::min(geometry_.rows_of_chunk, geometry_.rows - first_row));
+      MergeMoments(geometry_.columns, count, mean, m2, more,
+                   mean_.Get<double>() + geometry_.PartialAt(unit, chunk),
+                   m2_.Get<double>() + geometry_.PartialAt(unit, chunk));
+      count += more;
+    }
+    std::vector<PartialMoments> of_sets(static_cast<size_t>(geometry_.sets));
+    const auto merge = [&](int64_t columns, double n, const double* means, const double* m2s) {
+      for (int64_t j = 0; j < columns;) {
+        for (int64_t set = 0; set < geometry_.sets && j < columns; ++set) {
+          PartialMoments& of_set = of_sets[static_cast<size_t>(set)];
+          for (int64_t k = 0; k < geometry_.columns_of_set() && j < columns; ++k, ++j) {
+            of_set.Merge({n, means[j], m2s[j]});
+          }
+        }
+      }
+    };
+    merge(geometry_.columns, count, mean, m2);
+    if (geometry_.tail_columns != 0) {  // single values
+      std::vector<double> value(static_cast<size_t>(geometry_.tail_columns));
+      std::vector<double> zero(value.size());
+      const int64_t begin = unit * geometry_.matrix_size() + geometry_.rows * geometry_.columns;
+      kernels_.moments_of_columns(At(geometry_, call_.x, begin),
+                                  {1, geometry_.tail_columns, geometry_.tail_columns}, nullptr,
+                                  value.data(), zero.data());
+      merge(geometry_.tail_columns, 1, value.data(), zero.data());
+    }
+    for (int64_t set = 0; set < geometry_.sets; ++set) {
+      const int64_t i = unit * geometry_.sets + set;
+      SetMoments moments = CenteredAsAsked(problem_, of_sets[static_cast<size_t>(set)]);
+      if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, i);
+      call_.moments.mean[i] = moments.mean;
+      call_.moments.m2[i] = moments.m2;
+    }
+  }
+
+  const ForwardCall& call_;
+  const NormProblem& problem_;
+  const ForwardKernels& kernels_;
+  const Geometry geometry_;
+  const Parameter weight_;
+  const Parameter bias_;
+  CoefficientArrays arrays_;  // [unit][column]
+  ForwardTensors tensors_;
+  int64_t bytes_;
+  Scratch mean_;  // see Geometry::PartialAt()
+  Scratch m2_;
+};
+
+class BackwardJob {
+ public:
+  explicit BackwardJob(const BackwardCall& call)
+      : call_(call),
+        args_(call.args),
+        problem_(call.problem),
+        kernels_(BackwardKernelsFor(problem_.dtype)),
+        geometry_(problem_),
+        weight_(problem_.dtype, args_.weight, 1),
+        arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
+    const int64_t tensors = (call.wants_sums() ? 2 : 1) + (args_.grad_x == nullptr ? 0 : 1) +
+                            (args_.grad_residual == nullptr ? 0 : 1);
+    bytes_ = tensors * problem_.size() * geometry_.element_bytes;
+    tensors_ = {
+        .x = args_.x,
+        .grad_y = args_.grad_y,
+        .grad_x = args_.grad_x,
+        .grad_residual = args_.grad_residual,
+        .relu_mask = args_.relu_mask,
+        .stream = ShouldStream(bytes_, args_.grad_x == args_.x || args_.grad_x == args_.grad_y ||
+                                           args_.grad_residual == args_.grad_y)};
+    apply_tensors_ = tensors_;
+    if (!args_.statistics_of_batch) apply_tensors_.x = nullptr;  // dx = dy * scale
+  }
+
+  Outcome Execute(const Context& context) {
+    if (reduces()) {
+      for (int64_t unit = 0; unit < geometry_.outer; ++unit) SetShifts(unit);
+      dy_.resize(static_cast<size_t>(geometry_.partial_count()));
+      dy_d_.resize(static_cast<size_t>(geometry_.partial_count()));
+      grad_weight_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
+      grad_bias_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
+    }
+    const Outcome outcome = Run(*this, {geometry_.outer, geometry_.chunks(), bytes_}, context);
+    if (outcome == Outcome::kOk && reduces()) WriteParameterGradients();
+    return outcome;
+  }
+
+  bool reduces() const { return call_.wants_sums(); }
+  bool applies() const { return call_.wants_elements(); }
+
+  void Reduce(int64_t unit, int64_t index) {
+    const auto chunk = geometry_.ChunkAt(unit, index);
+    double scratch[2 * kTile];
+    const void* shift =
+        arrays_.At(CoefficientArrays::kShift, unit * geometry_.columns + chunk.first_column);
+    double* dy = dy_.data() + chunk.partial;
+    double* dy_d = dy_d_.data() + chunk.partial;
+    kernels_.sums_of_columns(tensors_, chunk.begin, chunk.matrix, shift, scratch, dy, dy_d);
+    if (chunk.tail.columns != 0) {
+      kernels_.sums_of_columns(tensors_, chunk.tail_begin, chunk.tail, shift, scratch, dy, dy_d);
+    }
+  }
+
+  void Finish(int64_t unit) {
+    std::vector<double> sum_g(static_cast<size_t>(geometry_.sets));
+    std::vector<double> sum_gx(static_cast<size_t>(geometry_.sets));
+    if (reduces()) MergeSums(unit, sum_g, sum_gx);
+    const int64_t first = unit * geometry_.columns;
+    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
+      const SetConstants constants = ConstantsOf(unit, set);
+      const SetGradient gradient(problem_, constants, sum_g[static_cast<size_t>(set)],
+                                 sum_gx[static_cast<size_t>(set)]);
+      for (int64_t end = j + geometry_.columns_of_set(); j < end; ++j) {
+        SetBackward(arrays_, first + j, constants, weight_[geometry_.ChannelOf(j)], gradient);
+      }
+    }
+    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+  }
+
+  void Apply(int64_t unit, int64_t index) {
+    const auto chunk = geometry_.ChunkAt(unit, index);
+    const Coefficients coefficients = arrays_.From(unit * geometry_.columns + chunk.first_column);
+    if (chunk.tail.columns != 0) {
+      kernels_.gradient_of_columns(apply_tensors_, chunk.tail_begin, chunk.tail, coefficients);
+    }
+    kernels_.gradient_of_columns(apply_tensors_, chunk.begin, chunk.matrix, coefficients);
+  }
+
+ private:
+  SetConstants ConstantsOf(int64_t unit, int64_t set) const {
+    const int64_t i = unit * geometry_.sets + set;
+    return SetConstants(problem_, args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[i],
+                        args_.statistics.var[i], args_.statistics_of_batch);
+  }
+
+  void SetShifts(int64_t unit) {
+    const int64_t first = unit * geometry_.columns;
+    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
+      const double shift = ConstantsOf(unit, set).shift;
+      for (int64_t end = j + geometry_.columns_of_set(); j < end; ++j) {
+        arrays_.Set(CoefficientArrays::kShift, first + j, shift);
+      }
+    }
+    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+  }
+
+  // From the chunks' sums to those of each channel and set.
+  void MergeSums(int64_t unit, std::vector<double>& sum_g, std::vector<double>& sum_gx) {
+    double* dy = dy_.data() + geometry_.PartialAt(unit, 0);
+    double* dy_d = dy_d_.data() + geometry_.PartialAt(unit, 0);
+    for (int64_t chunk = 1; chunk < geometry_.row_chunks; ++chunk) {
+      const double* more_dy = dy_.data() + geometry_.PartialAt(unit, chunk);
+      const double* more_dy_d = dy_d_.data() + geometry_.PartialAt(unit, chunk);
+      for (int64_t j = 0; j < geometry_.columns; ++j) dy[j] += more_dy[j];
+      for (int64_t j = 0; j < geometry_.columns; ++j) dy_d[j] += more_dy_d[j];
+    }
+    for (int64_t j = geometry_.base; j < geometry_.columns; ++j) {
+      dy[j % geometry_.base] += dy[j];
+      dy_d[j % geometry_.base] += dy_d[j];
+    }
+    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
+      const SetConstants constants = ConstantsOf(unit, set);
+      for (int64_t k = 0; k < geometry_.channels_of_set; ++k) {
+        const int64_t c = set * geometry_.channels_of_set + k;
+        GradientSums sums;
+        for (int64_t end = j + geometry_.inner; j < end; ++j) {
+          sums.dy += dy[j];
+          sums.dy_d += dy_d[j];
+        }
+        const auto at = static_cast<size_t>(unit * geometry_.channels + c);
+        grad_bias_[at] = sums.dy;
+        grad_weight_[at] = GradWeight(constants, sums);
+        sum_g[static_cast<size_t>(set)] += weight_[c] * sums.dy;
+        sum_gx[static_cast<size_t>(set)] += weight_[c] * grad_weight_[at];
+      }
+    }
+  }
+
+  void WriteParameterGradients() const {
+    const ParameterGradient grad_weight(problem_.dtype, args_.grad_weight);
+    const ParameterGradient grad_bias(problem_.dtype, args_.grad_bias);
+    for (int64_t c = 0; c < geometry_.channels; ++c) {
+      double weight = 0, bias = 0;
+      for (int64_t unit = 0; unit < geometry_.outer; ++unit) {
+        weight += grad_weight_[static_cast<size_t>(unit * geometry_.channels + c)];
+        bias += grad_bias_[static_cast<size_t>(unit * geometry_.channels + c)];
+      }
+      grad_weight.Set(c, weight);
+      grad_bias.Set(c, bias);
+    }
+  }
+
+  const BackwardCall& call_;
+  const BackwardArgs& args_;
+  const NormProblem& problem_;
+  const BackwardKernels& kernels_;
+  const Geometry geometry_;
+  const Parameter weight_;
+  CoefficientArrays arrays_;  // [unit][column]
+  BackwardTensors tensors_;
+  BackwardTensors apply_tensors_;
+  int64_t bytes_;
+  std::vector<double> dy_;  // see Geometry::PartialAt()
+  std::vector<double> dy_d_;
+  std::vector<double> grad_weight_;  // [unit][channel]
+  std::vector<double> grad_bias_;
+};
+
+}  // namespace
+
+Outcome ForwardByColumns(const ForwardCall& call, const Context& context) {
+  return ForwardJob(call).Execute(context);
+}
+
+Outcome BackwardByColumns(const BackwardCall& call, const Context& context) {
+  return BackwardJob(call).Execute(context);
+}
+
+}  // namespace normd::cpu

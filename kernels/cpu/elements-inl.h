@@ -1,0 +1,153 @@
+// Elements of each data type as vectors of the type that is computed in.
+#if defined(NORMD_KERNELS_CPU_ELEMENTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMD_KERNELS_CPU_ELEMENTS_INL_H_
+#undef NORMD_KERNELS_CPU_ELEMENTS_INL_H_
+#else
+#define NORMD_KERNELS_CPU_ELEMENTS_INL_H_
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "hwy/highway.h"
+#include "kernels/half.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normd::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// A lambda whose captures must stay in registers.
+#undef NORMD_INLINE_LAMBDA
+#define NORMD_INLINE_LAMBDA __attribute__((always_inline))
+
+// E: float, double, Float16 or BFloat16. What it is computed in:
+template <class E>
+using ComputeType = std::conditional_t<std::is_same_v<E, double>, double, float>;
+template <class E>
+using Tag = hn::ScalableTag<ComputeType<E>>;
+template <class E>
+using Vector = hn::Vec<Tag<E>>;
+
+// Lanes of the widest vector that a partial vector's buffer must hold.
+inline constexpr size_t kMaxLanes = 64;
+
+// Highway's own float16 conversion without F16C truncates and loses NaN.
+#if HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR
+inline constexpr bool kNativeFloat16 = false;
+#else
+inline constexpr bool kNativeFloat16 = true;
+#endif
+
+template <class DU32>
+HWY_INLINE hn::Vec<hn::Rebind<float, DU32>> FloatFromHalfBits(DU32 du, hn::Vec<DU32> half) {
+  const hn::Rebind<float, DU32> df;
+  const auto sign = hn::ShiftLeft<16>(hn::And(half, hn::Set(du, 0x8000)));
+  const auto magnitude = hn::ShiftLeft<13>(hn::And(half, hn::Set(du, 0x7fff)));
+  // Scaling by 2^112 moves the exponent's bias and makes subnormals normal.
+  const auto scaled = hn::Mul(hn::BitCast(df, magnitude), hn::Set(df, 0x1p112f));
+  const auto special = hn::Ge(hn::BitCast(df, magnitude), hn::Set(df, 0x1p-96f));  // Inf, NaN
+  const auto bits =
+      hn::IfThenElse(hn::RebindMask(du, special), hn::Or(magnitude, hn::Set(du, 0x7f800000)),
+                     hn::BitCast(du, scaled));
+  return hn::BitCast(df, hn::Or(bits, sign));
+}
+
+template <class DU32>
+HWY_INLINE hn::Vec<DU32> HalfBitsFromFloat(DU32 du, hn::Vec<hn::Rebind<float, DU32>> value) {
+  const hn::Rebind<float, DU32> df;
+  const hn::RebindToSigned<DU32> di;
+  const auto all = hn::BitCast(du, value);
+  const auto sign = hn::ShiftRight<16>(hn::And(all, hn::Set(du, 0x80000000u)));
+  const auto magnitude = hn::And(all, hn::Set(du, 0x7fffffff));
+  const auto less = [&](uint32_t bound) {
+    return hn::RebindMask(
+        du, hn::Lt(hn::BitCast(di, magnitude), hn::Set(di, static_cast<int32_t>(bound))));
+  };
+  // As ToFloat16() in half.h.
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(du, 1));
+  const auto normal =
+      hn::ShiftRight<13>(hn::Add(hn::Sub(magnitude, hn::Set(du, 0x38000000 - 0xfff)), odd));
+  const auto subnormal =
+      hn::Sub(hn::BitCast(du, hn::Add(hn::BitCast(df, magnitude), hn::Set(df, 0.5f))),
+              hn::Set(du, 0x3f000000));
+  const auto special = hn::IfThenElse(less(0x7f800001), hn::Set(du, 0x7c00), hn::Set(du, 0x7e00));
+  const auto finite = hn::IfThenElse(less(0x38800000), subnormal, normal);
+  return hn::Or(sign, hn::IfThenElse(less(0x477ff000), finite, special));
+}
+
+// Lanes(d) elements; `from` needs an element's alignment only.
+template <class D, class E>
+HWY_INLINE hn::Vec<D> LoadElements(D d, const E* from) {
+  if constexpr (std::is_same_v<E, float> || std::is_same_v<E, double>) {
+    return hn::LoadU(d, from);
+  } else {
+    const hn::Rebind<uint16_t, D> du16;
+    const hn::Rebind<uint32_t, D> du32;
+    const auto bits = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(from));
+    if constexpr (std::is_same_v<E, BFloat16>) {
+      return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du32, bits)));
+    } else if constexpr (kNativeFloat16) {
+      const hn::Rebind<hwy::float16_t, D> df16;
+      return hn::PromoteTo(d, hn::BitCast(df16, bits));
+    } else {
+      return FloatFromHalfBits(du32, hn::PromoteTo(du32, bits));
+    }
+  }
+}
+
+// Past the cache if `stream`: `to` is then aligned to what a vector stores.
+template <class DRaw, class VRaw, class Raw>
+HWY_INLINE void StoreRaw(DRaw d, VRaw v, Raw* to, bool stream) {
+  if constexpr (sizeof(Raw) * hn::MaxLanes(DRaw()) >= 16) {
+    if (stream) {
+      hn::Stream(v, d, to);
+      return;
+    }
+  }
+  hn::StoreU(v, d, to);
+}
+
+template <class D, class E>
+HWY_INLINE void StoreElements(D d, hn::Vec<D> v, E* to, bool stream) {
+  if constexpr (std::is_same_v<E, float> || std::is_same_v<E, double>) {
+    StoreRaw(d, v, to, stream);
+  } else {
+    const hn::Rebind<uint16_t, D> du16;
+    const hn::Rebind<uint32_t, D> du32;
+    uint16_t* raw = reinterpret_cast<uint16_t*>(to);
+    if constexpr (std::is_same_v<E, BFloat16>) {
+      // To nearest even. A NaN stays one: it came from a bfloat16 or from the
+      // arithmetic and so has zeros in its low half.
+      const auto bits = hn::BitCast(du32, v);
+      const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du32, 1));
+      const auto rounded = hn::Add(hn::Add(bits, hn::Set(du32, 0x7fff)), odd);
+      StoreRaw(du16, hn::TruncateTo(du16, hn::ShiftRight<16>(rounded)), raw, stream);
+    } else if constexpr (kNativeFloat16) {
+      const hn::Rebind<hwy::float16_t, D> df16;
+      StoreRaw(du16, hn::BitCast(du16, hn::DemoteTo(df16, v)), raw, stream);
+    } else {
+      StoreRaw(du16, hn::TruncateTo(du16, HalfBitsFromFloat(du32, v)), raw, stream);
+    }
+  }
+}
+
+// The `n` elements at `from`, n < Lanes(d), and zeros.
+template <class D, class E>
+HWY_INLINE hn::Vec<D> LoadPartial(D d, const E* from, size_t n) {
+  HWY_ALIGN E buffer[kMaxLanes] = {};
+  std::memcpy(buffer, from, n * sizeof(E));
+  return LoadElements(d, buffer);
+}
+
+template <class D, class E>
+HWY_INLINE void StorePartial(D d, hn::Vec<D> v, E* to, size_t n) {
+  HWY_ALIGN E buffer[kMaxLanes];
+  StoreElements(d, v, buffer, /*stream=*/false);
+  std::memcpy(to, buffer, n * sizeof(E));
+}
+
+}  // namespace normd::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,142 @@
+// The inner loops of the CPU backend, one table a data type, compiled for each
+// instruction set and chosen at run time. They see memory, not norms: runs of
+// contiguous values, columns of a matrix, planes with a coefficient each. Which of
+// them a problem needs, and on which thread, is decided in planes.cc, columns.cc
+// and rows.cc.
+//
+// "Coefficients" and scratch are arrays of the type that is computed in: float,
+// or double for float64 tensors. Offsets, counts and strides are in elements.
+#ifndef NORMD_KERNELS_CPU_KERNELS_H_
+#define NORMD_KERNELS_CPU_KERNELS_H_
+
+#include <cstdint>
+
+#include "kernels/dtype.h"
+#include "kernels/moments.h"
+
+namespace normd::cpu {
+
+// `count` runs of `length` contiguous elements, `stride` apart.
+struct Runs {
+  int64_t count;
+  int64_t length;
+  int64_t stride;
+};
+
+// `rows` rows of `columns` contiguous elements, `stride` apart.
+struct Matrix {
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+};
+
+// What an element is made into, with d = x - shift:
+//   forward    y  = d * scale + offset
+//   backward   dx = dy * scale + (d * slope + offset)
+// shift is the mean rounded to the computing type, so that d is exact where |mean|
+// >> deviation; what the rounding lost is in offset.
+struct Coefficients {
+  const void* shift = nullptr;
+  const void* scale = nullptr;
+  const void* offset = nullptr;
+  const void* slope = nullptr;  // backward only
+};
+
+// A dense range of planes of `plane_size` elements, each with the coefficients at
+// its index. plane_size is kSmallestPlane or more, so that a vector meets two
+// planes at most.
+inline constexpr int64_t kSmallestPlane = 16;
+struct Planes {
+  int64_t begin;  // offset of the first element, in the tensor
+  int64_t count;  // elements
+  int64_t plane_size;
+  int64_t first_plane;  // index of the first element's plane, in the coefficients
+  int64_t skip;         // elements of that plane before `begin`
+};
+
+// One row of a LayerNorm: scalars of the row, arrays along it.
+//   forward    y  = (d * invstd + lost) * weight + bias,   lost = (shift - mean) * invstd
+//   backward   dx = dy * (weight * invstd) + (d * slope + offset)
+// and, in backward, grad_weight += dy * (d * invstd + lost), grad_bias += dy.
+struct Row {
+  int64_t begin;
+  int64_t count;
+  double shift = 0;
+  double invstd = 1;
+  double lost = 0;
+  double slope = 0;
+  double offset = 0;
+  const void* weight = nullptr;  // arrays of `count`
+  const void* bias = nullptr;
+  void* grad_weight = nullptr;  // both or none
+  void* grad_bias = nullptr;
+  bool constant = false;  // constant statistics: dx = dy * (weight * invstd)
+};
+
+struct ForwardTensors {
+  const void* x = nullptr;
+  void* y = nullptr;
+  const void* residual = nullptr;
+  bool relu = false;
+  uint8_t* relu_mask = nullptr;
+  bool stream = false;  // write past the cache
+  // From an element read to one that will be wanted in a while: fetched into the
+  // cache. 0: none.
+  int64_t ahead = 0;
+};
+
+struct BackwardTensors {
+  const void* x = nullptr;  // null: not needed (constant statistics)
+  const void* grad_y = nullptr;
+  void* grad_x = nullptr;  // null: not wanted
+  void* grad_residual = nullptr;
+  const uint8_t* relu_mask = nullptr;
+  bool stream = false;
+  int64_t ahead = 0;
+};
+
+// Sums of dy and of dy * (x - shift).
+struct GradientSums {
+  double dy = 0;
+  double dy_d = 0;
+};
+
+struct ForwardKernels {
+  PartialMoments (*moments_of_runs)(const void* x, const Runs& runs);
+  // Of each column; `scratch`: 3 * columns values.
+  void (*moments_of_columns)(const void* x, const Matrix& matrix, void* scratch, double* mean,
+                             double* m2);
+  void (*normalize_planes)(const ForwardTensors& tensors, const Planes& planes,
+                           const Coefficients& coefficients);
+  // The matrix's first element is `begin` elements into the tensors.
+  void (*normalize_columns)(const ForwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                            const Coefficients& coefficients);
+  void (*normalize_row)(const ForwardTensors& tensors, const Row& row);
+};
+
+struct BackwardKernels {
+  // From element `begin` of the tensors on.
+  GradientSums (*sums_of_runs)(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
+                               double shift);
+  // Added to sums of each column; `scratch`: 2 * columns values.
+  void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                          const void* shift, void* scratch, double* dy, double* dy_d);
+  // Sums over the row of dy * weight.
+  GradientSums (*sums_of_row)(const BackwardTensors& tensors, const Row& row);
+  void (*gradient_of_planes)(const BackwardTensors& tensors, const Planes& planes,
+                             const Coefficients& coefficients);
+  void (*gradient_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                              const Coefficients& coefficients);
+  void (*gradient_of_row)(const BackwardTensors& tensors, const Row& row);
+};
+
+// Of this machine's best instruction set.
+const ForwardKernels& ForwardKernelsFor(DType dtype);
+const BackwardKernels& BackwardKernelsFor(DType dtype);
+
+// Its name: "AVX3" (AVX-512), "AVX2", "SSE4", "SCALAR".
+const char* InstructionSet();
+
+}  // namespace normd::cpu
+
+#endif  // NORMD_KERNELS_CPU_KERNELS_H_

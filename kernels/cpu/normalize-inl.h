@@ -1,0 +1,164 @@
+// y = activation((x - shift) * scale + offset + residual), wherever the
+// coefficients come from.
+#if defined(NORMD_KERNELS_CPU_NORMALIZE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMD_KERNELS_CPU_NORMALIZE_INL_H_
+#undef NORMD_KERNELS_CPU_NORMALIZE_INL_H_
+#else
+#define NORMD_KERNELS_CPU_NORMALIZE_INL_H_
+#endif
+
+#include <cstdint>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/elements-inl.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/relu_mask-inl.h"
+#include "kernels/cpu/walk-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normd::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Elements before `to` + n is aligned as StoreElements(stream) wants it.
+template <class E>
+HWY_INLINE int64_t ElementsUntilAligned(const E* to) {
+  const uintptr_t bytes = hn::Lanes(Tag<E>()) * sizeof(E);
+  const uintptr_t past = reinterpret_cast<uintptr_t>(to) % bytes;
+  return static_cast<int64_t>(past == 0 ? 0 : (bytes - past) / sizeof(E));
+}
+
+template <class E>
+HWY_INLINE void FetchAhead(const E* from) {
+  __builtin_prefetch(from, /*rw=*/0, /*locality=*/2);  // into L2
+}
+
+// kFused: there is a residual or an activation.
+template <class E, bool kFused>
+class Normalize {
+ public:
+  using Type = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  explicit Normalize(const ForwardTensors& tensors)
+      : x_(static_cast<const E*>(tensors.x)),
+        y_(static_cast<E*>(tensors.y)),
+        residual_(static_cast<const E*>(tensors.residual)),
+        relu_(tensors.relu),
+        mask_(tensors.relu_mask),
+        stream_(tensors.stream),
+        ahead_(tensors.ahead) {}
+
+  int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(y_ + i) : 0; }
+
+  void Begin(int64_t i) {
+    if constexpr (kFused) bits_.Begin(mask_, i);
+  }
+
+  template <class At>
+  HWY_INLINE int64_t Vectors(int64_t i, int64_t end, const At& at) {
+    const Tensors tensors{x_, y_, residual_, relu_, mask_ != nullptr, ahead_};
+    return stream_ ? Loop<true>(i, end, at, tensors, bits_)
+                   : Loop<false>(i, end, at, tensors, bits_);
+  }
+
+  HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
+    const D d;
+    V y = hn::MulAdd(hn::Sub(LoadPartial(d, x_ + i, n), c.shift), c.scale, c.offset);
+    if constexpr (kFused) {
+      if (residual_ != nullptr) y = hn::Add(y, LoadPartial(d, residual_ + i, n));
+      if (relu_) y = Activate(y, n, mask_ != nullptr, bits_);
+    }
+    StorePartial(d, y, y_ + i, n);
+  }
+
+  void End() {
+    if constexpr (kFused) bits_.End();
+  }
+
+ private:
+  struct Tensors {
+    const E* x;
+    E* y;
+    const E* residual;
+    bool relu;
+    bool masks;
+    int64_t ahead;
+  };
+
+  // The tensors by value: what is stored might otherwise be thought to change them.
+  template <bool kStream, class At>
+  static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Tensors t,
+                                 MaskWriter& writer) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    MaskWriter bits = writer;
+    for (; i + lanes <= end; i += lanes) {
+      const VectorCoefficients<D> c = at(i);
+      if (t.ahead != 0) FetchAhead(t.x + i + t.ahead);
+      V y = hn::MulAdd(hn::Sub(LoadElements(d, t.x + i), c.shift), c.scale, c.offset);
+      if constexpr (kFused) {
+        if (t.residual != nullptr) y = hn::Add(y, LoadElements(d, t.residual + i));
+        if (t.relu) y = Activate(y, static_cast<size_t>(lanes), t.masks, bits);
+      }
+      StoreElements(d, y, t.y + i, kStream);
+    }
+    if constexpr (kFused) writer = bits;
+    return i;
+  }
+
+  // The first n lanes count.
+  static HWY_INLINE V Activate(V y, size_t n, bool masks, MaskWriter& bits) {
+    const D d;
+    const auto passes = hn::Not(hn::Le(y, hn::Zero(d)));  // NaN passes
+    if (masks) bits.Append(BitsOf(d, passes) & ((uint64_t{1} << n) - 1), n);
+    return hn::IfThenElseZero(passes, y);
+  }
+
+  const E* x_;
+  E* y_;
+  const E* residual_;
+  bool relu_;
+  uint8_t* mask_;
+  bool stream_;
+  int64_t ahead_;
+  MaskWriter bits_;
+};
+
+// Calls run(operation) with the operation that the tensors ask for.
+template <class E, class Run>
+HWY_INLINE void WithNormalize(const ForwardTensors& tensors, Run run) {
+  if (tensors.relu || tensors.residual != nullptr) {
+    Normalize<E, true> op(tensors);
+    run(op);
+  } else {
+    Normalize<E, false> op(tensors);
+    run(op);
+  }
+}
+
+template <class E>
+void NormalizePlanes(const ForwardTensors& tensors, const Planes& planes,
+                     const Coefficients& coefficients) {
+  WithNormalize<E>(tensors, [&](auto& op) { WalkPlanes(op, planes, coefficients); });
+}
+
+template <class E>
+void NormalizeColumns(const ForwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                      const Coefficients& coefficients) {
+  const ArrayCoefficients<ComputeType<E>> source(coefficients);
+  WithNormalize<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
+}
+
+template <class E>
+void NormalizeRow(const ForwardTensors& tensors, const Row& row) {
+  const RowCoefficients<ComputeType<E>> source(row);
+  WithNormalize<E>(tensors, [&](auto& op) {
+    WalkColumns(op, row.begin, {1, row.count, row.count}, source);
+  });
+}
+
+}  // namespace normd::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,390 @@
+// Contiguous tensors, channel by channel: BatchNorm, GroupNorm and InstanceNorm of
+// NCHW.
+//
+// A set is `runs` runs of `subs` planes each, a plane being the positions of one
+// channel; a run of each set follows the other's:
+//
+//   per channel        a channel is a set: its plane in each sample, subs = 1
+//   per sample group   one run, subs = channels of a group
+//
+// A unit is some neighbouring sets, small enough to be still in the cache when they
+// are read for the second time. While one is written, the next is fetched, so that
+// reads and writes of memory overlap.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cpu/call.h"
+#include "kernels/cpu/coefficients.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/schedule.h"
+
+namespace normd::cpu {
+namespace {
+
+constexpr int64_t kLargestUnitBytes = int64_t{3} << 19;   // 1.5 MiB
+constexpr int64_t kSmallestUnitBytes = int64_t{1} << 17;  // 128 KiB
+constexpr int64_t kChunkBytes = int64_t{1} << 20;
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+  int64_t size() const { return end - begin; }
+};
+
+// The k-th of `parts` nearly equal parts of [0, n), cut at multiples of `grain`.
+Range Part(int64_t n, int64_t parts, int64_t k, int64_t grain) {
+  const auto cut = [&](int64_t i) { return i == parts ? n : n * i / parts / grain * grain; };
+  return {cut(k), cut(k + 1)};
+}
+
+struct Geometry {
+  // `tensors`: how many are read in each of both steps.
+  Geometry(const NormProblem& problem, int64_t tensors) {
+    const bool per_channel = problem.reduction == Reduction::kPerChannel;
+    sets = problem.num_sets();
+    runs = per_channel ? problem.batch : 1;
+    subs = per_channel ? 1 : problem.channels / problem.groups;
+    plane = problem.positions;
+    channels = problem.channels;
+    const int64_t set_bytes =
+        runs * run_length() * static_cast<int64_t>(SizeOf(problem.dtype)) * tensors;
+    const int64_t unit_bytes =
+        std::clamp(sets * set_bytes / 32, kSmallestUnitBytes, kLargestUnitBytes);
+    unit_sets = std::clamp<int64_t>(unit_bytes / set_bytes, 1, sets);
+    units = (sets + unit_sets - 1) / unit_sets;
+    if (set_bytes > 2 * kChunkBytes) {
+      const int64_t wanted = std::min<int64_t>(set_bytes / kChunkBytes, 64);
+      run_chunks = std::min(runs, wanted);
+      pieces = std::max<int64_t>(1, std::min(wanted / run_chunks, run_length() / 4096));
+    }
+  }
+
+  int64_t run_length() const { return subs * plane; }
+  int64_t chunks() const { return run_chunks * pieces; }
+  int64_t plane_count() const { return sets * subs; }  // with a coefficient each
+  int64_t ChannelOf(int64_t plane_index) const { return plane_index % channels; }
+
+  Range SetsOf(int64_t unit) const {
+    return {unit * unit_sets, std::min(sets, (unit + 1) * unit_sets)};
+  }
+  Range RunsOf(int64_t chunk) const { return Part(runs, run_chunks, chunk / pieces, 1); }
+  // Elements of each run; all but where a single large set is cut.
+  Range ElementsOf(int64_t chunk) const { return Part(run_length(), pieces, chunk % pieces, 64); }
+  int64_t OffsetOf(int64_t run, int64_t set) const { return (run * sets + set) * run_length(); }
+
+  // Elements from a unit to the next, if both are small.
+  int64_t Ahead(int64_t unit) const {
+    return unit + 1 < units && chunks() == 1 ? unit_sets * run_length() : 0;
+  }
+
+  // Calls visit(planes) for each contiguous range of a chunk.
+  template <class Visit>
+  void ForEachRange(int64_t unit, int64_t chunk, Visit visit) const {
+    const Range own = SetsOf(unit);
+    const Range elements = ElementsOf(chunk);
+    const Range part = RunsOf(chunk);
+    for (int64_t run = part.begin; run < part.end; ++run) {
+      visit(Planes{.begin = OffsetOf(run, own.begin) + elements.begin,
+                   .count = pieces == 1 ? own.size() * run_length() : elements.size(),
+                   .plane_size = plane,
+                   .first_plane = own.begin * subs + elements.begin / plane,
+                   .skip = elements.begin % plane});
+    }
+  }
+
+  int64_t sets, runs, subs, plane, channels;
+  int64_t unit_sets, units;
+  int64_t run_chunks = 1, pieces = 1;
+};
+
+const void* At(const NormProblem& problem, const void* data, int64_t element) {
+  return static_cast<const char*>(data) + element * static_cast<int64_t>(SizeOf(problem.dtype));
+}
+
+// Walks all elements in the order of memory, where nothing is to be summed first.
+template <class Visit>
+Outcome InOrder(const NormProblem& problem, const Geometry& geometry, int64_t bytes,
+                const Context& context, Visit visit) {
+  struct Job {
+    bool reduces() const { return false; }
+    bool applies() const { return true; }
+    void Reduce(int64_t, int64_t) {}
+    void Finish(int64_t) {}
+    void Apply(int64_t, int64_t part) {
+      const Range range = Part(size, parts, part, 64);
+      for (int64_t begin = range.begin; begin < range.end;) {
+        const int64_t within = begin % period;
+        const int64_t count = std::min(range.end - begin, period - within);
+        visit(Planes{.begin = begin,
+                     .count = count,
+                     .plane_size = plane,
+                     .first_plane = within / plane,
+                     .skip = within % plane});
+        begin += count;
+      }
+    }
+    int64_t size, parts, period, plane;
+    Visit visit;
+  };
+  const int64_t parts = std::max<int64_t>(1, bytes / (2 * kChunkBytes));
+  Job job{problem.size(), parts, geometry.sets * geometry.run_length(), geometry.plane, visit};
+  return Run(job, {1, parts, bytes}, context);
+}
+
+class ForwardJob {
+ public:
+  explicit ForwardJob(const ForwardCall& call)
+      : call_(call),
+        problem_(call.problem),
+        kernels_(ForwardKernelsFor(problem_.dtype)),
+        geometry_(problem_, 1),
+        weight_(problem_.dtype, call.affine.weight, 1),
+        bias_(problem_.dtype, call.affine.bias, 0),
+        arrays_(problem_.dtype, geometry_.plane_count(), 3) {
+    const int64_t tensors = call.epilogue.residual == nullptr ? 2 : 3;
+    bytes_ = tensors * problem_.size() * static_cast<int64_t>(SizeOf(problem_.dtype));
+    tensors_ = {
+        .x = call.x,
+        .y = call.y,
+        .residual = call.epilogue.residual,
+        .relu = call.epilogue.activation == Activation::kRelu,
+        .relu_mask = call.epilogue.relu_mask,
+        .stream = ShouldStream(bytes_, call.y == call.x || call.y == call.epilogue.residual)};
+  }
+
+  Outcome Execute(const Context& context) {
+    if (call_.by_batch()) {
+      partial_.resize(static_cast<size_t>(geometry_.sets * geometry_.chunks()));
+      return Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
+    }
+    for (int64_t set = 0; set < geometry_.sets; ++set) {
+      SetCoefficients(set, call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[set],
+                      call_.statistics.var[set]);
+    }
+    return InOrder(problem_, geometry_, bytes_, context, [this](const Planes& planes) {
+      kernels_.normalize_planes(tensors_, planes, arrays_.From(0));
+    });
+  }
+
+  bool reduces() const { return true; }
+  bool applies() const { return true; }
+
+  void Reduce(int64_t unit, int64_t chunk) {
+    const Range sets = geometry_.SetsOf(unit);
+    const Range runs = geometry_.RunsOf(chunk);
+    const Range elements = geometry_.ElementsOf(chunk);
+    for (int64_t set = sets.begin; set < sets.end; ++set) {
+      const int64_t begin = geometry_.OffsetOf(runs.begin, set) + elements.begin;
+      partial_[static_cast<size_t>(set * geometry_.chunks() + chunk)] = kernels_.moments_of_runs(
+          At(problem_, call_.x, begin),
+          {runs.size(), elements.size(), geometry_.sets * geometry_.run_length()});
+    }
+  }
+
+  void Finish(int64_t unit) {
+    const Range sets = geometry_.SetsOf(unit);
+    for (int64_t set = sets.begin; set < sets.end; ++set) {
+      PartialMoments total;
+      for (int64_t chunk = 0; chunk < geometry_.chunks(); ++chunk) {
+        total.Merge(partial_[static_cast<size_t>(set * geometry_.chunks() + chunk)]);
+      }
+      SetMoments moments = CenteredAsAsked(problem_, total);
+      if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, set);
+      call_.moments.mean[set] = moments.mean;
+      call_.moments.m2[set] = moments.m2;
+      SetCoefficients(set, moments.mean, moments.m2 / static_cast<double>(problem_.set_size()));
+    }
+  }
+
+  void Apply(int64_t unit, int64_t chunk) {
+    ForwardTensors tensors = tensors_;
+    tensors.ahead = geometry_.Ahead(unit);
+    geometry_.ForEachRange(unit, chunk, [&](const Planes& planes) {
+      kernels_.normalize_planes(tensors, planes, arrays_.From(0));
+    });
+  }
+
+ private:
+  void SetCoefficients(int64_t set, double mean, double var) {
+    const SetConstants constants(problem_, mean, var, call_.by_batch());
+    for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
+      const int64_t c = geometry_.ChannelOf(plane);
+      SetForward(arrays_, plane, constants, weight_[c], bias_[c]);
+    }
+  }
+
+  const ForwardCall& call_;
+  const NormProblem& problem_;
+  const ForwardKernels& kernels_;
+  const Geometry geometry_;
+  const Parameter weight_;
+  const Parameter bias_;
+  CoefficientArrays arrays_;
+  ForwardTensors tensors_;
+  int64_t bytes_;
+  std::vector<PartialMoments> partial_;  // [set][chunk]
+};
+
+class BackwardJob {
+ public:
+  explicit BackwardJob(const BackwardCall& call)
+      : call_(call),
+        args_(call.args),
+        problem_(call.problem),
+        kernels_(BackwardKernelsFor(problem_.dtype)),
+        geometry_(problem_, 2),
+        weight_(problem_.dtype, args_.weight, 1),
+        arrays_(problem_.dtype, geometry_.plane_count(), 4) {
+    const bool by_batch = args_.statistics_of_batch;
+    const int64_t tensors = (call.wants_sums() ? 2 : 1) + (args_.grad_x == nullptr ? 0 : 1) +
+                            (args_.grad_residual == nullptr ? 0 : 1);
+    bytes_ = tensors * problem_.size() * static_cast<int64_t>(SizeOf(problem_.dtype));
+    tensors_ = {
+        .x = args_.x,
+        .grad_y = args_.grad_y,
+        .grad_x = args_.grad_x,
+        .grad_residual = args_.grad_residual,
+        .relu_mask = args_.relu_mask,
+        .stream = ShouldStream(bytes_, args_.grad_x == args_.x || args_.grad_x == args_.grad_y ||
+                                           args_.grad_residual == args_.grad_y)};
+    apply_tensors_ = tensors_;
+    if (!by_batch) apply_tensors_.x = nullptr;  // constants: dx = dy * scale
+  }
+
+  Outcome Execute(const Context& context) {
+    if (!reduces()) {
+      for (int64_t set = 0; set < geometry_.sets; ++set) SetCoefficients(set, 0, 0);
+      if (!applies()) return Outcome::kOk;
+      return InOrder(problem_, geometry_, bytes_, context, [this](const Planes& planes) {
+        kernels_.gradient_of_planes(apply_tensors_, planes, arrays_.From(0));
+      });
+    }
+    sums_.resize(static_cast<size_t>(geometry_.sets * entries_of_set()));
+    grad_weight_.resize(static_cast<size_t>(geometry_.plane_count()));
+    grad_bias_.resize(static_cast<size_t>(geometry_.plane_count()));
+    const Outcome outcome = Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
+    if (outcome != Outcome::kOk) return outcome;
+    WriteParameterGradients();
+    return outcome;
+  }
+
+  bool reduces() const { return call_.wants_sums(); }
+  bool applies() const { return call_.wants_elements(); }
+
+  void Reduce(int64_t unit, int64_t chunk) {
+    const Range sets = geometry_.SetsOf(unit);
+    const Range runs = geometry_.RunsOf(chunk);
+    const Range elements = geometry_.ElementsOf(chunk);
+    for (int64_t set = sets.begin; set < sets.end; ++set) {
+      const SetConstants constants = ConstantsOf(set);
+      for (int64_t begin = elements.begin; begin < elements.end;) {
+        const int64_t sub = begin / geometry_.plane;
+        const int64_t end = std::min(elements.end, (sub + 1) * geometry_.plane);
+        sums_[EntryOf(set, chunk, sub)] = kernels_.sums_of_runs(
+            tensors_, geometry_.OffsetOf(runs.begin, set) + begin,
+            {runs.size(), end - begin, geometry_.sets * geometry_.run_length()}, constants.shift);
+        begin = end;
+      }
+    }
+  }
+
+  void Finish(int64_t unit) {
+    const Range sets = geometry_.SetsOf(unit);
+    for (int64_t set = sets.begin; set < sets.end; ++set) {
+      const SetConstants constants = ConstantsOf(set);
+      double sum_g = 0, sum_gx = 0;
+      for (int64_t sub = 0; sub < geometry_.subs; ++sub) {
+        const int64_t plane = set * geometry_.subs + sub;
+        GradientSums sums;
+        for (int64_t chunk = 0; chunk < geometry_.chunks(); ++chunk) {
+          const Range elements = geometry_.ElementsOf(chunk);
+          if (elements.end <= sub * geometry_.plane ||
+              elements.begin >= (sub + 1) * geometry_.plane)
+            continue;
+          const GradientSums& part = sums_[EntryOf(set, chunk, sub)];
+          sums.dy += part.dy;
+          sums.dy_d += part.dy_d;
+        }
+        grad_bias_[static_cast<size_t>(plane)] = sums.dy;
+        grad_weight_[static_cast<size_t>(plane)] = GradWeight(constants, sums);
+        const double weight = weight_[geometry_.ChannelOf(plane)];
+        sum_g += weight * sums.dy;
+        sum_gx += weight * grad_weight_[static_cast<size_t>(plane)];
+      }
+      SetCoefficients(set, sum_g, sum_gx);
+    }
+  }
+
+  void Apply(int64_t unit, int64_t chunk) {
+    BackwardTensors tensors = apply_tensors_;
+    tensors.ahead = geometry_.Ahead(unit);
+    geometry_.ForEachRange(unit, chunk, [&](const Planes& planes) {
+      kernels_.gradient_of_planes(tensors, planes, arrays_.From(0));
+    });
+  }
+
+ private:
+  SetConstants ConstantsOf(int64_t set) const {
+    return SetConstants(problem_, args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[set],
+                        args_.statistics.var[set], args_.statistics_of_batch);
+  }
+
+  // A plane that is cut between two pieces has an entry in each.
+  int64_t entries_of_set() const {
+    return geometry_.run_chunks * (geometry_.subs + geometry_.pieces - 1);
+  }
+  size_t EntryOf(int64_t set, int64_t chunk, int64_t sub) const {
+    const int64_t of_run = geometry_.subs + geometry_.pieces - 1;
+    return static_cast<size_t>(set * entries_of_set() + chunk / geometry_.pieces * of_run + sub +
+                               chunk % geometry_.pieces);
+  }
+
+  void SetCoefficients(int64_t set, double sum_g, double sum_gx) {
+    const SetConstants constants = ConstantsOf(set);
+    const SetGradient gradient(problem_, constants, sum_g, sum_gx);
+    for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
+      SetBackward(arrays_, plane, constants, weight_[geometry_.ChannelOf(plane)], gradient);
+    }
+  }
+
+  void WriteParameterGradients() const {
+    const ParameterGradient grad_weight(problem_.dtype, args_.grad_weight);
+    const ParameterGradient grad_bias(problem_.dtype, args_.grad_bias);
+    for (int64_t c = 0; c < geometry_.channels; ++c) {
+      double weight = 0, bias = 0;
+      for (int64_t plane = c; plane < geometry_.plane_count(); plane += geometry_.channels) {
+        weight += grad_weight_[static_cast<size_t>(plane)];
+        bias += grad_bias_[static_cast<size_t>(plane)];
+      }
+      grad_weight.Set(c, weight);
+      grad_bias.Set(c, bias);
+    }
+  }
+
+  const BackwardCall& call_;
+  const BackwardArgs& args_;
+  const NormProblem& problem_;
+  const BackwardKernels& kernels_;
+  const Geometry geometry_;
+  const Parameter weight_;
+  CoefficientArrays arrays_;
+  BackwardTensors tensors_;
+  BackwardTensors apply_tensors_;
+  int64_t bytes_;
+  std::vector<GradientSums> sums_;   // see EntryOf()
+  std::vector<double> grad_weight_;  // a plane
+  std::vector<double> grad_bias_;    // a plane
+};
+
+}  // namespace
+
+Outcome ForwardByPlanes(const ForwardCall& call, const Context& context) {
+  return ForwardJob(call).Execute(context);
+}
+
+Outcome BackwardByPlanes(const BackwardCall& call, const Context& context) {
+  return BackwardJob(call).Execute(context);
+}
+
+}  // namespace normd::cpu

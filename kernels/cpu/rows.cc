@@ -1,0 +1,283 @@
+// LayerNorm and its like: a set is one contiguous row, with a weight and a bias for
+// each of its elements. A row is read from memory once: it is still in the nearest
+// cache when it is written.
+//
+// A unit is some rows. The gradients of weight and bias are summed in floats over a
+// few rows, then in doubles over a unit, then over the units in their order.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cpu/call.h"
+#include "kernels/cpu/coefficients.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/schedule.h"
+
+namespace normd::cpu {
+namespace {
+
+constexpr int64_t kUnitBytes = int64_t{1} << 18;
+constexpr int64_t kMostBackwardUnits = 64;
+constexpr int64_t kRowsInFloat = 64;
+
+struct Geometry {
+  explicit Geometry(const NormProblem& problem) {
+    rows = problem.num_sets();
+    length = problem.set_size();
+    element_bytes = static_cast<int64_t>(SizeOf(problem.dtype));
+    inner = problem.positions;
+    parameters = problem.channels * inner;
+    unit_rows = std::clamp<int64_t>(kUnitBytes / (length * element_bytes), 1, rows);
+  }
+
+  // Few enough units that their sums are a small part of the data.
+  void CutForBackward() {
+    unit_rows = std::max(unit_rows, std::min<int64_t>(rows, 16));
+    unit_rows = std::max(unit_rows, (rows + kMostBackwardUnits - 1) / kMostBackwardUnits);
+  }
+
+  int64_t units() const { return (rows + unit_rows - 1) / unit_rows; }
+  int64_t FirstRow(int64_t unit) const { return unit * unit_rows; }
+  int64_t LastRow(int64_t unit) const { return std::min(rows, (unit + 1) * unit_rows); }
+  // Where a row's parameters begin: groups take turns.
+  int64_t ParameterOf(int64_t row) const { return row * length % parameters; }
+
+  int64_t rows, length, element_bytes;
+  int64_t inner;       // elements with the same weight
+  int64_t parameters;  // elements of one sample
+  int64_t unit_rows;
+};
+
+// Weight or bias of each element of a sample, in the computing type: the caller's
+// own array if it is that already.
+class Expanded {
+ public:
+  Expanded(const NormProblem& problem, const Geometry& geometry, const void* data, double otherwise)
+      : width_(static_cast<int64_t>(SizeOf(problem.parameter_dtype()))), data_(data) {
+    if (data != nullptr && geometry.inner == 1) return;
+    const Parameter values(problem.dtype, data, otherwise);
+    memory_ = Scratch(static_cast<size_t>(geometry.parameters * width_));
+    for (int64_t i = 0; i < geometry.parameters; ++i) {
+      const double value = values[i / geometry.inner];
+      if (width_ == 8) {
+        memory_.Get<double>()[i] = value;
+      } else {
+        memory_.Get<float>()[i] = static_cast<float>(value);
+      }
+    }
+    data_ = memory_.Get();
+  }
+
+  const void* From(int64_t i) const { return static_cast<const char*>(data_) + i * width_; }
+
+ private:
+  int64_t width_;
+  const void* data_;
+  Scratch memory_;
+};
+
+class ForwardJob {
+ public:
+  explicit ForwardJob(const ForwardCall& call)
+      : call_(call),
+        problem_(call.problem),
+        kernels_(ForwardKernelsFor(problem_.dtype)),
+        geometry_(problem_),
+        weight_(problem_, geometry_, call.affine.weight, 1),
+        bias_(problem_, geometry_, call.affine.bias, 0) {
+    const int64_t tensors = call.epilogue.residual == nullptr ? 2 : 3;
+    bytes_ = tensors * problem_.size() * geometry_.element_bytes;
+    tensors_ = {
+        .x = call.x,
+        .y = call.y,
+        .residual = call.epilogue.residual,
+        .relu = call.epilogue.activation == Activation::kRelu,
+        .relu_mask = call.epilogue.relu_mask,
+        .stream = ShouldStream(bytes_, call.y == call.x || call.y == call.epilogue.residual)};
+  }
+
+  Outcome Execute(const Context& context) {
+    return Run(*this, {geometry_.units(), 1, bytes_}, context);
+  }
+
+  bool reduces() const { return false; }
+  bool applies() const { return true; }
+  void Reduce(int64_t, int64_t) {}
+  void Finish(int64_t) {}
+
+  void Apply(int64_t unit, int64_t) {
+    for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
+      const SetConstants set = ConstantsOf(row);
+      const int64_t parameter = geometry_.ParameterOf(row);
+      kernels_.normalize_row(tensors_, {.begin = row * geometry_.length,
+                                        .count = geometry_.length,
+                                        .shift = set.shift,
+                                        .invstd = set.invstd,
+                                        .lost = -set.residual * set.invstd,
+                                        .weight = weight_.From(parameter),
+                                        .bias = bias_.From(parameter)});
+    }
+  }
+
+ private:
+  SetConstants ConstantsOf(int64_t row) {
+    if (!call_.by_batch()) {
+      return SetConstants(problem_,
+                          call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[row],
+                          call_.statistics.var[row], /*of_batch=*/false);
+    }
+    const void* begin =
+        static_cast<const char*>(call_.x) + row * geometry_.length * geometry_.element_bytes;
+    SetMoments moments =
+        CenteredAsAsked(problem_, kernels_.moments_of_runs(begin, {1, geometry_.length, 0}));
+    if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, row);
+    call_.moments.mean[row] = moments.mean;
+    call_.moments.m2[row] = moments.m2;
+    return SetConstants(problem_, moments.mean,
+                        moments.m2 / static_cast<double>(problem_.set_size()), /*of_batch=*/true);
+  }
+
+  const ForwardCall& call_;
+  const NormProblem& problem_;
+  const ForwardKernels& kernels_;
+  const Geometry geometry_;
+  const Expanded weight_;
+  const Expanded bias_;
+  ForwardTensors tensors_;
+  int64_t bytes_;
+};
+
+class BackwardJob {
+ public:
+  explicit BackwardJob(const BackwardCall& call)
+      : call_(call),
+        args_(call.args),
+        problem_(call.problem),
+        kernels_(BackwardKernelsFor(problem_.dtype)),
+        geometry_(problem_),
+        weight_(problem_, geometry_, args_.weight, 1) {
+    geometry_.CutForBackward();
+    const int64_t tensors = (call.wants_sums() ? 2 : 1) + (args_.grad_x == nullptr ? 0 : 1) +
+                            (args_.grad_residual == nullptr ? 0 : 1);
+    bytes_ = tensors * problem_.size() * geometry_.element_bytes;
+    tensors_ = {
+        .x = args_.x,
+        .grad_y = args_.grad_y,
+        .grad_x = args_.grad_x,
+        .grad_residual = args_.grad_residual,
+        .relu_mask = args_.relu_mask,
+        .stream = ShouldStream(bytes_, args_.grad_x == args_.x || args_.grad_x == args_.grad_y ||
+                                           args_.grad_residual == args_.grad_y)};
+  }
+
+  Outcome Execute(const Context& context) {
+    if (wants_parameters()) {
+      totals_.resize(static_cast<size_t>(geometry_.units() * 2 * geometry_.parameters));
+    }
+    const Outcome outcome = Run(*this, {geometry_.units(), 1, bytes_}, context);
+    if (outcome == Outcome::kOk && wants_parameters()) WriteParameterGradients();
+    return outcome;
+  }
+
+  bool reduces() const { return false; }
+  bool applies() const { return call_.wants_elements() || wants_parameters(); }
+  void Reduce(int64_t, int64_t) {}
+  void Finish(int64_t) {}
+
+  void Apply(int64_t unit, int64_t) {
+    const bool is_double = problem_.dtype == DType::kFloat64;
+    const int64_t width = is_double ? 8 : 4;
+    const int64_t values = 2 * geometry_.parameters;  // grad_weight, grad_bias
+    Scratch sums;
+    if (wants_parameters()) {
+      sums = Scratch(static_cast<size_t>(values * width));
+      std::memset(sums.Get(), 0, static_cast<size_t>(values * width));
+    }
+    const auto flush = [&] {
+      double* total = totals_.data() + unit * values;
+      for (int64_t i = 0; i < values; ++i) {
+        total[i] += is_double ? sums.Get<double>()[i] : sums.Get<float>()[i];
+      }
+      std::memset(sums.Get(), 0, static_cast<size_t>(values * width));
+    };
+
+    int64_t pending = 0;
+    for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
+      const SetConstants set(problem_,
+                             args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[row],
+                             args_.statistics.var[row], args_.statistics_of_batch);
+      const int64_t parameter = geometry_.ParameterOf(row);
+      Row of_row{.begin = row * geometry_.length,
+                 .count = geometry_.length,
+                 .shift = set.shift,
+                 .invstd = set.invstd,
+                 .lost = -set.residual * set.invstd,
+                 .weight = weight_.From(parameter)};
+      BackwardTensors tensors = tensors_;
+      if (args_.statistics_of_batch && args_.grad_x != nullptr) {
+        const GradientSums g = kernels_.sums_of_row(tensors, of_row);
+        const SetGradient gradient(problem_, set, g.dy, GradWeight(set, g));
+        of_row.slope = gradient.slope;
+        of_row.offset = gradient.offset;
+      }
+      if (wants_parameters()) {
+        of_row.grad_weight = sums.Get(static_cast<size_t>(parameter * width));
+        of_row.grad_bias =
+            sums.Get(static_cast<size_t>((geometry_.parameters + parameter) * width));
+      }
+      of_row.constant = !args_.statistics_of_batch;
+      kernels_.gradient_of_row(tensors, of_row);
+      if (wants_parameters() && ++pending == kRowsInFloat) {
+        flush();
+        pending = 0;
+      }
+    }
+    if (pending != 0) flush();
+  }
+
+ private:
+  bool wants_parameters() const {
+    return args_.grad_weight != nullptr || args_.grad_bias != nullptr;
+  }
+
+  void WriteParameterGradients() const {
+    const ParameterGradient grad_weight(problem_.dtype, args_.grad_weight);
+    const ParameterGradient grad_bias(problem_.dtype, args_.grad_bias);
+    std::vector<double> total(static_cast<size_t>(2 * geometry_.parameters));
+    for (int64_t unit = 0; unit < geometry_.units(); ++unit) {
+      const double* of_unit = totals_.data() + unit * 2 * geometry_.parameters;
+      for (size_t i = 0; i < total.size(); ++i) total[i] += of_unit[i];
+    }
+    for (int64_t c = 0; c < problem_.channels; ++c) {
+      double weight = 0, bias = 0;
+      for (int64_t i = c * geometry_.inner; i < (c + 1) * geometry_.inner; ++i) {
+        weight += total[static_cast<size_t>(i)];
+        bias += total[static_cast<size_t>(geometry_.parameters + i)];
+      }
+      grad_weight.Set(c, weight);
+      grad_bias.Set(c, bias);
+    }
+  }
+
+  const BackwardCall& call_;
+  const BackwardArgs& args_;
+  const NormProblem& problem_;
+  const BackwardKernels& kernels_;
+  Geometry geometry_;
+  const Expanded weight_;
+  BackwardTensors tensors_;
+  int64_t bytes_;
+  std::vector<double> totals_;  // [unit][grad_weight or grad_bias][element]
+};
+
+}  // namespace
+
+Outcome ForwardByRows(const ForwardCall& call, const Context& context) {
+  return ForwardJob(call).Execute(context);
+}
+
+Outcome BackwardByRows(const BackwardCall& call, const Context& context) {
+  return BackwardJob(call).Execute(context);
+}
+
+}  // namespace normd::cpu

@@ -1,0 +1,87 @@
+// How the work of a call is spread over threads.
+//
+// A call is cut into units, normalized each by itself (some channels, a sample, some
+// rows), and a unit into chunks. The cut comes from the problem alone, never from the
+// number of threads, and partial sums are merged in the order of the chunks: so the
+// answer is the same to the last bit on any number of threads.
+#ifndef NORMD_KERNELS_CPU_SCHEDULE_H_
+#define NORMD_KERNELS_CPU_SCHEDULE_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <stop_token>
+
+#include "kernels/backend.h"
+#include "kernels/cpu/cache.h"
+#include "kernels/cpu/call.h"
+
+namespace normd::cpu {
+
+// A call whose tensors are smaller than this is done by the thread that asked:
+// waking another would take longer.
+inline constexpr int64_t kBytesWorthThreads = int64_t{1} << 20;
+
+struct Cut {
+  int64_t units;
+  int64_t chunks;  // of each unit
+  int64_t bytes;   // of all tensors
+};
+
+// Job:
+//   bool reduces()                   whether there is a first step at all
+//   bool applies()                   whether there is a second
+//   void Reduce(unit, chunk)         partial sums of a chunk
+//   void Finish(unit)                from all of its partial sums to coefficients
+//   void Apply(unit, chunk)          writes a chunk
+template <class Job>
+Outcome Run(Job& job, const Cut& cut, const Context& context) {
+  SerialExecutor serial;
+  Executor& executor = cut.bytes < kBytesWorthThreads ? serial : context.executor;
+  std::atomic<bool> stopped = false;
+  const auto go_on = [&] {
+    if (!context.stop.stop_requested()) return true;
+    stopped.store(true, std::memory_order_relaxed);
+    return false;
+  };
+  const auto reduce = [&](int64_t unit, int64_t chunk) {
+    if (go_on()) job.Reduce(unit, chunk);
+  };
+  // Last chunk first: that is what the cache still holds of a unit larger than it.
+  const auto apply = [&](int64_t unit, int64_t chunk) {
+    if (!go_on()) return;
+    job.Apply(unit, cut.chunks - 1 - chunk);
+    FlushStreams();
+  };
+
+  if (executor.concurrency() == 1 || cut.chunks == 1 || cut.units >= 4 * executor.concurrency()) {
+    // A thread does a unit from beginning to end while it lies in its cache.
+    executor.ParallelFor(cut.units, [&](int64_t unit) {
+      if (job.reduces()) {
+        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) reduce(unit, chunk);
+      }
+      if (stopped.load(std::memory_order_relaxed)) return;
+      job.Finish(unit);
+      if (job.applies()) {
+        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) apply(unit, chunk);
+      }
+    });
+  } else {
+    // Few large units: all threads work on one.
+    for (int64_t unit = 0; unit < cut.units; ++unit) {
+      if (job.reduces()) {
+        executor.ParallelFor(cut.chunks, [&](int64_t chunk) { reduce(unit, chunk); });
+      }
+      if (stopped.load(std::memory_order_relaxed)) break;
+      job.Finish(unit);
+      if (job.applies()) {
+        executor.ParallelFor(cut.chunks, [&](int64_t chunk) { apply(unit, chunk); });
+      }
+    }
+  }
+  return stopped.load() ? Outcome::kStopped : Outcome::kOk;
+}
+
+}  // namespace normd::cpu
+
+#endif  // NORMD_KERNELS_CPU_SCHEDULE_H_

@@ -1,0 +1,99 @@
+// Running over contiguous elements with independent accumulators.
+#if defined(NORMD_KERNELS_CPU_SUMS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMD_KERNELS_CPU_SUMS_INL_H_
+#undef NORMD_KERNELS_CPU_SUMS_INL_H_
+#else
+#define NORMD_KERNELS_CPU_SUMS_INL_H_
+#endif
+
+#include <cstdint>
+
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normd::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Elements that are summed in the computing type before the sums go into doubles:
+// with four accumulators of a vector each, no float collects more than about 64
+// rounding errors.
+template <class D>
+HWY_INLINE int64_t BlockOf(D d) {
+  return 256 * static_cast<int64_t>(hn::Lanes(d));
+}
+// The same for columns, whose accumulators collect a row each.
+inline constexpr int64_t kBlockRows = 128;
+
+// Adds elements [0, n), n >= Lanes(d), to `sums`, which has
+//   Add<k>(i)              the vector at i, to accumulator k of 4
+//   Add<k>(i, mask)        those of its lanes that are in the mask
+template <class D, class Sums>
+HWY_INLINE void AddRun(D d, int64_t n, Sums& sums) {
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    sums.template Add<0>(i);
+    sums.template Add<1>(i + lanes);
+    sums.template Add<2>(i + 2 * lanes);
+    sums.template Add<3>(i + 3 * lanes);
+  }
+  if (i + lanes <= n) sums.template Add<0>(i), i += lanes;
+  if (i + lanes <= n) sums.template Add<1>(i), i += lanes;
+  if (i + lanes <= n) sums.template Add<2>(i), i += lanes;
+  if (i < n) {  // the run's last vector, without the lanes that have been added
+    const auto seen = hn::FirstN(d, static_cast<size_t>(lanes - (n - i)));
+    sums.template Add<3>(n - lanes, hn::Not(seen));
+  }
+}
+
+// Calls add(run, begin, n) for pieces of the runs and flush(elements) after about
+// every BlockOf(d) elements. No piece is shorter than a vector, if the runs are not.
+// Both are called from one place each, so that the sums stay in registers.
+template <class D, class Add, class Flush>
+HWY_INLINE void ForEachPiece(D d, const Runs& runs, Add add, Flush flush) {
+  const int64_t block = BlockOf(d);
+  int64_t pending = 0;
+  for (int64_t run = 0, begin = 0; run < runs.count;) {
+    const int64_t rest = runs.length - begin;
+    const int64_t n = rest < block + block / 2 ? rest : block;
+    add(run, begin, n);
+    pending += n;
+    begin += n;
+    if (begin == runs.length) {
+      begin = 0;
+      ++run;
+    }
+    if (pending + n / 2 > block || run == runs.count) {
+      flush(pending);
+      pending = 0;
+    }
+  }
+}
+
+// The lanes' sum. In double: a block's sum in float would be off by more than all
+// the roundings before, and what it is off by counts dy times in a gradient.
+template <class D>
+HWY_INLINE double SumInDouble([[maybe_unused]] D d, hn::Vec<D> v) {
+#if HWY_TARGET == HWY_SCALAR
+  return static_cast<double>(hn::GetLane(v));
+#else
+  if constexpr (sizeof(hn::TFromD<D>) == sizeof(double)) {
+    return hn::GetLane(hn::SumOfLanes(d, v));
+  } else {
+    const hn::Half<D> half;
+    const hn::Repartition<double, D> wide;
+    return hn::GetLane(hn::SumOfLanes(wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
+                                                    hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
+  }
+#endif
+}
+
+template <class D>
+HWY_INLINE double Total(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c, hn::Vec<D> e) {
+  return SumInDouble(d, a) + SumInDouble(d, b) + SumInDouble(d, c) + SumInDouble(d, e);
+}
+
+}  // namespace normd::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

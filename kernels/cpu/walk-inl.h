@@ -1,0 +1,187 @@
+// Walks over elements with the coefficients that each of them has. An operation
+// (Normalize, Gradient) is the same wherever its coefficients come from:
+//
+//   Op::Type                              float or double
+//   op.Begin(i)                           elements from i on follow, without gaps
+//   op.Vectors(i, end, at)                whole vectors from i on that end by `end`, with
+//                                         the coefficients at(i); returns where it stopped
+//   op.Partial(i, n, coefficients)        n elements, n < Lanes()
+//   op.End()
+//   op.UntilAligned(i)                    elements before a vector may be stored
+#if defined(NORMD_KERNELS_CPU_WALK_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMD_KERNELS_CPU_WALK_INL_H_
+#undef NORMD_KERNELS_CPU_WALK_INL_H_
+#else
+#define NORMD_KERNELS_CPU_WALK_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstdint>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/elements-inl.h"
+#include "kernels/cpu/kernels.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normd::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <class D>
+HWY_INLINE hn::Vec<D> PartialVector(D d, const hn::TFromD<D>* from, size_t n) {
+  return LoadPartial(d, from, n);
+}
+
+// A vector of each coefficient.
+template <class D>
+struct VectorCoefficients {
+  hn::Vec<D> shift, scale, offset, slope;
+};
+
+// Coefficients as arrays; a forward's slope is never read.
+template <class T>
+struct ArrayCoefficients {
+  explicit ArrayCoefficients(const Coefficients& from)
+      : shift(static_cast<const T*>(from.shift)),
+        scale(static_cast<const T*>(from.scale)),
+        offset(static_cast<const T*>(from.offset)),
+        slope(static_cast<const T*>(from.slope == nullptr ? from.offset : from.slope)) {}
+
+  // Those at `i`, in each lane.
+  template <class D>
+  HWY_INLINE VectorCoefficients<D> Broadcast(D d, int64_t i) const {
+    return {hn::Set(d, shift[i]), hn::Set(d, scale[i]), hn::Set(d, offset[i]),
+            hn::Set(d, slope[i])};
+  }
+
+  // Those from `i` on, a lane each.
+  template <class D>
+  HWY_INLINE VectorCoefficients<D> Load(D d, int64_t i) const {
+    return {hn::LoadU(d, shift + i), hn::LoadU(d, scale + i), hn::LoadU(d, offset + i),
+            hn::LoadU(d, slope + i)};
+  }
+
+  template <class D>
+  HWY_INLINE VectorCoefficients<D> LoadPartial(D d, int64_t i, size_t n) const {
+    return {PartialVector(d, shift + i, n), PartialVector(d, scale + i, n),
+            PartialVector(d, offset + i, n), PartialVector(d, slope + i, n)};
+  }
+
+  const T* shift;
+  const T* scale;
+  const T* offset;
+  const T* slope;
+};
+
+// LayerNorm's: scalars of a row, weight and bias along it.
+template <class T>
+struct RowCoefficients {
+  explicit RowCoefficients(const Row& row)
+      : shift(static_cast<T>(row.shift)),
+        invstd(static_cast<T>(row.invstd)),
+        lost(static_cast<T>(row.lost)),
+        slope(static_cast<T>(row.slope)),
+        offset(static_cast<T>(row.offset)),
+        weight(static_cast<const T*>(row.weight)),
+        bias(static_cast<const T*>(row.bias)) {}
+
+  template <class D>
+  HWY_INLINE VectorCoefficients<D> Make(D d, hn::Vec<D> w, hn::Vec<D> b) const {
+    return {hn::Set(d, shift), hn::Mul(w, hn::Set(d, invstd)), hn::MulAdd(w, hn::Set(d, lost), b),
+            hn::Set(d, slope)};
+  }
+
+  template <class D>
+  HWY_INLINE VectorCoefficients<D> Load(D d, int64_t i) const {
+    return Make(d, hn::LoadU(d, weight + i),
+                bias == nullptr ? hn::Set(d, offset) : hn::LoadU(d, bias + i));
+  }
+
+  template <class D>
+  HWY_INLINE VectorCoefficients<D> LoadPartial(D d, int64_t i, size_t n) const {
+    return Make(d, PartialVector(d, weight + i, n),
+                bias == nullptr ? hn::Set(d, offset) : PartialVector(d, bias + i, n));
+  }
+
+  const T shift, invstd, lost, slope, offset;
+  const T* weight;
+  const T* bias;  // null: offset
+};
+
+template <class Op>
+void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) {
+  using T = typename Op::Type;
+  const hn::ScalableTag<T> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const ArrayCoefficients<T> arrays(coefficients);
+
+  int64_t i = planes.begin;
+  const int64_t end = planes.begin + planes.count;
+  int64_t plane = planes.first_plane;
+  int64_t plane_end = i - planes.skip + planes.plane_size;
+  // Fewer than a vector, one plane at a time.
+  const auto partial = [&](int64_t until) {
+    while (i < until) {
+      const int64_t n = std::min(until, plane_end) - i;
+      op.Partial(i, static_cast<size_t>(n), arrays.Broadcast(d, plane));
+      i += n;
+      if (i == plane_end) {
+        ++plane;
+        plane_end += planes.plane_size;
+      }
+    }
+  };
+
+  op.Begin(i);
+  partial(std::min(end, i + op.UntilAligned(i)));
+  while (i + lanes <= end) {
+    if (i == plane_end) {
+      ++plane;
+      plane_end += planes.plane_size;
+    }
+    auto values = arrays.Broadcast(d, plane);
+    int64_t stop = std::min(plane_end, end);
+    if (i + lanes > plane_end) {  // a vector across two planes
+      const auto first = hn::FirstN(d, static_cast<size_t>(plane_end - i));
+      const auto next = arrays.Broadcast(d, ++plane);
+      values = {hn::IfThenElse(first, values.shift, next.shift),
+                hn::IfThenElse(first, values.scale, next.scale),
+                hn::IfThenElse(first, values.offset, next.offset),
+                hn::IfThenElse(first, values.slope, next.slope)};
+      plane_end += planes.plane_size;
+      stop = i + lanes;
+    }
+    i = op.Vectors(i, stop, [&](int64_t) NORMD_INLINE_LAMBDA { return values; });
+  }
+  if (i == plane_end) {
+    ++plane;
+    plane_end += planes.plane_size;
+  }
+  partial(end);
+  op.End();
+}
+
+// `source` has Load() and LoadPartial() as ArrayCoefficients, an index a column.
+template <class Op, class Source>
+void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& source) {
+  const hn::ScalableTag<typename Op::Type> d;
+  for (int64_t row = 0; row < matrix.rows; ++row) {
+    const int64_t start = begin + row * matrix.stride;
+    op.Begin(start);
+    int64_t j = std::min(matrix.columns, op.UntilAligned(start));
+    if (j > 0) {
+      op.Partial(start, static_cast<size_t>(j), source.LoadPartial(d, 0, static_cast<size_t>(j)));
+    }
+    const auto at = [&](int64_t i) NORMD_INLINE_LAMBDA { return source.Load(d, i - start); };
+    j = op.Vectors(start + j, start + matrix.columns, at) - start;
+    if (j < matrix.columns) {
+      const size_t rest = static_cast<size_t>(matrix.columns - j);
+      op.Partial(start + j, rest, source.LoadPartial(d, j, rest));
+    }
+    op.End();
+  }
+}
+
+}  // namespace normd::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,68 @@
+// MemoryBudget: every byte that a request needs is claimed here before it is
+// allocated.
+#ifndef NORMD_SERVER_ADMISSION_MEMORY_BUDGET_H_
+#define NORMD_SERVER_ADMISSION_MEMORY_BUDGET_H_
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+namespace normd {
+
+class MemoryBudget;
+
+// Bytes that are claimed from a budget for as long as this lives. Move-only.
+class MemoryClaim {
+ public:
+  MemoryClaim() = default;
+  MemoryClaim(MemoryClaim&& other) noexcept
+      : budget_(std::exchange(other.budget_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  MemoryClaim& operator=(MemoryClaim&& other) noexcept {
+    std::swap(budget_, other.budget_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~MemoryClaim();
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  friend class MemoryBudget;
+  MemoryClaim(MemoryBudget* budget, int64_t bytes) : budget_(budget), bytes_(bytes) {}
+
+  MemoryBudget* budget_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Thread-safe; must outlive its claims.
+class MemoryBudget {
+ public:
+  // `flag` sets the limit and is named in errors: "--memory_budget".
+  MemoryBudget(int64_t limit, absl::string_view flag) : limit_(limit), flag_(flag) {}
+
+  // RESOURCE_EXHAUSTED when `bytes` (0 or more) do not fit: with a retry delay
+  // where they would fit an idle server, without one where they never do.
+  absl::StatusOr<MemoryClaim> Claim(int64_t bytes);
+
+  int64_t in_use() const { return in_use_.load(std::memory_order_relaxed); }
+  int64_t limit() const { return limit_; }
+
+ private:
+  friend class MemoryClaim;
+
+  const int64_t limit_;
+  const std::string flag_;
+  std::atomic<int64_t> in_use_ = 0;
+};
+
+// Bytes of memory that this process may use: the smaller of the machine's and of
+// its control group's limit.
+int64_t MachineMemoryBytes();
+
+}  // namespace normd
+
+#endif  // NORMD_SERVER_ADMISSION_MEMORY_BUDGET_H_

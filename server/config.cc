@@ -1,0 +1,221 @@
+#include "server/config.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <iostream>
+#include <utility>
+
+#include "absl/container/btree_map.h"
+#include "absl/flags/commandlineflag.h"
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/reflection.h"
+#include "absl/flags/usage.h"
+#include "absl/flags/usage_config.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/string_view.h"
+#include "server/admission/memory_budget.h"
+#include "server/error/error.h"
+
+ABSL_FLAG(std::string, listen, "127.0.0.1:50051",
+          "Addresses to serve on, separated by commas: HOST:PORT (port 0: any free one) or "
+          "unix:/PATH");
+ABSL_FLAG(std::string, port_file, "",
+          "File to write when serving begins: the addresses served on, one a line");
+ABSL_FLAG(std::string, state_dir, "normd-state",
+          "Directory for the instances' state and the checkpoints; made where it is missing");
+ABSL_FLAG(std::string, backend, "auto",
+          "What computes: auto (cuda where there is a device), cpu, cuda");
+ABSL_FLAG(int32_t, threads, 0, "Threads that compute; 0: one for each core");
+ABSL_FLAG(bool, deterministic, false,
+          "Results that do not depend on the number of threads, bit for bit");
+ABSL_FLAG(
+    std::string, durability, "interval",
+    "When a change is on disk: interval (at most --checkpoint_interval later), update (before "
+    "its answer), none (only in checkpoints that are asked for)");
+ABSL_FLAG(absl::Duration, checkpoint_interval, absl::Minutes(1),
+          "Time between automatic checkpoints, and the longest that a change waits for the disk "
+          "with --durability=interval; 100ms or more");
+ABSL_FLAG(int32_t, keep_checkpoints, 5, "Checkpoints that are kept; older ones are removed");
+ABSL_FLAG(
+    int64_t, max_message_bytes, int64_t{256} << 20,
+    "Largest request in one message, in bytes, at most 1 GiB; larger tensors come in streams");
+ABSL_FLAG(int64_t, max_instances, 1'000'000, "Instances at most");
+ABSL_FLAG(int64_t, max_features, 1 << 20, "Channels of an instance at most");
+ABSL_FLAG(int64_t, memory_budget, 0,
+          "Bytes that requests under way may take together; 0: half of the machine's or control "
+          "group's memory");
+ABSL_FLAG(int64_t, context_budget, 0,
+          "Bytes that contexts saved for Backward may take; 0: an eighth of the machine's or "
+          "control group's memory");
+ABSL_FLAG(absl::Duration, context_ttl, absl::Minutes(10), "How long a saved context is kept");
+ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(30),
+          "How long calls under way may take after SIGTERM or SIGINT");
+ABSL_FLAG(std::string, log_level, "info",
+          "trace, debug (a line a request), info, warn, error, off");
+ABSL_FLAG(std::string, log_format, "text", "text, or json (an object a line)");
+
+namespace normd {
+namespace {
+
+constexpr char kPrefix[] = "NORMD_";
+
+bool IsOurs(absl::string_view file) { return absl::EndsWith(file, "server/config.cc"); }
+
+// Gives each of our flags the value of its environment twin.
+absl::Status ReadEnvironment() {
+  for (const auto& [name, flag] : absl::GetAllFlags()) {
+    if (!IsOurs(flag->Filename())) continue;
+    const std::string twin = absl::StrCat(kPrefix, absl::AsciiStrToUpper(name));
+    const char* value = std::getenv(twin.c_str());
+    std::string error;
+    if (value != nullptr && !flag->ParseFrom(value, &error)) {
+      return absl::InvalidArgumentError(absl::StrCat("the environment's ", twin, "=", value,
+                                                     " is no value for --", name, ": ",
+                                                     error.empty() ? flag->Help() : error));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status BadFlag(absl::string_view flag, absl::string_view value, absl::string_view allowed) {
+  return InvalidField(absl::StrCat("--", flag), value, allowed);
+}
+
+template <class Value>
+absl::Status CheckRange(absl::string_view flag, Value value, Value least, Value most) {
+  if (value >= least && value <= most) return absl::OkStatus();
+  return BadFlag(flag, absl::StrCat(value), absl::StrCat(least, " to ", most));
+}
+
+absl::Status CheckAtLeast(absl::string_view flag, absl::Duration value, absl::Duration least) {
+  if (value >= least && value < absl::InfiniteDuration()) return absl::OkStatus();
+  return BadFlag(flag, absl::FormatDuration(value),
+                 absl::StrCat(absl::FormatDuration(least), " or more, like 500ms, 30s, 10m"));
+}
+
+absl::Status CheckOneOf(absl::string_view flag, const std::string& value,
+                        const std::vector<std::string>& allowed) {
+  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return absl::OkStatus();
+  return BadFlag(flag, value, absl::StrJoin(allowed, ", "));
+}
+
+absl::Status CheckListen(const std::vector<std::string>& addresses) {
+  for (const std::string& address : addresses) {
+    const size_t colon = address.rfind(':');
+    const bool unix_socket = absl::StartsWith(address, "unix:") && address.size() > 5;
+    int port = -1;
+    const bool tcp = colon != std::string::npos && colon > 0 &&
+                     absl::SimpleAtoi(address.substr(colon + 1), &port) && port >= 0 &&
+                     port <= 65535;
+    if (!unix_socket && !tcp) {
+      return BadFlag("listen", address, "HOST:PORT with a port of 0 to 65535, or unix:/PATH");
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Abseil's own --help ends with 1, as if it were an error.
+bool AsksForHelp(int argc, char** argv) {
+  return std::any_of(argv + 1, argv + argc, [](absl::string_view argument) {
+    return argument == "--help" || argument == "-help" || argument == "-h";
+  });
+}
+
+std::string HelpText() {
+  std::string text = absl::StrCat(absl::ProgramUsageMessage(), "\n");
+  absl::btree_map<absl::string_view, absl::CommandLineFlag*> flags;
+  for (const auto& [name, flag] : absl::GetAllFlags()) {
+    if (IsOurs(flag->Filename())) flags.emplace(name, flag);
+  }
+  for (const auto& [name, flag] : flags) {
+    absl::StrAppend(&text, "\n  --", name, "=", flag->DefaultValue(), "\n      ", flag->Help(),
+                    "\n");
+  }
+  return text;
+}
+
+std::string VersionText() { return absl::StrCat("normd ", NORMD_VERSION, "\n"); }
+
+}  // namespace
+
+absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
+  absl::SetProgramUsageMessage(
+      "serves named normalization layers with PyTorch's semantics over gRPC.\n"
+      "Every flag has an environment twin: NORMD_LISTEN for --listen.\n"
+      "Usage: normd [--listen=127.0.0.1:50051] [--state_dir=DIR] ...");
+  absl::FlagsUsageConfig usage;
+  usage.contains_help_flags = IsOurs;
+  usage.contains_helpshort_flags = IsOurs;
+  usage.version_string = VersionText;
+  absl::SetFlagsUsageConfig(usage);
+
+  if (AsksForHelp(argc, argv)) {
+    std::cout << HelpText();
+    std::exit(0);
+  }
+  if (absl::Status read = ReadEnvironment(); !read.ok()) return read;
+  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
+  if (rest.size() > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("normd takes flags alone, not \"", rest[1], "\"; see normd --help"));
+  }
+
+  Config config;
+  config.listen = absl::StrSplit(absl::GetFlag(FLAGS_listen), ',', absl::SkipWhitespace());
+  config.port_file = absl::GetFlag(FLAGS_port_file);
+  config.state_dir = absl::GetFlag(FLAGS_state_dir);
+  config.backend = absl::GetFlag(FLAGS_backend);
+  config.threads = absl::GetFlag(FLAGS_threads);
+  config.deterministic = absl::GetFlag(FLAGS_deterministic);
+  config.checkpoint_interval = absl::GetFlag(FLAGS_checkpoint_interval);
+  config.keep_checkpoints = absl::GetFlag(FLAGS_keep_checkpoints);
+  config.max_message_bytes = absl::GetFlag(FLAGS_max_message_bytes);
+  config.max_instances = absl::GetFlag(FLAGS_max_instances);
+  config.max_features = absl::GetFlag(FLAGS_max_features);
+  config.memory_budget = absl::GetFlag(FLAGS_memory_budget);
+  config.context_budget = absl::GetFlag(FLAGS_context_budget);
+  config.context_ttl = absl::GetFlag(FLAGS_context_ttl);
+  config.drain_timeout = absl::GetFlag(FLAGS_drain_timeout);
+  config.log_level = absl::GetFlag(FLAGS_log_level);
+  const std::string durability = absl::GetFlag(FLAGS_durability);
+  const std::string log_format = absl::GetFlag(FLAGS_log_format);
+
+  if (config.listen.empty()) return BadFlag("listen", "", "HOST:PORT or unix:/PATH");
+  constexpr int64_t kMost = int64_t{1} << 50;
+  for (const absl::Status& check : {
+           CheckListen(config.listen),
+           config.state_dir.empty() ? BadFlag("state_dir", "", "a directory") : absl::OkStatus(),
+           CheckOneOf("backend", config.backend, {"auto", "cpu", "cuda"}),
+           CheckRange("threads", config.threads, 0, 1024),
+           CheckOneOf("durability", durability, {"interval", "update", "none"}),
+           CheckAtLeast("checkpoint_interval", config.checkpoint_interval, absl::Milliseconds(100)),
+           CheckRange("keep_checkpoints", config.keep_checkpoints, 1, 1'000'000),
+           CheckRange<int64_t>("max_message_bytes", config.max_message_bytes, 1024,
+                               int64_t{1} << 30),
+           CheckRange<int64_t>("max_instances", config.max_instances, 1, 1'000'000'000),
+           CheckRange<int64_t>("max_features", config.max_features, 1, 1 << 26),
+           CheckRange<int64_t>("memory_budget", config.memory_budget, 0, kMost),
+           CheckRange<int64_t>("context_budget", config.context_budget, 0, kMost),
+           CheckAtLeast("context_ttl", config.context_ttl, absl::Milliseconds(1)),
+           CheckAtLeast("drain_timeout", config.drain_timeout, absl::ZeroDuration()),
+           CheckOneOf("log_level", config.log_level,
+                      {"trace", "debug", "info", "warn", "error", "off"}),
+           CheckOneOf("log_format", log_format, {"text", "json"}),
+       }) {
+    if (!check.ok()) return check;
+  }
+  config.durability = durability == "interval" ? Durability::kInterval
+                      : durability == "update" ? Durability::kUpdate
+                                               : Durability::kNone;
+  config.log_format = log_format == "json" ? LogFormat::kJson : LogFormat::kText;
+  if (config.memory_budget == 0) config.memory_budget = MachineMemoryBytes() / 2;
+  if (config.context_budget == 0) config.context_budget = MachineMemoryBytes() / 8;
+  return config;
+}
+
+}  // namespace normd

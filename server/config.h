@@ -1,0 +1,45 @@
+// Config: everything that flags and environment say, checked.
+#ifndef NORMD_SERVER_CONFIG_H_
+#define NORMD_SERVER_CONFIG_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "server/state/persister.h"
+
+namespace normd {
+
+enum class LogFormat : uint8_t { kText, kJson };
+
+struct Config {
+  std::vector<std::string> listen;  // "127.0.0.1:50051", "unix:/run/normd.sock"
+  std::string port_file;            // empty: none
+  std::string state_dir;            // empty with Durability::kNone only
+  std::string backend;              // "auto", "cpu", "cuda"
+  int threads = 0;                  // 0: all cores
+  bool deterministic = false;
+  Durability durability = Durability::kInterval;
+  absl::Duration checkpoint_interval;
+  int keep_checkpoints = 0;
+  int64_t max_message_bytes = 0;
+  int64_t max_instances = 0;
+  int64_t max_features = 0;
+  int64_t memory_budget = 0;
+  int64_t context_budget = 0;
+  absl::Duration context_ttl;
+  absl::Duration drain_timeout;
+  std::string log_level;
+  LogFormat log_format = LogFormat::kText;
+};
+
+// Reads the flags, and for those not given their environment twins (NORMD_LISTEN
+// for --listen). INVALID_ARGUMENT names the flag, its value and what is allowed.
+// --help and --version print and exit the process.
+absl::StatusOr<Config> ReadConfig(int argc, char** argv);
+
+}  // namespace normd
+
+#endif  // NORMD_SERVER_CONFIG_H_

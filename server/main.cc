@@ -1,0 +1,67 @@
+// normd: tensor normalization as a service.
+#include <csignal>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+
+#include <pthread.h>
+
+#include "absl/strings/str_join.h"
+#include "server/config.h"
+#include "server/log.h"
+#include "server/server.h"
+#include "spdlog/spdlog.h"
+
+namespace {
+
+// Whole or not at all: a reader that sees the file sees every address.
+bool WritePortFile(const std::string& path, const std::vector<std::string>& addresses) {
+  const std::string temporary = path + ".tmp";
+  {
+    std::ofstream file(temporary);
+    file << absl::StrJoin(addresses, "\n") << "\n";
+    if (!file.flush()) return false;
+  }
+  return std::rename(temporary.c_str(), path.c_str()) == 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto config = normd::ReadConfig(argc, argv);
+  if (!config.ok()) {
+    std::cerr << "normd: " << config.status().message() << "\n";
+    return 2;
+  }
+  normd::SetUpLog(*config);
+
+  // Every thread inherits the mask, so that the signals come to sigwait alone.
+  sigset_t stop_signals;
+  sigemptyset(&stop_signals);
+  sigaddset(&stop_signals, SIGTERM);
+  sigaddset(&stop_signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &stop_signals, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+
+  const auto server = normd::Server::Start(*config);
+  if (!server.ok()) {
+    spdlog::error("{}", std::string(server.status().message()));
+    return 1;
+  }
+  if (!config->port_file.empty() && !WritePortFile(config->port_file, (*server)->addresses())) {
+    spdlog::error("cannot write --port_file={}", config->port_file);
+    return 1;
+  }
+  spdlog::info("normd {} serving on {}", NORMD_VERSION,
+               absl::StrJoin((*server)->addresses(), ", "));
+
+  int signal = 0;
+  sigwait(&stop_signals, &signal);
+  spdlog::info("{} received", signal == SIGTERM ? "SIGTERM" : "SIGINT");
+  if (const absl::Status drained = (*server)->Drain(); !drained.ok()) {
+    spdlog::error("not everything could be kept: {}", std::string(drained.message()));
+    return 1;
+  }
+  spdlog::info("stopped");
+  return 0;
+}

@@ -1,0 +1,27 @@
+// Backward: the gradients of a Forward, and their accumulation.
+#ifndef NORMD_SERVER_SERVICE_BACKWARD_H_
+#define NORMD_SERVER_SERVICE_BACKWARD_H_
+
+#include <stop_token>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/statusor.h"
+#include "normd/v1/norm_service.pb.h"
+#include "server/service/core.h"
+#include "server/service/tensor_answer.h"
+#include "server/wire/message.h"
+
+namespace normd {
+
+using BackwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::BackwardResponse>>)>;
+
+// Serves one Backward, from the unary call and the stream alike: `request`
+// without the tensors' data, which are `input` (empty with a context) and
+// `grad_output`. All are used only until this returns; `done` is called then or
+// later, when the change is durable.
+void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Payload grad_output,
+              std::stop_token stop, BackwardDone done);
+
+}  // namespace normd
+
+#endif  // NORMD_SERVER_SERVICE_BACKWARD_H_

@@ -1,0 +1,60 @@
+// Core: what the handlers of all RPCs share.
+#ifndef NORMD_SERVER_SERVICE_CORE_H_
+#define NORMD_SERVER_SERVICE_CORE_H_
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "kernels/backend.h"
+#include "kernels/tbb_executor.h"
+#include "server/admission/memory_budget.h"
+#include "server/registry/registry.h"
+#include "server/registry/saved_contexts.h"
+#include "server/service/background.h"
+#include "server/service/saved_checkpoints.h"
+#include "server/state/checkpoints.h"
+#include "server/state/persister.h"
+#include "server/wire/buffer.h"
+
+namespace normd {
+
+struct Limits {
+  int64_t max_message_bytes = 0;
+  int64_t max_instances = 0;
+  int64_t max_features = 0;
+  int64_t memory_budget = 0;
+  int64_t context_budget = 0;
+  absl::Duration context_ttl;
+};
+
+// Owned by the server; everything in it is thread-safe and outlives every call.
+struct Core {
+  Limits limits;
+  std::string durability;  // as --durability says it
+  absl::Time start_time;
+  TbbExecutor* executor = nullptr;
+  Backend* backend = nullptr;
+  BufferPool* pool = nullptr;
+  MemoryBudget* memory = nullptr;
+  MemoryBudget* context_memory = nullptr;
+  Persister* persister = nullptr;
+  Registry* registry = nullptr;
+  SavedContexts* contexts = nullptr;
+  Checkpoints* checkpoints = nullptr;  // null: none are kept
+  SavedCheckpoints* saved_checkpoints = nullptr;
+  Background* background = nullptr;  // for what blocks on files
+};
+
+// How a handler answers: called once, on any thread.
+using Done = absl::AnyInvocable<void(absl::Status)>;
+
+// The version of this build.
+inline constexpr char kVersion[] = NORMD_VERSION;
+
+}  // namespace normd
+
+#endif  // NORMD_SERVER_SERVICE_CORE_H_

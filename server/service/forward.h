@@ -1,0 +1,27 @@
+// Forward: normalize, and fold the batch into the running statistics.
+#ifndef NORMD_SERVER_SERVICE_FORWARD_H_
+#define NORMD_SERVER_SERVICE_FORWARD_H_
+
+#include <memory>
+#include <stop_token>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/statusor.h"
+#include "normd/v1/norm_service.pb.h"
+#include "server/service/core.h"
+#include "server/service/tensor_answer.h"
+#include "server/wire/message.h"
+
+namespace normd {
+
+using ForwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::ForwardResponse>>)>;
+
+// Serves one Forward, from the unary call and the stream alike: `request` without
+// the input's data, which are `input`. Both are used only until this returns;
+// `done` is called then or later, when the change is durable.
+void Forward(Core& core, const v1::ForwardRequest& request, Payload input, std::stop_token stop,
+             ForwardDone done);
+
+}  // namespace normd
+
+#endif  // NORMD_SERVER_SERVICE_FORWARD_H_

@@ -1,0 +1,161 @@
+#include "server/service/norm_service.h"
+
+#include "absl/strings/str_cat.h"
+#include "normd/v1/norm_service.grpc.pb.h"
+#include "server/error/error.h"
+#include "server/service/handlers.h"
+#include "server/service/rpc.h"
+#include "server/service/tensor_call.h"
+#include "server/service/tensor_stream.h"
+
+namespace normd {
+namespace {
+
+// The instance that a request names, for the log.
+template <class Request>
+std::string InstanceOf(const Request& request) {
+  if constexpr (requires { request.name(); }) {
+    return request.name();
+  } else {
+    return "-";
+  }
+}
+
+// One call without tensors, from its message to its answer. The message comes raw:
+// gRPC's own parsing answers a malformed one with UNIMPLEMENTED and no reason.
+// Deletes itself when gRPC is done.
+template <class Request, class Response>
+class UnaryCall final : public grpc::ServerUnaryReactor {
+ public:
+  using Handler = void (*)(Core&, const Request&, Response&, Done);
+
+  UnaryCall(const char* method, grpc::CallbackServerContext* context,
+            const grpc::ByteBuffer* message, grpc::ByteBuffer* answer)
+      : rpc_(method, context),
+        bytes_in_(static_cast<int64_t>(message->Length())),
+        message_(*message),
+        answer_(answer) {}
+
+  void Start(Core& core, Handler handler) {
+    if (bytes_in_ > core.limits.max_message_bytes) {
+      return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
+                                  core.limits.max_message_bytes, "--max_message_bytes"));
+    }
+    if (!grpc::SerializationTraits<Request>::Deserialize(&message_, &request_).ok()) {
+      return Answer(InvalidField("request", absl::StrCat(bytes_in_, " bytes that are none"),
+                                 absl::StrCat("a serialized ", request_.GetTypeName())));
+    }
+    handler(core, request_, response_, [this](const absl::Status& status) { Answer(status); });
+  }
+
+  void OnDone() override { delete this; }
+
+ private:
+  void Answer(const absl::Status& status) {
+    if (status.ok()) {
+      bool own = false;
+      grpc::SerializationTraits<Response>::Serialize(response_, answer_, &own);
+    }
+    const auto bytes_out = static_cast<int64_t>(status.ok() ? answer_->Length() : 0);
+    Finish(rpc_.Finish(status, InstanceOf(request_), bytes_in_, bytes_out));
+  }
+
+  Rpc rpc_;
+  const int64_t bytes_in_;
+  grpc::ByteBuffer message_;
+  grpc::ByteBuffer* const answer_;
+  Request request_;
+  Response response_;
+};
+
+template <class Request, class Response>
+grpc::ServerUnaryReactor* ServeUnary(Core& core, const char* method,
+                                     grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* message, grpc::ByteBuffer* answer,
+                                     void (*handler)(Core&, const Request&, Response&, Done)) {
+  auto* call = new UnaryCall<Request, Response>(method, context, message, answer);
+  call->Start(core, handler);
+  return call;
+}
+
+// The callback service with these methods raw.
+template <template <class> class... Methods>
+struct WithRawMethods {
+  using type = v1::NormService::CallbackService;
+};
+template <template <class> class First, template <class> class... Rest>
+struct WithRawMethods<First, Rest...> {
+  using type = First<typename WithRawMethods<Rest...>::type>;
+};
+
+using V1 = v1::NormService;
+using Base = WithRawMethods<
+    V1::WithRawCallbackMethod_CreateInstance, V1::WithRawCallbackMethod_GetInstance,
+    V1::WithRawCallbackMethod_ListInstances, V1::WithRawCallbackMethod_DeleteInstance,
+    V1::WithRawCallbackMethod_Train, V1::WithRawCallbackMethod_Eval,
+    V1::WithRawCallbackMethod_Forward, V1::WithRawCallbackMethod_Backward,
+    V1::WithRawCallbackMethod_ZeroGrad, V1::WithRawCallbackMethod_Step,
+    V1::WithRawCallbackMethod_GetState, V1::WithRawCallbackMethod_SetState,
+    V1::WithRawCallbackMethod_ResetRunningStats, V1::WithRawCallbackMethod_ResetParameters,
+    V1::WithRawCallbackMethod_SaveCheckpoint, V1::WithRawCallbackMethod_LoadCheckpoint,
+    V1::WithRawCallbackMethod_ListCheckpoints, V1::WithRawCallbackMethod_GetServerInfo>::type;
+
+class NormServiceImpl final : public Base {
+ public:
+  explicit NormServiceImpl(Core& core) : core_(core) {}
+
+  grpc::ServerUnaryReactor* Forward(grpc::CallbackServerContext* context,
+                                    const grpc::ByteBuffer* request,
+                                    grpc::ByteBuffer* response) override {
+    return ServeForward(core_, context, request, response);
+  }
+  grpc::ServerUnaryReactor* Backward(grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override {
+    return ServeBackward(core_, context, request, response);
+  }
+  grpc::ServerBidiReactor<v1::ForwardStreamRequest, v1::ForwardStreamResponse>* ForwardStream(
+      grpc::CallbackServerContext* context) override {
+    return ServeForwardStream(core_, context);
+  }
+  grpc::ServerBidiReactor<v1::BackwardStreamRequest, v1::BackwardStreamResponse>* BackwardStream(
+      grpc::CallbackServerContext* context) override {
+    return ServeBackwardStream(core_, context);
+  }
+
+// The rest differ in nothing but their names.
+#define NORMD_UNARY(METHOD)                                                                   \
+  grpc::ServerUnaryReactor* METHOD(grpc::CallbackServerContext* context,                      \
+                                   const grpc::ByteBuffer* message, grpc::ByteBuffer* answer) \
+      override {                                                                              \
+    return ServeUnary(core_, #METHOD, context, message, answer, normd::METHOD);               \
+  }
+  NORMD_UNARY(CreateInstance)
+  NORMD_UNARY(GetInstance)
+  NORMD_UNARY(ListInstances)
+  NORMD_UNARY(DeleteInstance)
+  NORMD_UNARY(Train)
+  NORMD_UNARY(Eval)
+  NORMD_UNARY(ZeroGrad)
+  NORMD_UNARY(Step)
+  NORMD_UNARY(GetState)
+  NORMD_UNARY(SetState)
+  NORMD_UNARY(ResetRunningStats)
+  NORMD_UNARY(ResetParameters)
+  NORMD_UNARY(SaveCheckpoint)
+  NORMD_UNARY(LoadCheckpoint)
+  NORMD_UNARY(ListCheckpoints)
+  NORMD_UNARY(GetServerInfo)
+#undef NORMD_UNARY
+
+ private:
+  Core& core_;
+};
+
+}  // namespace
+
+std::unique_ptr<grpc::Service> MakeNormService(Core& core) {
+  return std::make_unique<NormServiceImpl>(core);
+}
+
+}  // namespace normd

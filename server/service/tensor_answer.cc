@@ -1,0 +1,47 @@
+#include "server/service/tensor_answer.h"
+
+#include <utility>
+
+#include "server/error/error.h"
+
+namespace normd {
+
+absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes) {
+  absl::StatusOr<MemoryClaim> claim = core.memory->Claim(bytes);
+  if (!claim.ok()) return claim.status();
+  Buffer buffer = core.pool->Get(static_cast<size_t>(bytes));
+  if (bytes > 0 && buffer.data() == nullptr) {
+    return Retryable(absl::StatusCode::kResourceExhausted,
+                     "the system has no memory for the request's tensors", absl::Seconds(1));
+  }
+  return ClaimedBuffer{std::move(buffer), *std::move(claim)};
+}
+
+absl::Status ToStatus(Outcome outcome) {
+  switch (outcome) {
+    case Outcome::kOk: return absl::OkStatus();
+    case Outcome::kStopped:
+      return absl::CancelledError("the call was cancelled or its deadline passed");
+    case Outcome::kOutOfMemory:
+      return Retryable(absl::StatusCode::kResourceExhausted, "the device has no memory left",
+                       absl::Seconds(1));
+    case Outcome::kDeviceFailed: return absl::InternalError("the device failed");
+  }
+  return absl::InternalError("unknown outcome");
+}
+
+std::vector<double> ToDoubles(const Values& values) {
+  std::vector<double> doubles(static_cast<size_t>(values.size()));
+  for (size_t i = 0; i < doubles.size(); ++i) doubles[i] = values[static_cast<int64_t>(i)];
+  return doubles;
+}
+
+std::vector<double> BiasedVariance(const BatchMoments& moments) {
+  std::vector<double> var = moments.m2;
+  if (moments.count > 0) {
+    for (double& value : var) value /= static_cast<double>(moments.count);
+  }
+  return var;
+}
+
+}  // namespace normd

@@ -1,0 +1,43 @@
+// The answer of Forward and Backward before it goes on the wire.
+#ifndef NORMD_SERVER_SERVICE_TENSOR_ANSWER_H_
+#define NORMD_SERVER_SERVICE_TENSOR_ANSWER_H_
+
+#include <string_view>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "normd/v1/tensor.pb.h"
+#include "server/admission/memory_budget.h"
+#include "server/service/core.h"
+#include "server/service/validate.h"
+#include "server/wire/buffer.h"
+
+namespace normd {
+
+template <class Response>
+struct TensorAnswer {
+  Response header;  // without the tensor
+  bool has_tensor = true;
+  v1::Tensor tensor;   // without its data
+  Buffer data;         // the tensor's data
+  MemoryClaim memory;  // of `data`
+};
+
+// Pooled memory, claimed from the budget first.
+struct ClaimedBuffer {
+  Buffer buffer;
+  MemoryClaim claim;
+};
+absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes);
+
+// The status that a kernel's outcome means.
+absl::Status ToStatus(Outcome outcome);
+
+// Values of a float32 or float64 array as the kernels' double statistics.
+std::vector<double> ToDoubles(const Values& values);
+// Biased variance of a batch.
+std::vector<double> BiasedVariance(const BatchMoments& moments);
+
+}  // namespace normd
+
+#endif  // NORMD_SERVER_SERVICE_TENSOR_ANSWER_H_

@@ -1,0 +1,131 @@
+#include "server/service/tensor_call.h"
+
+#include <array>
+#include <memory>
+#include <stop_token>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/error/error.h"
+#include "server/service/backward.h"
+#include "server/service/forward.h"
+#include "server/service/rpc.h"
+#include "server/wire/message.h"
+
+namespace normd {
+namespace {
+
+// One call from its message to its answer. Deletes itself when gRPC is done.
+template <class Method>
+class TensorCall final : public grpc::ServerUnaryReactor {
+ public:
+  TensorCall(Core& core, grpc::CallbackServerContext* context, const grpc::ByteBuffer* message,
+             grpc::ByteBuffer* response)
+      : core_(core), rpc_(Method::kName, context), message_(message), response_(response) {}
+
+  void Start() {
+    bytes_in_ = static_cast<int64_t>(message_->Length());
+    if (bytes_in_ > core_.limits.max_message_bytes) {
+      return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
+                                  core_.limits.max_message_bytes, "--max_message_bytes"));
+    }
+    if (bytes_in_ <= kLargestInline) return Serve();
+    core_.executor->Enqueue([this] { Serve(); });
+  }
+
+  void OnCancel() override { stop_.request_stop(); }
+  void OnDone() override { delete this; }
+
+ private:
+  using Response = typename Method::Response;
+
+  void Serve() {
+    if (stop_.stop_requested()) return Answer(ToStatus(Outcome::kStopped));
+    // The message itself, and what it is gathered into.
+    absl::StatusOr<MemoryClaim> claim = core_.memory->Claim(2 * bytes_in_);
+    if (!claim.ok()) return Answer(claim.status());
+    std::array<Payload, Method::kTensorFields.size()> payloads;
+    std::array<TensorField, Method::kTensorFields.size()> fields;
+    for (size_t i = 0; i < fields.size(); ++i) {
+      fields[i] = {Method::kTensorFields[i], &payloads[i]};
+    }
+    const absl::Status parsed = ParseMessage(*message_, fields, *core_.pool, request_);
+    if (!parsed.ok()) return Answer(parsed);
+    Method::Call(core_, request_, payloads, stop_.get_token(),
+                 [this](absl::StatusOr<TensorAnswer<Response>> answer) {
+                   if (!answer.ok()) return Answer(answer.status());
+                   if (answer->has_tensor) {
+                     *response_ =
+                         WriteMessage(answer->header, Method::kAnswerField, answer->tensor,
+                                      std::move(answer->data),
+                                      std::make_shared<MemoryClaim>(std::move(answer->memory)));
+                   } else {
+                     *response_ = WriteMessage(answer->header);
+                   }
+                   Answer(absl::OkStatus());
+                 });
+  }
+
+  void Answer(const absl::Status& status) {
+    const auto bytes_out = status.ok() ? static_cast<int64_t>(response_->Length()) : 0;
+    Finish(rpc_.Finish(status, request_.name(), bytes_in_, bytes_out));
+  }
+
+  Core& core_;
+  Rpc rpc_;
+  const grpc::ByteBuffer* const message_;
+  grpc::ByteBuffer* const response_;
+  int64_t bytes_in_ = 0;
+  typename Method::Request request_;
+  std::stop_source stop_;
+};
+
+struct ForwardMethod {
+  using Request = v1::ForwardRequest;
+  using Response = v1::ForwardResponse;
+  static constexpr char kName[] = "Forward";
+  static constexpr std::array kTensorFields = {Request::kInputFieldNumber};
+  static constexpr int kAnswerField = Response::kOutputFieldNumber;
+  static void Call(Core& core, const Request& request, std::array<Payload, 1>& payloads,
+                   std::stop_token stop, ForwardDone done) {
+    Forward(core, request, std::move(payloads[0]), std::move(stop), std::move(done));
+  }
+};
+
+struct BackwardMethod {
+  using Request = v1::BackwardRequest;
+  using Response = v1::BackwardResponse;
+  static constexpr char kName[] = "Backward";
+  static constexpr std::array kTensorFields = {Request::kInputFieldNumber,
+                                               Request::kGradOutputFieldNumber};
+  static constexpr int kAnswerField = Response::kGradInputFieldNumber;
+  static void Call(Core& core, const Request& request, std::array<Payload, 2>& payloads,
+                   std::stop_token stop, BackwardDone done) {
+    Backward(core, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),
+             std::move(done));
+  }
+};
+
+template <class Method>
+grpc::ServerUnaryReactor* Serve(Core& core, grpc::CallbackServerContext* context,
+                                const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
+  auto* call = new TensorCall<Method>(core, context, request, response);
+  call->Start();
+  return call;
+}
+
+}  // namespace
+
+grpc::ServerUnaryReactor* ServeForward(Core& core, grpc::CallbackServerContext* context,
+                                       const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) {
+  return Serve<ForwardMethod>(core, context, request, response);
+}
+
+grpc::ServerUnaryReactor* ServeBackward(Core& core, grpc::CallbackServerContext* context,
+                                        const grpc::ByteBuffer* request,
+                                        grpc::ByteBuffer* response) {
+  return Serve<BackwardMethod>(core, context, request, response);
+}
+
+}  // namespace normd

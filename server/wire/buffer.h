@@ -1,0 +1,84 @@
+// Buffer: a tensor's memory, pooled from the wire to the kernel and back.
+#ifndef NORMD_SERVER_WIRE_BUFFER_H_
+#define NORMD_SERVER_WIRE_BUFFER_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+
+namespace normd {
+
+class BufferPool;
+
+// Memory of `size` bytes, aligned to a cache line at least, not initialized.
+// Move-only; gives its memory back to the pool, which must outlive it.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept
+      : pool_(other.pool_),
+        data_(std::exchange(other.data_, nullptr)),
+        size_(std::exchange(other.size_, 0)),
+        capacity_(std::exchange(other.capacity_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(pool_, other.pool_);
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(capacity_, other.capacity_);
+    return *this;
+  }
+  ~Buffer();
+
+  // Null for a buffer of size 0.
+  char* data() { return data_; }
+  const char* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  friend class BufferPool;
+  Buffer(BufferPool* pool, char* data, size_t size, size_t capacity)
+      : pool_(pool), data_(data), size_(size), capacity_(capacity) {}
+
+  BufferPool* pool_ = nullptr;
+  char* data_ = nullptr;
+  size_t size_ = 0;
+  size_t capacity_ = 0;
+};
+
+// Keeps freed memory for the next request: the page faults of a fresh 100 MB
+// buffer cost more than normalizing it. Thread-safe.
+class BufferPool {
+ public:
+  // Keeps at most `max_idle_bytes` that nobody uses.
+  explicit BufferPool(size_t max_idle_bytes) : max_idle_bytes_(max_idle_bytes) {}
+  ~BufferPool();
+  BufferPool(const BufferPool&) = delete;
+  BufferPool& operator=(const BufferPool&) = delete;
+
+  // Null data when the system has no memory left.
+  Buffer Get(size_t size);
+
+ private:
+  friend class Buffer;
+  void Put(char* data, size_t capacity);
+
+  // Sizes are rounded up to four steps a power of two, so that what comes back
+  // serves requests of about the same size and at most a quarter is wasted.
+  static constexpr size_t kClasses = 4 * 64;
+  static size_t ClassOf(size_t size, size_t* capacity);
+
+  const size_t max_idle_bytes_;
+  absl::Mutex mutex_;
+  size_t idle_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::array<std::vector<char*>, kClasses> idle_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace normd
+
+#endif  // NORMD_SERVER_WIRE_BUFFER_H_

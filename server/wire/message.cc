@@ -1,0 +1,201 @@
+#include "server/wire/message.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "google/protobuf/io/coded_stream.h"
+#include "google/protobuf/io/zero_copy_stream_impl_lite.h"
+#include "grpcpp/support/proto_buffer_reader.h"
+#include "normd/v1/tensor.pb.h"
+#include "server/error/error.h"
+
+namespace normd {
+namespace {
+
+using google::protobuf::io::CodedInputStream;
+using google::protobuf::io::CodedOutputStream;
+
+// The protobuf wire format (https://protobuf.dev/programming-guides/encoding/): a
+// field is a tag, number << 3 | wire type, and a value in the form of its type.
+enum WireType : uint32_t { kVarint = 0, kFixed64 = 1, kLength = 2, kFixed32 = 5 };
+
+constexpr size_t kAlignment = alignof(double);
+
+uint32_t MakeTag(int number, WireType type) { return static_cast<uint32_t>(number) << 3 | type; }
+
+absl::Status Malformed() {
+  return InvalidField("request", "malformed", "a protobuf message of the method's request type");
+}
+
+// Copies the value of a field that began with `tag`, and the tag, to `out`.
+bool CopyField(CodedInputStream& in, uint32_t tag, std::string& out) {
+  google::protobuf::io::StringOutputStream stream(&out);
+  CodedOutputStream to(&stream);
+  to.WriteTag(tag);
+  switch (tag & 7) {
+    case kVarint: {
+      uint64_t value = 0;
+      if (!in.ReadVarint64(&value)) return false;
+      to.WriteVarint64(value);
+      return true;
+    }
+    case kFixed64: {
+      uint64_t value = 0;
+      if (!in.ReadLittleEndian64(&value)) return false;
+      to.WriteLittleEndian64(value);
+      return true;
+    }
+    case kFixed32: {
+      uint32_t value = 0;
+      if (!in.ReadLittleEndian32(&value)) return false;
+      to.WriteLittleEndian32(value);
+      return true;
+    }
+    case kLength: {
+      uint32_t size = 0;
+      if (!in.ReadVarint32(&size)) return false;
+      to.WriteVarint32(size);
+      // In pieces, as they lie: nothing is allocated for bytes that are not there.
+      while (size > 0) {
+        const void* piece = nullptr;
+        int available = 0;
+        if (!in.GetDirectBufferPointer(&piece, &available) || available <= 0) return false;
+        const int taken =
+            static_cast<int>(std::min<uint32_t>(size, static_cast<uint32_t>(available)));
+        to.WriteRaw(piece, taken);
+        if (!in.Skip(taken)) return false;
+        size -= static_cast<uint32_t>(taken);
+      }
+      return true;
+    }
+    default: return false;  // groups, which proto3 does not have
+  }
+}
+
+// Takes the next `size` bytes, which are known to be there.
+absl::Status TakePayload(CodedInputStream& in, int size, BufferPool& pool, Payload& payload) {
+  payload = Payload();
+  payload.size = static_cast<size_t>(size);
+  if (size == 0) return absl::OkStatus();
+  const void* piece = nullptr;
+  int available = 0;
+  if (in.GetDirectBufferPointer(&piece, &available) && available >= size &&
+      reinterpret_cast<uintptr_t>(piece) % kAlignment == 0) {
+    payload.data = static_cast<const char*>(piece);
+    return in.Skip(size) ? absl::OkStatus() : Malformed();
+  }
+  payload.gathered = pool.Get(payload.size);
+  if (payload.gathered.data() == nullptr) {
+    return absl::ResourceExhaustedError("the server has no memory for the request's tensor");
+  }
+  payload.data = payload.gathered.data();
+  return in.ReadRaw(payload.gathered.data(), size) ? absl::OkStatus() : Malformed();
+}
+
+// Reads the fields of a Tensor up to the stream's limit.
+absl::Status ReadTensor(CodedInputStream& in, BufferPool& pool, std::string& header,
+                        Payload& payload) {
+  const uint32_t data_tag = MakeTag(v1::Tensor::kDataFieldNumber, kLength);
+  while (in.BytesUntilLimit() > 0) {
+    const uint32_t tag = in.ReadTag();
+    if (tag == data_tag) {
+      uint32_t size = 0;
+      if (!in.ReadVarint32(&size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
+        return Malformed();
+      }
+      absl::Status taken = TakePayload(in, static_cast<int>(size), pool, payload);
+      if (!taken.ok()) return taken;
+    } else if (tag == 0 || !CopyField(in, tag, header)) {
+      return Malformed();
+    }
+  }
+  return absl::OkStatus();
+}
+
+void AppendVarint(uint64_t value, std::string& out) {
+  std::array<uint8_t, 10> bytes;
+  const uint8_t* end = CodedOutputStream::WriteVarint64ToArray(value, bytes.data());
+  out.append(reinterpret_cast<const char*>(bytes.data()), static_cast<size_t>(end - bytes.data()));
+}
+
+// Lends memory to a slice.
+struct Lent {
+  Buffer buffer;
+  std::shared_ptr<void> keep;
+};
+
+grpc::Slice LendingSlice(Buffer buffer, std::shared_ptr<void> keep) {
+  auto* lent = new Lent{std::move(buffer), std::move(keep)};
+  return {lent->buffer.data(), lent->buffer.size(),
+          [](void* pointer) { delete static_cast<Lent*>(pointer); }, lent};
+}
+
+}  // namespace
+
+absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
+                          BufferPool& pool, google::protobuf::MessageLite& header) {
+  const size_t total = message.Length();
+  if (total > std::numeric_limits<int>::max()) return Malformed();
+  // The reader takes no ownership; its interface lacks the const.
+  grpc::ProtoBufferReader reader(const_cast<grpc::ByteBuffer*>(&message));
+  if (!reader.status().ok()) return Malformed();
+  CodedInputStream in(&reader);
+  in.PushLimit(static_cast<int>(total));
+
+  std::string fields_but_data;
+  while (in.BytesUntilLimit() > 0) {
+    const uint32_t tag = in.ReadTag();
+    const auto field = std::find_if(fields.begin(), fields.end(), [tag](const TensorField& f) {
+      return tag == MakeTag(f.number, kLength);
+    });
+    if (field == fields.end()) {
+      if (tag == 0 || !CopyField(in, tag, fields_but_data)) return Malformed();
+      continue;
+    }
+    uint32_t size = 0;
+    if (!in.ReadVarint32(&size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
+      return Malformed();
+    }
+    std::string tensor;
+    const CodedInputStream::Limit outer = in.PushLimit(static_cast<int>(size));
+    absl::Status read = ReadTensor(in, pool, tensor, *field->payload);
+    if (!read.ok()) return read;
+    in.PopLimit(outer);
+    AppendVarint(tag, fields_but_data);
+    AppendVarint(tensor.size(), fields_but_data);
+    fields_but_data += tensor;
+  }
+  if (!header.ParseFromString(fields_but_data)) return Malformed();
+  return absl::OkStatus();
+}
+
+grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header, int number,
+                              const google::protobuf::MessageLite& tensor, Buffer data,
+                              std::shared_ptr<void> keep) {
+  std::string front = header.SerializeAsString();
+  const std::string tensor_header = tensor.SerializeAsString();
+  std::string data_front;
+  if (data.size() > 0) {
+    AppendVarint(MakeTag(v1::Tensor::kDataFieldNumber, kLength), data_front);
+    AppendVarint(data.size(), data_front);
+  }
+  AppendVarint(MakeTag(number, kLength), front);
+  AppendVarint(tensor_header.size() + data_front.size() + data.size(), front);
+  front += tensor_header;
+  front += data_front;
+  std::array<grpc::Slice, 2> slices{grpc::Slice(front)};
+  const size_t count = data.size() > 0 ? 2 : 1;
+  if (count == 2) slices[1] = LendingSlice(std::move(data), std::move(keep));
+  return {slices.data(), count};
+}
+
+grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header) {
+  const grpc::Slice slice(header.SerializeAsString());
+  return {&slice, 1};
+}
+
+}  // namespace normd
