@@ -91,7 +91,7 @@ struct RunSums {
     dy[k] = hn::Add(dy[k], hn::IfThenElseZero(mask, gradient));
     dy_d[k] = hn::Add(dy_d[k], hn::IfThenElseZero(mask, product));
   }
-  void Clear() {
+  HWY_INLINE void Clear() {
     for (int k = 0; k < 4; ++k) dy[k] = dy_d[k] = hn::Zero(d);
   }
 
@@ -140,12 +140,12 @@ GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const R
     sums.Clear();
     ForEachPiece(
         d, runs,
-        [&](int64_t run, int64_t piece, int64_t n) {
+        [&](int64_t run, int64_t piece, int64_t n) NORMD_INLINE_LAMBDA {
           sums.begin = begin + run * runs.stride + piece;
           sums.weight = weight == nullptr ? nullptr : weight + piece;
           AddRun(d, n, sums);
         },
-        [&](int64_t) {
+        [&](int64_t) NORMD_INLINE_LAMBDA {
           total.dy += Total(d, sums.dy[0], sums.dy[1], sums.dy[2], sums.dy[3]);
           total.dy_d += Total(d, sums.dy_d[0], sums.dy_d[1], sums.dy_d[2], sums.dy_d[3]);
           sums.Clear();
@@ -245,21 +245,11 @@ class Gradient {
   void Begin(int64_t) {}
   void End() {}
 
-  HWY_INLINE void Vector(int64_t i, const VectorCoefficients<D>& c) {
-    const D d;
-    if (ahead_ != 0) {
-      FetchAhead(input_.grad_y + i + ahead_);
-      if (input_.x != nullptr) FetchAhead(input_.x + i + ahead_);
-    }
-    const V dy = input_.GradY(i);
-    if (grad_x_ != nullptr) {
-      const V dx = input_.x == nullptr
-                       ? hn::Mul(dy, c.scale)
-                       : hn::MulAdd(dy, c.scale,
-                                    hn::MulAdd(hn::Sub(input_.X(i), c.shift), c.slope, c.offset));
-      StoreElements(d, dx, grad_x_ + i, stream_);
-    }
-    if (grad_residual_ != nullptr) StoreElements(d, dy, grad_residual_ + i, stream_residual_);
+  template <class At>
+  HWY_INLINE int64_t Vectors(int64_t i, int64_t end, const At& at) {
+    const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};
+    if (input_.x == nullptr) return Loop<false>(i, end, at, input_, out, ahead_);
+    return Loop<true>(i, end, at, input_, out, ahead_);
   }
 
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
@@ -277,7 +267,44 @@ class Gradient {
   }
 
  private:
-  GradientInput<E, kMasked> input_;
+  using Input = GradientInput<E, kMasked>;
+  struct Outputs {
+    E* grad_x;
+    E* grad_residual;
+    bool stream;
+    bool stream_residual;
+  };
+
+  // All by value: what is stored might otherwise be thought to change it.
+  template <bool kNeedsX, class At>
+  static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Input input,
+                                 const Outputs out, const int64_t ahead) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    for (; i + lanes <= end; i += lanes) {
+      const VectorCoefficients<D> c = at(i);
+      if (ahead != 0) {
+        FetchAhead(input.grad_y + i + ahead);
+        if (kNeedsX) FetchAhead(input.x + i + ahead);
+      }
+      const V dy = input.GradY(i);
+      if (out.grad_x != nullptr) {
+        V dx;
+        if constexpr (kNeedsX) {
+          dx = hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(input.X(i), c.shift), c.slope, c.offset));
+        } else {
+          dx = hn::Mul(dy, c.scale);
+        }
+        StoreElements(d, dx, out.grad_x + i, out.stream);
+      }
+      if (out.grad_residual != nullptr) {
+        StoreElements(d, dy, out.grad_residual + i, out.stream_residual);
+      }
+    }
+    return i;
+  }
+
+  Input input_;
   E* grad_x_;
   E* grad_residual_;
   bool stream_;

@@ -12,6 +12,7 @@
 #include <new>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/shift.h"
 #include "kernels/problem.h"
 
 namespace normd::cpu {
@@ -125,15 +126,20 @@ class CoefficientArrays {
 
 // What a set's elements are normalized by.
 struct SetConstants {
-  SetConstants(const NormProblem& problem, double set_mean, double var)
+  // `of_batch`: these are the statistics of the batch itself. Then a channel without
+  // variance and eps gets 0 for 1 / 0, as in PyTorch: y = bias, dx = 0.
+  SetConstants(const NormProblem& problem, double set_mean, double var, bool of_batch)
       : mean(problem.center ? set_mean : 0),
-        shift(problem.dtype == DType::kFloat64 ? mean
-                                               : static_cast<double>(static_cast<float>(mean))),
+        shift(problem.dtype == DType::kFloat64
+                  ? mean
+                  : static_cast<double>(static_cast<float>(ShiftNear(mean, std::sqrt(var))))),
         residual(std::isfinite(shift) ? mean - shift : 0),
-        invstd(1.0 / std::sqrt(var + problem.eps)) {}
+        invstd(of_batch && problem.reduction == Reduction::kPerChannel && var + problem.eps == 0
+                   ? 0
+                   : 1.0 / std::sqrt(var + problem.eps)) {}
 
   double mean;
-  double shift;     // the mean in the computing type
+  double shift;     // near the mean, in the computing type
   double residual;  // what it lost: mean - shift
   double invstd;
 };

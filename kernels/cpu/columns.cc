@@ -161,10 +161,11 @@ class ForwardJob {
       const int64_t i = unit * geometry_.sets + set;
       if (reduces()) {
         return SetConstants(problem_, call_.moments.mean[i],
-                            call_.moments.m2[i] / static_cast<double>(problem_.set_size()));
+                            call_.moments.m2[i] / static_cast<double>(problem_.set_size()),
+                            /*of_batch=*/true);
       }
       return SetConstants(problem_, call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[i],
-                          call_.statistics.var[i]);
+                          call_.statistics.var[i], /*of_batch=*/false);
     };
     const int64_t first = unit * geometry_.columns;
     for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
@@ -328,7 +329,7 @@ class BackwardJob {
   SetConstants ConstantsOf(int64_t unit, int64_t set) const {
     const int64_t i = unit * geometry_.sets + set;
     return SetConstants(problem_, args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[i],
-                        args_.statistics.var[i]);
+                        args_.statistics.var[i], args_.statistics_of_batch);
   }
 
   void SetShifts(int64_t unit) {

@@ -17,6 +17,10 @@ HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
+// A lambda whose captures must stay in registers.
+#undef NORMD_INLINE_LAMBDA
+#define NORMD_INLINE_LAMBDA __attribute__((always_inline))
+
 // E: float, double, Float16 or BFloat16. What it is computed in:
 template <class E>
 using ComputeType = std::conditional_t<std::is_same_v<E, double>, double, float>;

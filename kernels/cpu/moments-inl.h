@@ -13,10 +13,12 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/shift.h"
 #include "kernels/cpu/sums-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -49,7 +51,7 @@ struct MomentSums {
     sum[k] = hn::Add(sum[k], deviation);
     square[k] = hn::MulAdd(deviation, deviation, square[k]);
   }
-  void Clear() {
+  HWY_INLINE void Clear() {
     for (int k = 0; k < 4; ++k) sum[k] = square[k] = hn::Zero(d);
   }
 
@@ -60,20 +62,30 @@ struct MomentSums {
   V square[4];
 };
 
+// The next shift, from `n` values' sums of x - shift and of their squares.
+HWY_INLINE double ShiftOfSums(double shift, double sum, double square, double n) {
+  const double mean = sum / n;
+  return ShiftNear(shift + mean, std::sqrt(square / n - mean * mean));
+}
+
 // A first shift: the mean of the first few vectors, themselves shifted by the
 // first value. A single outlier then costs a few bits, not the answer.
 template <class E>
-HWY_INLINE ComputeType<E> PilotMean(const E* x, int64_t n) {
+HWY_INLINE ComputeType<E> PilotShift(const E* x, int64_t n) {
   using T = ComputeType<E>;
   const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const T first = ScalarAt(x, 0);
   const int64_t end = std::min<int64_t>(n, 4 * lanes) / lanes * lanes;
-  auto sum = hn::Zero(d);
+  auto sum = hn::Zero(d), square = hn::Zero(d);
   for (int64_t i = 0; i < end; i += lanes) {
-    sum = hn::Add(sum, hn::Sub(LoadElements(d, x + i), hn::Set(d, first)));
+    const auto deviation = hn::Sub(LoadElements(d, x + i), hn::Set(d, first));
+    sum = hn::Add(sum, deviation);
+    square = hn::MulAdd(deviation, deviation, square);
   }
-  return first + hn::GetLane(hn::SumOfLanes(d, sum)) / static_cast<T>(end);
+  return static_cast<T>(ShiftOfSums(first, hn::GetLane(hn::SumOfLanes(d, sum)),
+                                    hn::GetLane(hn::SumOfLanes(d, square)),
+                                    static_cast<double>(end)));
 }
 
 template <class E>
@@ -97,16 +109,16 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
   if (runs.count == 0 || runs.length == 0) return total;
   if (runs.length < static_cast<int64_t>(hn::Lanes(d))) return MomentsOfShortRuns(x, runs);
 
-  T shift = PilotMean(x, runs.length);
+  T shift = PilotShift(x, runs.length);
   sums.shift = hn::Set(d, shift);
   sums.Clear();
   ForEachPiece(
       d, runs,
-      [&](int64_t run, int64_t begin, int64_t n) {
+      [&](int64_t run, int64_t begin, int64_t n) NORMD_INLINE_LAMBDA {
         sums.x = x + run * runs.stride + begin;
         AddRun(d, n, sums);
       },
-      [&](int64_t elements) {
+      [&](int64_t elements) NORMD_INLINE_LAMBDA {
         const double n = static_cast<double>(elements);
         const double sum = Total(d, sums.sum[0], sums.sum[1], sums.sum[2], sums.sum[3]);
         const double square =
@@ -114,7 +126,7 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
         const double m2 = square - sum * (sum / n);
         const double mean = static_cast<double>(shift) + sum / n;
         total.Merge({n, mean, m2 < 0 ? 0 : m2});
-        shift = static_cast<T>(mean);
+        shift = static_cast<T>(ShiftOfSums(shift, sum, square, n));
         sums.shift = hn::Set(d, shift);
         sums.Clear();
       });
@@ -194,7 +206,8 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   for (int64_t j = 0; j < columns; ++j) shift[j] = ScalarAt(x, j);
   clear();
   add(0, pilot);
-  for (int64_t j = 0; j < columns; ++j) shift[j] += sum[j] / static_cast<T>(pilot);
+  for (int64_t j = 0; j < columns; ++j)
+    shift[j] = static_cast<T>(ShiftOfSums(shift[j], sum[j], square[j], static_cast<double>(pilot)));
   clear();
 
   double done = 0;
@@ -215,7 +228,7 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
       mean[j] = before + delta * part;
       m2[j] =
           (done == 0 ? 0 : m2[j]) + (block_m2 < 0 ? 0 : block_m2) + delta * delta * (done * part);
-      shift[j] = static_cast<T>(block_mean);
+      shift[j] = static_cast<T>(ShiftOfSums(shift[j], s, square[j], n));
     }
     clear();
     done = total;

@@ -55,15 +55,11 @@ class Normalize {
     if constexpr (kFused) bits_.Begin(mask_, i);
   }
 
-  HWY_INLINE void Vector(int64_t i, const VectorCoefficients<D>& c) {
-    const D d;
-    if (ahead_ != 0) FetchAhead(x_ + i + ahead_);
-    V y = hn::MulAdd(hn::Sub(LoadElements(d, x_ + i), c.shift), c.scale, c.offset);
-    if constexpr (kFused) {
-      if (residual_ != nullptr) y = hn::Add(y, LoadElements(d, residual_ + i));
-      y = Activate(y, hn::Lanes(d));
-    }
-    StoreElements(d, y, y_ + i, stream_);
+  template <class At>
+  HWY_INLINE int64_t Vectors(int64_t i, int64_t end, const At& at) {
+    const Tensors tensors{x_, y_, residual_, relu_, mask_ != nullptr, ahead_};
+    return stream_ ? Loop<true>(i, end, at, tensors, bits_)
+                   : Loop<false>(i, end, at, tensors, bits_);
   }
 
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
@@ -71,7 +67,7 @@ class Normalize {
     V y = hn::MulAdd(hn::Sub(LoadPartial(d, x_ + i, n), c.shift), c.scale, c.offset);
     if constexpr (kFused) {
       if (residual_ != nullptr) y = hn::Add(y, LoadPartial(d, residual_ + i, n));
-      y = Activate(y, n);
+      if (relu_) y = Activate(y, n, mask_ != nullptr, bits_);
     }
     StorePartial(d, y, y_ + i, n);
   }
@@ -81,12 +77,41 @@ class Normalize {
   }
 
  private:
-  // The first n lanes count.
-  HWY_INLINE V Activate(V y, size_t n) {
+  struct Tensors {
+    const E* x;
+    E* y;
+    const E* residual;
+    bool relu;
+    bool masks;
+    int64_t ahead;
+  };
+
+  // The tensors by value: what is stored might otherwise be thought to change them.
+  template <bool kStream, class At>
+  static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Tensors t,
+                                 MaskWriter& writer) {
     const D d;
-    if (!relu_) return y;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    MaskWriter bits = writer;
+    for (; i + lanes <= end; i += lanes) {
+      const VectorCoefficients<D> c = at(i);
+      if (t.ahead != 0) FetchAhead(t.x + i + t.ahead);
+      V y = hn::MulAdd(hn::Sub(LoadElements(d, t.x + i), c.shift), c.scale, c.offset);
+      if constexpr (kFused) {
+        if (t.residual != nullptr) y = hn::Add(y, LoadElements(d, t.residual + i));
+        if (t.relu) y = Activate(y, static_cast<size_t>(lanes), t.masks, bits);
+      }
+      StoreElements(d, y, t.y + i, kStream);
+    }
+    if constexpr (kFused) writer = bits;
+    return i;
+  }
+
+  // The first n lanes count.
+  static HWY_INLINE V Activate(V y, size_t n, bool masks, MaskWriter& bits) {
+    const D d;
     const auto passes = hn::Not(hn::Le(y, hn::Zero(d)));  // NaN passes
-    if (mask_ != nullptr) bits_.Append(BitsOf(d, passes) & ((uint64_t{1} << n) - 1), n);
+    if (masks) bits.Append(BitsOf(d, passes) & ((uint64_t{1} << n) - 1), n);
     return hn::IfThenElseZero(passes, y);
   }
 

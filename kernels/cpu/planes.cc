@@ -207,7 +207,7 @@ class ForwardJob {
 
  private:
   void SetCoefficients(int64_t set, double mean, double var) {
-    const SetConstants constants(problem_, mean, var);
+    const SetConstants constants(problem_, mean, var, call_.by_batch());
     for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
       const int64_t c = geometry_.ChannelOf(plane);
       SetForward(arrays_, plane, constants, weight_[c], bias_[c]);
@@ -327,7 +327,7 @@ class BackwardJob {
  private:
   SetConstants ConstantsOf(int64_t set) const {
     return SetConstants(problem_, args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[set],
-                        args_.statistics.var[set]);
+                        args_.statistics.var[set], args_.statistics_of_batch);
   }
 
   // A plane that is cut between two pieces has an entry in each.

@@ -124,7 +124,7 @@ class ForwardJob {
     if (!call_.by_batch()) {
       return SetConstants(problem_,
                           call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[row],
-                          call_.statistics.var[row]);
+                          call_.statistics.var[row], /*of_batch=*/false);
     }
     const void* begin =
         static_cast<const char*>(call_.x) + row * geometry_.length * geometry_.element_bytes;
@@ -134,7 +134,7 @@ class ForwardJob {
     call_.moments.mean[row] = moments.mean;
     call_.moments.m2[row] = moments.m2;
     return SetConstants(problem_, moments.mean,
-                        moments.m2 / static_cast<double>(problem_.set_size()));
+                        moments.m2 / static_cast<double>(problem_.set_size()), /*of_batch=*/true);
   }
 
   const ForwardCall& call_;
@@ -205,7 +205,7 @@ class BackwardJob {
     for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
       const SetConstants set(problem_,
                              args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[row],
-                             args_.statistics.var[row]);
+                             args_.statistics.var[row], args_.statistics_of_batch);
       const int64_t parameter = geometry_.ParameterOf(row);
       Row of_row{.begin = row * geometry_.length,
                  .count = geometry_.length,

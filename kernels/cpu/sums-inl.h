@@ -48,31 +48,49 @@ HWY_INLINE void AddRun(D d, int64_t n, Sums& sums) {
 
 // Calls add(run, begin, n) for pieces of the runs and flush(elements) after about
 // every BlockOf(d) elements. No piece is shorter than a vector, if the runs are not.
+// Both are called from one place each, so that the sums stay in registers.
 template <class D, class Add, class Flush>
 HWY_INLINE void ForEachPiece(D d, const Runs& runs, Add add, Flush flush) {
   const int64_t block = BlockOf(d);
-  const int64_t most = block + block / 2;
   int64_t pending = 0;
-  for (int64_t run = 0; run < runs.count; ++run) {
-    for (int64_t begin = 0; begin < runs.length;) {
-      const int64_t rest = runs.length - begin;
-      const int64_t n = rest < most ? rest : block;
-      if (pending != 0 && pending + n > most) {
-        flush(pending);
-        pending = 0;
-      }
-      add(run, begin, n);
-      pending += n;
-      begin += n;
+  for (int64_t run = 0, begin = 0; run < runs.count;) {
+    const int64_t rest = runs.length - begin;
+    const int64_t n = rest < block + block / 2 ? rest : block;
+    add(run, begin, n);
+    pending += n;
+    begin += n;
+    if (begin == runs.length) {
+      begin = 0;
+      ++run;
+    }
+    if (pending + n / 2 > block || run == runs.count) {
+      flush(pending);
+      pending = 0;
     }
   }
-  if (pending != 0) flush(pending);
+}
+
+// The lanes' sum. In double: a block's sum in float would be off by more than all
+// the roundings before, and what it is off by counts dy times in a gradient.
+template <class D>
+HWY_INLINE double SumInDouble([[maybe_unused]] D d, hn::Vec<D> v) {
+#if HWY_TARGET == HWY_SCALAR
+  return static_cast<double>(hn::GetLane(v));
+#else
+  if constexpr (sizeof(hn::TFromD<D>) == sizeof(double)) {
+    return hn::GetLane(hn::SumOfLanes(d, v));
+  } else {
+    const hn::Half<D> half;
+    const hn::Repartition<double, D> wide;
+    return hn::GetLane(hn::SumOfLanes(wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
+                                                    hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
+  }
+#endif
 }
 
 template <class D>
 HWY_INLINE double Total(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c, hn::Vec<D> e) {
-  const auto sum = hn::Add(hn::Add(a, b), hn::Add(c, e));
-  return static_cast<double>(hn::GetLane(hn::SumOfLanes(d, sum)));
+  return SumInDouble(d, a) + SumInDouble(d, b) + SumInDouble(d, c) + SumInDouble(d, e);
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

@@ -3,7 +3,8 @@
 //
 //   Op::Type                              float or double
 //   op.Begin(i)                           elements from i on follow, without gaps
-//   op.Vector(i, coefficients)            Lanes() elements at i
+//   op.Vectors(i, end, at)                whole vectors from i on that end by `end`, with
+//                                         the coefficients at(i); returns where it stopped
 //   op.Partial(i, n, coefficients)        n elements, n < Lanes()
 //   op.End()
 //   op.UntilAligned(i)                    elements before a vector may be stored
@@ -133,24 +134,23 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   op.Begin(i);
   partial(std::min(end, i + op.UntilAligned(i)));
   while (i + lanes <= end) {
-    if (i + lanes <= plane_end) {
-      const auto values = arrays.Broadcast(d, plane);
-      const int64_t last = std::min(plane_end, end) - lanes;
-      for (; i <= last; i += lanes) op.Vector(i, values);
-    } else if (i == plane_end) {
-      ++plane;
-      plane_end += planes.plane_size;
-    } else {  // a vector across two planes
-      const auto first = hn::FirstN(d, static_cast<size_t>(plane_end - i));
-      const auto a = arrays.Broadcast(d, plane);
-      const auto b = arrays.Broadcast(d, plane + 1);
-      op.Vector(
-          i, {hn::IfThenElse(first, a.shift, b.shift), hn::IfThenElse(first, a.scale, b.scale),
-              hn::IfThenElse(first, a.offset, b.offset), hn::IfThenElse(first, a.slope, b.slope)});
-      i += lanes;
+    if (i == plane_end) {
       ++plane;
       plane_end += planes.plane_size;
     }
+    auto values = arrays.Broadcast(d, plane);
+    int64_t stop = std::min(plane_end, end);
+    if (i + lanes > plane_end) {  // a vector across two planes
+      const auto first = hn::FirstN(d, static_cast<size_t>(plane_end - i));
+      const auto next = arrays.Broadcast(d, ++plane);
+      values = {hn::IfThenElse(first, values.shift, next.shift),
+                hn::IfThenElse(first, values.scale, next.scale),
+                hn::IfThenElse(first, values.offset, next.offset),
+                hn::IfThenElse(first, values.slope, next.slope)};
+      plane_end += planes.plane_size;
+      stop = i + lanes;
+    }
+    i = op.Vectors(i, stop, [&](int64_t) NORMD_INLINE_LAMBDA { return values; });
   }
   if (i == plane_end) {
     ++plane;
@@ -164,7 +164,6 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
 template <class Op, class Source>
 void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& source) {
   const hn::ScalableTag<typename Op::Type> d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   for (int64_t row = 0; row < matrix.rows; ++row) {
     const int64_t start = begin + row * matrix.stride;
     op.Begin(start);
@@ -172,7 +171,8 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
     if (j > 0) {
       op.Partial(start, static_cast<size_t>(j), source.LoadPartial(d, 0, static_cast<size_t>(j)));
     }
-    for (; j + lanes <= matrix.columns; j += lanes) op.Vector(start + j, source.Load(d, j));
+    const auto at = [&](int64_t i) NORMD_INLINE_LAMBDA { return source.Load(d, i - start); };
+    j = op.Vectors(start + j, start + matrix.columns, at) - start;
     if (j < matrix.columns) {
       const size_t rest = static_cast<size_t>(matrix.columns - j);
       op.Partial(start + j, rest, source.LoadPartial(d, j, rest));

@@ -83,20 +83,15 @@ class Sequence:
         return module.train(self.mode == TRAIN)
 
     def twins(self):
+        """The peer computes in the type of the state: PyTorch's CPU has no float16 batch norm."""
         peer = self.twin(self.state_dtype)
         exact = self.twin(torch.float64)
         return peer, exact
 
-    @property
-    def has_peer(self):
-        """PyTorch's CPU has no float16, and rounds bfloat16 by rules of its own."""
-        return self.dtype in (torch.float32, torch.float64)
-
     # --- judging ---
 
     def judge(self, what, got, exact, peer, scale, tolerance):
-        judge(self.test, f"{what} of {self}", got, exact, scale,
-              peer if self.has_peer else None, tolerance)
+        judge(self.test, f"{what} of {self}", got, exact, scale, peer, tolerance)
 
     def judge_state(self, before, peer, exact, x):
         """The server's state after a call against the twins' after the same call."""
@@ -107,11 +102,16 @@ class Sequence:
                 self.test.assertEqual(got[key].item(), exact[key].item(), f"{key} of {self}")
                 continue
             scale = max(largest(before[key]), largest(exact[key]))
+            if key.startswith("running_"):
+                # What the new value is made of: (1 - m) * old + m * batch.
+                m = self.arguments["momentum"]
+                m = 1 / max(1, exact["num_batches_tracked"].item()) if m is None else m
+                old = (1 - m) * before[key].double()
+                scale = max(scale, largest(old), largest(exact[key] - old))
             if key == "running_mean":
                 # The sum that the mean is made of.
                 scale = max(scale, largest(x))
-            judge(self.test, f"{key} of {self}", got[key], exact[key], scale,
-                  peer[key] if self.has_peer else None, 1e-6)
+            judge(self.test, f"{key} of {self}", got[key], exact[key], scale, peer[key], 1e-6)
 
     # --- calls ---
 
@@ -184,7 +184,8 @@ class Sequence:
         got = from_proto(answer.output)
         self.test.assertEqual(got.dtype, x.dtype)
         self.test.assertEqual(answer.output.memory_format, 2 if self.channels_last else 1)
-        self.judge("output", got, y_exact.detach(), y_peer.detach(), largest(y_exact), 1e-5)
+        scale = max(largest(y_exact), largest(exact.bias))
+        self.judge("output", got, y_exact.detach(), y_peer.detach(), scale, 1e-5)
         self.judge_state(before, peer, exact, x)
         changes = self.mode == TRAIN and self.arguments["track_running_stats"]
         if changes:
@@ -255,7 +256,9 @@ class Sequence:
             for key, each in (("weight", grad.double() * normalized), ("bias", grad.double())):
                 sums[key] = from_proto(getattr(got, f"grad_{key}"))
                 exact_grad = getattr(exact, key).grad
-                scale = max(largest(exact_grad), largest((each**2).sum((0, 2, 3)).sqrt()))
+                # A sum's natural scale, and what the last bits of the mean make of it.
+                scale = max(largest(exact_grad), largest((each**2).sum((0, 2, 3)).sqrt()),
+                            0.3 * largest(grad.double().sum((0, 2, 3))))
                 self.test.assertEqual(sums[key].dtype, self.state_dtype)
                 self.judge(f"grad_{key}", sums[key], exact_grad, getattr(peer, key).grad, scale,
                            1e-4)
@@ -425,6 +428,24 @@ class CornerCases(ServerTestCase):
         y = layer(torch.full((4, 2, 3, 3), 7.25))
         self.assertTrue(torch.equal(y[:, 0], torch.full((4, 3, 3), 0.5)))
         self.assertTrue(torch.equal(y[:, 1], torch.full((4, 3, 3), -3.0)))
+
+    def test_constant_input_without_eps_is_pytorchs(self):
+        for shape in ((4, 2, 3, 3), (4, 2, 1, 1), (1, 2, 40, 40)):
+            for channels_last in (False, True):
+                layer = self.layer(2, eps=0.0)
+                module = torch.nn.BatchNorm2d(2, eps=0.0)
+                with torch.no_grad():
+                    module.bias.copy_(torch.tensor([0.5, -3.0]))
+                layer.load_state_dict(module.state_dict())
+                x = torch.full(shape, 7.25).requires_grad_()
+                grad = torch.randn(shape)
+                due = module(x)
+                due.backward(grad)
+                answer = layer.forward(x, channels_last, save=True)
+                self.assertTrue(torch.equal(from_proto(answer.output), due.detach()))
+                back = layer.backward(grad, answer.context_id, channels_last=channels_last)
+                self.assertTrue(torch.equal(from_proto(back.grad_input), x.grad))
+                self.assertTrue(torch.equal(from_proto(back.grad_weight), module.weight.grad))
 
     def test_float16_and_bfloat16_share_a_float32_instance(self):
         layer = self.layer(3)

@@ -2,27 +2,26 @@
 // server that takes the same request bytes as a ByteBuffer and answers as many bytes
 // as normd does, with the same settings. Both are processes of their own; rounds are
 // interleaved, and medians compared.
-#include <signal.h>
-#include <spawn.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <memory>
-#include <numeric>
 #include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include <nlohmann/json.hpp>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
@@ -30,7 +29,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/synchronization/blocking_counter.h"
-#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "grpcpp/generic/async_generic_service.h"
@@ -67,8 +65,8 @@ class Echo final : public grpc::CallbackGenericService {
     void OnReadDone(bool ok) override {
       if (!ok) return Finish(grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "no message"));
       // Lent, as normd lends its output.
-      const grpc::Slice slice(const_cast<char*>(bytes_.data()), std::min(size_, bytes_.size()),
-                              [](void*) {}, nullptr);
+      const grpc::Slice slice(
+          const_cast<char*>(bytes_.data()), std::min(size_, bytes_.size()), [](void*) {}, nullptr);
       response_ = grpc::ByteBuffer(&slice, 1);
       StartWriteAndFinish(&response_, grpc::WriteOptions(), grpc::Status::OK);
     }
@@ -179,7 +177,10 @@ std::vector<double> Send(grpc::GenericStub& stub, const std::string& method,
   std::vector<Chain> chain(static_cast<size_t>(in_flight));
   std::function<void(size_t)> step = [&](size_t c) {
     const int i = next.fetch_add(1);
-    if (i >= count) return chains.DecrementCount();
+    if (i >= count) {
+      chains.DecrementCount();
+      return;
+    }
     Chain& one = chain[c];
     one.context = std::make_unique<grpc::ClientContext>();
     one.request = request;
@@ -208,7 +209,8 @@ double Median(std::vector<double> values) {
 
 double Percentile(std::vector<double> values, double p) {
   std::sort(values.begin(), values.end());
-  return values[std::min(values.size() - 1, static_cast<size_t>(p * static_cast<double>(values.size())))];
+  return values[std::min(values.size() - 1,
+                         static_cast<size_t>(p * static_cast<double>(values.size())))];
 }
 
 struct Target {
@@ -344,8 +346,9 @@ int main(int argc, char** argv) {
     absl::PrintF("%-34s %10s %10s %8s %10s %10s %9s %9s\n", "case", "ours ms", "echo ms", "ratio",
                  "p50 ms", "p99 ms", "MB/s", "req/s");
     std::vector<Case> cases;
-    for (const int64_t bytes : quick ? std::vector<int64_t>{kMiB, 10 * kMiB}
-                                     : std::vector<int64_t>{64 * kKiB, kMiB, 10 * kMiB, 100 * kMiB}) {
+    for (const int64_t bytes : quick
+                                   ? std::vector<int64_t>{kMiB, 10 * kMiB}
+                                   : std::vector<int64_t>{64 * kKiB, kMiB, 10 * kMiB, 100 * kMiB}) {
       for (const char* op : {"eval", "train_forward", "backward"}) {
         for (const int in_flight : quick ? std::vector<int>{1} : std::vector<int>{1, 4}) {
           cases.push_back({op, bytes, in_flight});
