@@ -24,6 +24,27 @@ HWY_INLINE int64_t BlockOf(D d) {
 // The same for columns, whose accumulators collect a row each.
 inline constexpr int64_t kBlockRows = 128;
 
+// Four accumulators, as members rather than as an array: GCC keeps them in registers.
+template <class D>
+struct Accumulators {
+  using V = hn::Vec<D>;
+
+  template <int k>
+  HWY_INLINE V& At() {
+    if constexpr (k == 0) return a;
+    if constexpr (k == 1) return b;
+    if constexpr (k == 2) return c;
+    if constexpr (k == 3) return e;
+  }
+  HWY_INLINE void Clear() { a = b = c = e = hn::Zero(D()); }
+  HWY_INLINE double Total() const {
+    const V sum = hn::Add(hn::Add(a, b), hn::Add(c, e));
+    return static_cast<double>(hn::GetLane(hn::SumOfLanes(D(), sum)));
+  }
+
+  V a, b, c, e;
+};
+
 // Adds elements [0, n), n >= Lanes(d), to `sums`, which has
 //   Add<k>(i)              the vector at i, to accumulator k of 4
 //   Add<k>(i, mask)        those of its lanes that are in the mask
@@ -68,12 +89,6 @@ HWY_INLINE void ForEachPiece(D d, const Runs& runs, Add add, Flush flush) {
       pending = 0;
     }
   }
-}
-
-template <class D>
-HWY_INLINE double Total(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c, hn::Vec<D> e) {
-  const auto sum = hn::Add(hn::Add(a, b), hn::Add(c, e));
-  return static_cast<double>(hn::GetLane(hn::SumOfLanes(d, sum)));
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE
