@@ -72,6 +72,10 @@ struct RunSums {
 
   template <int k>
   HWY_INLINE void Add(int64_t i) {
+    if (ahead != 0) {
+      FetchAhead(input.x + begin + i + ahead);
+      FetchAhead(input.grad_y + begin + i + ahead);
+    }
     Collect<k>(i, input.GradY(begin + i));
   }
   template <int k, class M>
@@ -81,18 +85,20 @@ struct RunSums {
   template <int k>
   HWY_INLINE void Collect(int64_t i, V gradient) {
     if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
-    dy[k] = hn::Add(dy[k], gradient);
-    dy_d[k] = hn::MulAdd(gradient, hn::Sub(input.X(begin + i), shift), dy_d[k]);
+    dy.template At<k>() = hn::Add(dy.template At<k>(), gradient);
+    dy_d.template At<k>() =
+        hn::MulAdd(gradient, hn::Sub(input.X(begin + i), shift), dy_d.template At<k>());
   }
   template <int k, class M>
   HWY_INLINE void Collect(int64_t i, V gradient, M mask) {
     if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
     const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
-    dy[k] = hn::Add(dy[k], hn::IfThenElseZero(mask, gradient));
-    dy_d[k] = hn::Add(dy_d[k], hn::IfThenElseZero(mask, product));
+    dy.template At<k>() = hn::Add(dy.template At<k>(), hn::IfThenElseZero(mask, gradient));
+    dy_d.template At<k>() = hn::Add(dy_d.template At<k>(), hn::IfThenElseZero(mask, product));
   }
   HWY_INLINE void Clear() {
-    for (int k = 0; k < 4; ++k) dy[k] = dy_d[k] = hn::Zero(d);
+    dy.Clear();
+    dy_d.Clear();
   }
 
   D d;
@@ -100,8 +106,9 @@ struct RunSums {
   const T* weight = nullptr;
   V shift;
   int64_t begin = 0;
-  V dy[4];
-  V dy_d[4];
+  int64_t ahead = 0;
+  Accumulators<D> dy;
+  Accumulators<D> dy_d;
 };
 
 // A run shorter than a vector.
@@ -137,6 +144,7 @@ GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const R
     }
     RunSums<E, kMasked> sums(input);
     sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift));
+    sums.ahead = runs.ahead;
     sums.Clear();
     ForEachPiece(
         d, runs,
@@ -146,8 +154,8 @@ GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const R
           AddRun(d, n, sums);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
-          total.dy += Total(d, sums.dy[0], sums.dy[1], sums.dy[2], sums.dy[3]);
-          total.dy_d += Total(d, sums.dy_d[0], sums.dy_d[1], sums.dy_d[2], sums.dy_d[3]);
+          total.dy += sums.dy.Total();
+          total.dy_d += sums.dy_d.Total();
           sums.Clear();
         });
     return total;
@@ -241,6 +249,7 @@ class Gradient {
                                         0),
         ahead_(tensors.ahead) {}
 
+  void FetchAheadBy(int64_t elements) { ahead_ = elements; }
   int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(grad_x_ + i) : 0; }
   void Begin(int64_t) {}
   void End() {}

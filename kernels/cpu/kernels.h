@@ -16,11 +16,13 @@
 
 namespace normd::cpu {
 
-// `count` runs of `length` contiguous elements, `stride` apart.
+// `count` runs of `length` contiguous elements, `stride` apart. While they are summed,
+// those `ahead` elements further on are fetched into the cache; 0: none.
 struct Runs {
   int64_t count;
   int64_t length;
   int64_t stride;
+  int64_t ahead = 0;
 };
 
 // `rows` rows of `columns` contiguous elements, `stride` apart.

@@ -41,25 +41,28 @@ struct MomentSums {
 
   template <int k>
   HWY_INLINE void Add(int64_t i) {
+    if (ahead != 0) FetchAhead(x + i + ahead);
     const V deviation = hn::Sub(LoadElements(d, x + i), shift);
-    sum[k] = hn::Add(sum[k], deviation);
-    square[k] = hn::MulAdd(deviation, deviation, square[k]);
+    sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
+    square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
   }
   template <int k, class M>
   HWY_INLINE void Add(int64_t i, M mask) {
     const V deviation = hn::IfThenElseZero(mask, hn::Sub(LoadElements(d, x + i), shift));
-    sum[k] = hn::Add(sum[k], deviation);
-    square[k] = hn::MulAdd(deviation, deviation, square[k]);
+    sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
+    square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
   }
   HWY_INLINE void Clear() {
-    for (int k = 0; k < 4; ++k) sum[k] = square[k] = hn::Zero(d);
+    sum.Clear();
+    square.Clear();
   }
 
   D d;
   const E* x = nullptr;
+  int64_t ahead = 0;
   V shift;
-  V sum[4];
-  V square[4];
+  Accumulators<D> sum;
+  Accumulators<D> square;
 };
 
 // The next shift, from `n` values' sums of x - shift and of their squares.
@@ -111,6 +114,7 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
 
   T shift = PilotShift(x, runs.length);
   sums.shift = hn::Set(d, shift);
+  sums.ahead = runs.ahead;
   sums.Clear();
   ForEachPiece(
       d, runs,
@@ -120,9 +124,8 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
         const double n = static_cast<double>(elements);
-        const double sum = Total(d, sums.sum[0], sums.sum[1], sums.sum[2], sums.sum[3]);
-        const double square =
-            Total(d, sums.square[0], sums.square[1], sums.square[2], sums.square[3]);
+        const double sum = sums.sum.Total();
+        const double square = sums.square.Total();
         const double m2 = square - sum * (sum / n);
         const double mean = static_cast<double>(shift) + sum / n;
         total.Merge({n, mean, m2 < 0 ? 0 : m2});

@@ -22,7 +22,7 @@
 namespace normd::cpu {
 namespace {
 
-constexpr int64_t kLargestUnitBytes = int64_t{3} << 19;   // 1.5 MiB
+constexpr int64_t kLargestUnitBytes = int64_t{1} << 20;   // 1 MiB
 constexpr int64_t kSmallestUnitBytes = int64_t{1} << 17;  // 128 KiB
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
 
@@ -50,7 +50,7 @@ struct Geometry {
     const int64_t set_bytes =
         runs * run_length() * static_cast<int64_t>(SizeOf(problem.dtype)) * tensors;
     const int64_t unit_bytes =
-        std::clamp(sets * set_bytes / 32, kSmallestUnitBytes, kLargestUnitBytes);
+        std::clamp(sets * set_bytes / 16, kSmallestUnitBytes, kLargestUnitBytes);
     unit_sets = std::clamp<int64_t>(unit_bytes / set_bytes, 1, sets);
     units = (sets + unit_sets - 1) / unit_sets;
     if (set_bytes > 2 * kChunkBytes) {
@@ -77,6 +77,10 @@ struct Geometry {
   int64_t Ahead(int64_t unit) const {
     return unit + 1 < units && chunks() == 1 ? unit_sets * run_length() : 0;
   }
+
+  // Elements from a set to the next, which lie close together in each of many runs:
+  // too short for the processor to see a pattern in.
+  int64_t AheadInUnit() const { return unit_sets > 1 && runs > 1 ? run_length() : 0; }
 
   // Calls visit(planes) for each contiguous range of a chunk.
   template <class Visit>
@@ -178,7 +182,8 @@ class ForwardJob {
       const int64_t begin = geometry_.OffsetOf(runs.begin, set) + elements.begin;
       partial_[static_cast<size_t>(set * geometry_.chunks() + chunk)] = kernels_.moments_of_runs(
           At(problem_, call_.x, begin),
-          {runs.size(), elements.size(), geometry_.sets * geometry_.run_length()});
+          {runs.size(), elements.size(), geometry_.sets * geometry_.run_length(),
+           geometry_.AheadInUnit()});
     }
   }
 
@@ -283,7 +288,9 @@ class BackwardJob {
         const int64_t end = std::min(elements.end, (sub + 1) * geometry_.plane);
         sums_[EntryOf(set, chunk, sub)] = kernels_.sums_of_runs(
             tensors_, geometry_.OffsetOf(runs.begin, set) + begin,
-            {runs.size(), end - begin, geometry_.sets * geometry_.run_length()}, constants.shift);
+            {runs.size(), end - begin, geometry_.sets * geometry_.run_length(),
+             geometry_.AheadInUnit()},
+            constants.shift);
         begin = end;
       }
     }

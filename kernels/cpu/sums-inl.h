@@ -24,6 +24,44 @@ HWY_INLINE int64_t BlockOf(D d) {
 // The same for columns, whose accumulators collect a row each.
 inline constexpr int64_t kBlockRows = 128;
 
+// The lanes' sum. In double: a block's sum in float would be off by more than all
+// the roundings before, and what it is off by counts dy times in a gradient.
+template <class D>
+HWY_INLINE double SumInDouble([[maybe_unused]] D d, hn::Vec<D> v) {
+#if HWY_TARGET == HWY_SCALAR
+  return static_cast<double>(hn::GetLane(v));
+#else
+  if constexpr (sizeof(hn::TFromD<D>) == sizeof(double)) {
+    return hn::GetLane(hn::SumOfLanes(d, v));
+  } else {
+    const hn::Half<D> half;
+    const hn::Repartition<double, D> wide;
+    return hn::GetLane(hn::SumOfLanes(wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
+                                                    hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
+  }
+#endif
+}
+
+// Four accumulators, as members rather than as an array: GCC keeps them in registers.
+template <class D>
+struct Accumulators {
+  using V = hn::Vec<D>;
+
+  template <int k>
+  HWY_INLINE V& At() {
+    if constexpr (k == 0) return a;
+    if constexpr (k == 1) return b;
+    if constexpr (k == 2) return c;
+    if constexpr (k == 3) return e;
+  }
+  HWY_INLINE void Clear() { a = b = c = e = hn::Zero(D()); }
+  HWY_INLINE double Total() const {
+    return SumInDouble(D(), a) + SumInDouble(D(), b) + SumInDouble(D(), c) + SumInDouble(D(), e);
+  }
+
+  V a, b, c, e;
+};
+
 // Adds elements [0, n), n >= Lanes(d), to `sums`, which has
 //   Add<k>(i)              the vector at i, to accumulator k of 4
 //   Add<k>(i, mask)        those of its lanes that are in the mask
@@ -68,29 +106,6 @@ HWY_INLINE void ForEachPiece(D d, const Runs& runs, Add add, Flush flush) {
       pending = 0;
     }
   }
-}
-
-// The lanes' sum. In double: a block's sum in float would be off by more than all
-// the roundings before, and what it is off by counts dy times in a gradient.
-template <class D>
-HWY_INLINE double SumInDouble([[maybe_unused]] D d, hn::Vec<D> v) {
-#if HWY_TARGET == HWY_SCALAR
-  return static_cast<double>(hn::GetLane(v));
-#else
-  if constexpr (sizeof(hn::TFromD<D>) == sizeof(double)) {
-    return hn::GetLane(hn::SumOfLanes(d, v));
-  } else {
-    const hn::Half<D> half;
-    const hn::Repartition<double, D> wide;
-    return hn::GetLane(hn::SumOfLanes(wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
-                                                    hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
-  }
-#endif
-}
-
-template <class D>
-HWY_INLINE double Total(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c, hn::Vec<D> e) {
-  return SumInDouble(d, a) + SumInDouble(d, b) + SumInDouble(d, c) + SumInDouble(d, e);
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

@@ -82,10 +82,9 @@ start() {
 # The process of normd itself, which runs under buildah's.
 normd_pid() {
   local pid
-  for pid in /proc/[0-9]*; do
-    if tr '\0' '\n' <"$pid/environ" 2>/dev/null | grep -qx "NORMD_LISTEN=127.0.0.1:$port" &&
-      [[ $(cat "$pid/comm" 2>/dev/null) == normd ]]; then
-      basename "$pid"
+  for pid in $(pgrep -x normd); do
+    if grep -qzx "NORMD_LISTEN=127.0.0.1:$port" "/proc/$pid/environ" 2>/dev/null; then
+      echo "$pid"
       return
     fi
   done

@@ -559,10 +559,15 @@ TEST_F(NormctlTest, NamesTheTensorsToPickFrom) {
 }
 
 TEST_F(NormctlTest, LeavesNoHalfWrittenFile) {
-  const Outcome outcome =
-      Call(absl::StrCat("forward bn1 --input=", Input(), " --output=", File("no/such/y.npy")));
-  EXPECT_EQ(outcome.exit_code, 2);
-  EXPECT_THAT(outcome.err, HasSubstr("cannot write"));
+  const std::string directory = File("directory.npy");  // which a file cannot replace
+  std::filesystem::create_directory(directory);
+  for (const std::string& output : {directory, File("no/such/y.npy")}) {
+    const Outcome outcome =
+        Call(absl::StrCat("forward bn1 --input=", Input(), " --output=", output));
+    EXPECT_EQ(outcome.exit_code, 2);
+    EXPECT_THAT(outcome.err, HasSubstr("cannot write"));
+    EXPECT_FALSE(std::filesystem::exists(output + ".part"));
+  }
 }
 
 }  // namespace
