@@ -72,10 +72,6 @@ struct RunSums {
 
   template <int k>
   HWY_INLINE void Add(int64_t i) {
-    if (ahead != 0) {
-      FetchAhead(input.x + begin + i + ahead);
-      FetchAhead(input.grad_y + begin + i + ahead);
-    }
     Collect<k>(i, input.GradY(begin + i));
   }
   template <int k, class M>
@@ -106,7 +102,6 @@ struct RunSums {
   const T* weight = nullptr;
   V shift;
   int64_t begin = 0;
-  int64_t ahead = 0;
   Accumulators<D> dy;
   Accumulators<D> dy_d;
 };
@@ -144,7 +139,6 @@ GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const R
     }
     RunSums<E, kMasked> sums(input);
     sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift));
-    sums.ahead = runs.ahead;
     sums.Clear();
     ForEachPiece(
         d, runs,
@@ -163,9 +157,43 @@ GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const R
 }
 
 template <class E>
-GradientSums SumsOfRuns(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
-                        double shift) {
-  return WeightedSums<E>(tensors, begin, runs, nullptr, shift);
+void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t sets,
+                        const Runs& runs, const double* shift, GradientSums* totals) {
+  WithInput<E>(tensors, [&](auto input) {
+    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
+    RunSums<E, kMasked> sums(input);
+    const auto d = sums.d;
+    WaitingSums<Tag<E>, 2> waiting(sets);
+    for (int64_t set = 0; set < sets; ++set) totals[set] = {};
+    ForEachShortRun(
+        d, sets, runs,
+        [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
+          sums.begin = begin + run * runs.stride + set * runs.length;
+          sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift[set]));
+          sums.Clear();
+          AddRun(d, runs.length, sums);
+          waiting.Add(set, 0, sums.dy.Sum());
+          waiting.Add(set, 1, sums.dy_d.Sum());
+        },
+        [&](int64_t) NORMD_INLINE_LAMBDA {
+          for (int64_t set = 0; set < sets; ++set) {
+            totals[set].dy += waiting.Take(set, 0);
+            totals[set].dy_d += waiting.Take(set, 1);
+          }
+        });
+  });
+}
+
+template <class E>
+void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
+                const double* shift, GradientSums* sums) {
+  if (AreReadTogether(Tag<E>(), sets, runs)) {
+    SumsOfSetsTogether<E>(tensors, begin, sets, runs, shift, sums);
+    return;
+  }
+  for (int64_t set = 0; set < sets; ++set) {
+    sums[set] = WeightedSums<E>(tensors, begin + set * runs.length, runs, nullptr, shift[set]);
+  }
 }
 
 template <class E>

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/elements-inl.h"
@@ -41,7 +42,6 @@ struct MomentSums {
 
   template <int k>
   HWY_INLINE void Add(int64_t i) {
-    if (ahead != 0) FetchAhead(x + i + ahead);
     const V deviation = hn::Sub(LoadElements(d, x + i), shift);
     sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
     square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
@@ -59,7 +59,6 @@ struct MomentSums {
 
   D d;
   const E* x = nullptr;
-  int64_t ahead = 0;
   V shift;
   Accumulators<D> sum;
   Accumulators<D> square;
@@ -102,19 +101,23 @@ PartialMoments MomentsOfShortRuns(const E* x, const Runs& runs) {
   return total;
 }
 
+// Merges a block's sums into `total`, and moves the shift to its mean.
+template <class T>
+HWY_INLINE void MergeBlock(double elements, double sum, double square, T& shift,
+                           PartialMoments& total) {
+  const double mean = static_cast<double>(shift) + sum / elements;
+  const double m2 = square - sum * (sum / elements);
+  total.Merge({elements, mean, m2 < 0 ? 0 : m2});
+  shift = static_cast<T>(ShiftOfSums(shift, sum, square, elements));
+}
+
 template <class E>
-PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
-  using T = ComputeType<E>;
-  const E* x = static_cast<const E*>(data);
+PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs) {
   MomentSums<E> sums;
   const auto d = sums.d;
   PartialMoments total;
-  if (runs.count == 0 || runs.length == 0) return total;
-  if (runs.length < static_cast<int64_t>(hn::Lanes(d))) return MomentsOfShortRuns(x, runs);
-
-  T shift = PilotShift(x, runs.length);
+  ComputeType<E> shift = PilotShift(x, runs.length);
   sums.shift = hn::Set(d, shift);
-  sums.ahead = runs.ahead;
   sums.Clear();
   ForEachPiece(
       d, runs,
@@ -123,17 +126,55 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
         AddRun(d, n, sums);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
-        const double n = static_cast<double>(elements);
-        const double sum = sums.sum.Total();
-        const double square = sums.square.Total();
-        const double m2 = square - sum * (sum / n);
-        const double mean = static_cast<double>(shift) + sum / n;
-        total.Merge({n, mean, m2 < 0 ? 0 : m2});
-        shift = static_cast<T>(ShiftOfSums(shift, sum, square, n));
+        MergeBlock(static_cast<double>(elements), sums.sum.Total(), sums.square.Total(), shift,
+                   total);
         sums.shift = hn::Set(d, shift);
         sums.Clear();
       });
   return total;
+}
+
+template <class E>
+void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
+  MomentSums<E> sums;
+  const auto d = sums.d;
+  WaitingSums<Tag<E>, 2> waiting(sets);
+  std::vector<ComputeType<E>> shift(static_cast<size_t>(sets));
+  for (int64_t set = 0; set < sets; ++set) {
+    shift[static_cast<size_t>(set)] = PilotShift(x + set * runs.length, runs.length);
+    moments[set] = {};
+  }
+  ForEachShortRun(
+      d, sets, runs,
+      [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
+        sums.x = x + run * runs.stride + set * runs.length;
+        sums.shift = hn::Set(d, shift[static_cast<size_t>(set)]);
+        sums.Clear();
+        AddRun(d, runs.length, sums);
+        waiting.Add(set, 0, sums.sum.Sum());
+        waiting.Add(set, 1, sums.square.Sum());
+      },
+      [&](int64_t elements) NORMD_INLINE_LAMBDA {
+        for (int64_t set = 0; set < sets; ++set) {
+          const double sum = waiting.Take(set, 0);
+          MergeBlock(static_cast<double>(elements), sum, waiting.Take(set, 1),
+                     shift[static_cast<size_t>(set)], moments[set]);
+        }
+      });
+}
+
+template <class E>
+void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMoments* moments) {
+  const E* x = static_cast<const E*>(data);
+  const Tag<E> d;
+  if (AreReadTogether(d, sets, runs)) {
+    MomentsOfSetsTogether(x, sets, runs, moments);
+    return;
+  }
+  for (int64_t set = 0; set < sets; ++set, x += runs.length) {
+    const bool is_short = runs.length < static_cast<int64_t>(hn::Lanes(d));
+    moments[set] = is_short ? MomentsOfShortRuns(x, runs) : MomentsOfLongRuns(x, runs);
+  }
 }
 
 // Columns [j, j + Lanes) of `count` rows added to the sums of these columns.
