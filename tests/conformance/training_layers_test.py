@@ -11,12 +11,15 @@ import torch
 from harness.layer import Layer
 from harness.server import ServerTestCase
 from harness.torch_layer import RMSNorm, ServedNorm
-from normd.v1 import instance_pb2, norm_service_pb2 as rpc, optimizer_pb2
+from normd.v1 import instance_pb2, norm_service_pb2 as rpc, optimizer_pb2, tensor_pb2
 from sklearn.datasets import load_digits
 
 STEPS = 100
 LR, MOMENTUM = 0.05, 0.9
-SGD = optimizer_pb2.Optimizer(sgd=optimizer_pb2.Sgd(lr=LR, momentum=MOMENTUM))
+# In float32 a ReLU whose input rounds to the other side of 0 parts the twins sooner or later,
+# whichever is nearer to float64 (torch's own losses leave float64's by 1e-3 within 100 steps).
+# So float64 is compared to the end, float32 before that.
+TOLERANCE = {torch.float32: (1e-4, 15), torch.float64: (1e-9, STEPS)}
 START, ORDER, BATCHES = 7, 1, 2
 print(f"fixed seeds: start {START}, order {ORDER}, batches {BATCHES}", flush=True)
 
@@ -36,8 +39,8 @@ LAYERS = {
         dict(instance_norm_2d=instance_pb2.InstanceNorm2d(
             num_features=shape[0], affine=True, track_running_stats=True))),
     "RMSNorm": lambda shape: (
-        RMSNorm(shape, dtype=torch.float32),
-        dict(rms_norm=instance_pb2.RmsNorm(normalized_shape=shape))),
+        RMSNorm(shape, eps=1e-5),
+        dict(rms_norm=instance_pb2.RmsNorm(normalized_shape=shape, eps=1e-5))),
     "BatchNorm2d": lambda shape: (
         torch.nn.BatchNorm2d(shape[0]),
         dict(batch_norm_2d=instance_pb2.BatchNorm2d(num_features=shape[0]))),
@@ -93,31 +96,38 @@ class TrainingRuns(ServerTestCase):
         super().setUpClass()
         torch.set_num_threads(1)
         digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+        images = torch.tensor(digits.images, dtype=torch.float64).unsqueeze(1) / 16
         labels = torch.tensor(digits.target)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(ORDER))
         train, test = order[:1400], order[1400:]
         cls.train, cls.test = (images[train], labels[train]), (images[test], labels[test])
 
+    dtype = torch.float32
+
     def accuracy(self, net):
         net.eval()
         with torch.no_grad():
-            return (net(self.test[0]).argmax(1) == self.test[1]).double().mean().item()
+            return (net(self.test[0].to(self.dtype)).argmax(1) == self.test[1]).double().mean().item()
 
     def served(self, run, kind, shape, **arguments):
         name = f"{run}/{shape[0]}"
         _, config = LAYERS[kind](shape)
         self.stub.CreateInstance(rpc.CreateInstanceRequest(
-            name=name, config=instance_pb2.InstanceConfig(**config)))
+            name=name, config=instance_pb2.InstanceConfig(
+                state_dtype=(tensor_pb2.DATA_TYPE_FLOAT64 if self.dtype == torch.float64
+                             else tensor_pb2.DATA_TYPE_FLOAT32), **config)))
         return ServedNorm(Layer(self.stub, name), **arguments)
 
     def run_twins(self, what, local, served):
+        local, served = local.to(self.dtype), served.to(self.dtype)
+        sgd = optimizer_pb2.Optimizer(sgd=optimizer_pb2.Sgd(lr=LR, momentum=MOMENTUM))
         norms = [module.layer for module in served.modules() if isinstance(module, ServedNorm)]
         self.assertEqual(len(norms), len(SHAPES))
         optimizers = [torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM)
                       for net in (local, served)]
         loss_of = torch.nn.CrossEntropyLoss()
         picks = torch.Generator().manual_seed(BATCHES)
+        tolerance, compared = TOLERANCE[self.dtype]
         losses = []
         for step in range(STEPS):
             batch = torch.randint(len(self.train[1]), (64,), generator=picks)
@@ -125,33 +135,36 @@ class TrainingRuns(ServerTestCase):
             for net, optimizer in zip((local, served), optimizers):
                 net.train()
                 optimizer.zero_grad()
-                loss = loss_of(net(self.train[0][batch]), self.train[1][batch])
+                loss = loss_of(net(self.train[0][batch].to(self.dtype)), self.train[1][batch])
                 loss.backward()
                 optimizer.step()
                 pair.append(loss.item())
             for norm in norms:
-                self.assertTrue(norm.step(SGD, zero_grad=True).stepped)
+                self.assertTrue(norm.step(sgd, zero_grad=True).stepped)
             losses.append(pair)
-            self.assertLessEqual(abs(pair[0] - pair[1]), 1e-4 * abs(pair[0]),
-                                 f"{what}: loss at step {step}: {pair}")
+            if step < compared:
+                self.assertLessEqual(abs(pair[0] - pair[1]), tolerance * abs(pair[0]),
+                                     f"{what}: loss at step {step}: {pair}")
         self.assertLess(losses[-1][0], losses[0][0] / 3, f"{what}: the network did not learn")
         due, got = self.accuracy(local), self.accuracy(served)
-        worst = max(abs(a - b) / abs(a) for a, b in losses)
+        worst = max(abs(a - b) / abs(a) for a, b in losses[:compared])
         print(f"{what}: loss {losses[0][0]:.3f} -> {losses[-1][0]:.3f}, largest relative "
               f"difference {worst:.1e}, test accuracy {due:.4f} and {got:.4f}", flush=True)
         self.assertGreater(due, 0.85)
-        # One image whose two best classes round differently is allowed.
-        self.assertLessEqual(abs(got - due) * len(self.test[1]), 1.5)
+        self.assertLessEqual(abs(got - due), 0 if self.dtype == torch.float64 else 0.03)
         for norm in norms:
             weight = norm.state_dict()["weight"]
             self.assertGreater((weight - 1).abs().max().item(), 1e-2, "the weight did not move")
 
     def run_plain(self, kind):
-        self.run_twins(kind, plain_network(lambda shape: LAYERS[kind](shape)[0]),
-                       plain_network(lambda shape: self.served(kind, kind, shape)))
+        for self.dtype in (torch.float32, torch.float64):
+            run = f"{kind}-{str(self.dtype).split('.')[1]}"
+            self.run_twins(run, plain_network(lambda shape: LAYERS[kind](shape)[0]),
+                           plain_network(lambda shape: self.served(run, kind, shape)))
 
-    def run_fused(self, kind):
-        run = f"fused-{kind}"
+    def run_fused(self, kind, dtype):
+        run = f"fused-{kind}-{str(dtype).split('.')[1]}"
+        self.dtype = dtype
         self.run_twins(
             run, ResidualNetwork(lambda shape: LocalBlockEnd(LAYERS[kind](shape)[0])),
             ResidualNetwork(lambda shape: self.served(run, kind, shape,
@@ -170,10 +183,12 @@ class TrainingRuns(ServerTestCase):
         self.run_plain("RMSNorm")
 
     def test_batch_norm_residual_and_relu_in_one_call_follow_pytorch(self):
-        self.run_fused("BatchNorm2d")
+        for dtype in (torch.float32, torch.float64):
+            self.run_fused("BatchNorm2d", dtype)
 
     def test_group_norm_residual_and_relu_in_one_call_follow_pytorch(self):
-        self.run_fused("GroupNorm")
+        for dtype in (torch.float32, torch.float64):
+            self.run_fused("GroupNorm", dtype)
 
 
 if __name__ == "__main__":
