@@ -17,29 +17,13 @@ from harness.layer import EVAL, TRAIN, Layer
 from harness.seed import SEED, generator, torch_generator
 from harness.server import ServerTestCase
 from harness.tensors import from_proto, to_proto
+from harness.torch_layer import RMSNorm
 from normd.v1 import instance_pb2, norm_service_pb2 as rpc, tensor_pb2
 
 CASES_A_LAYER = 160
 DTYPES = [torch.float32, torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]
 EPS = [1e-5, 1e-3]
 RELU = rpc.ACTIVATION_RELU
-
-
-class RMSNorm(torch.nn.Module):
-    """torch.nn.RMSNorm, which came after this torch."""
-
-    def __init__(self, normalized_shape, eps=None, elementwise_affine=True, dtype=None):
-        super().__init__()
-        self.shape, self.eps = tuple(normalized_shape), eps
-        self.weight = (torch.nn.Parameter(torch.ones(self.shape, dtype=dtype))
-                       if elementwise_affine else None)
-        self.input_dtype = dtype
-
-    def forward(self, x):
-        eps = torch.finfo(self.input_dtype).eps if self.eps is None else self.eps
-        dims = tuple(range(-len(self.shape), 0))
-        y = x * torch.rsqrt(x.pow(2).mean(dims, keepdim=True) + eps)
-        return y if self.weight is None else y * self.weight
 
 
 def shape_of(rng, *sizes):
