@@ -1,4 +1,4 @@
-// Forward and Backward, in one message or streamed.
+// Forward and Backward, in one message or streamed; FoldConvolution.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -38,6 +38,7 @@ v1::ForwardRequest ForwardHeader(std::string_view name, const ForwardOptions& op
   if (options.mode) request.set_mode(ToWire(*options.mode));
   request.set_save_for_backward(options.save_for_backward);
   request.set_return_batch_statistics(options.return_batch_statistics);
+  if (options.activation == Activation::kRelu) request.set_activation(v1::ACTIVATION_RELU);
   internal::MarkChange(call, &request);
   return request;
 }
@@ -72,11 +73,13 @@ ForwardResult ResultOf(v1::ForwardResponse&& response, Tensor output) {
   return result;
 }
 
-BackwardResult ResultOf(v1::BackwardResponse&& response, std::optional<Tensor> grad_input) {
+BackwardResult ResultOf(v1::BackwardResponse&& response, std::optional<Tensor> grad_input,
+                        std::optional<Tensor> grad_residual) {
   BackwardResult result;
   result.version = response.version();
   result.replayed = response.replayed();
   result.grad_input = std::move(grad_input);
+  result.grad_residual = std::move(grad_residual);
   if (response.has_grad_weight()) {
     result.grad_weight = FromWire(std::move(*response.mutable_grad_weight()));
   }
@@ -97,6 +100,7 @@ absl::StatusOr<bool> MustStream(Connection& connection, int64_t payload, int64_t
 }
 
 int64_t ByteCount(const Tensor& tensor) { return static_cast<int64_t>(tensor.bytes().size()); }
+int64_t ByteCount(const std::optional<Tensor>& tensor) { return tensor ? ByteCount(*tensor) : 0; }
 
 int64_t Channels(const Tensor& tensor) {
   return tensor.shape().size() < 2 ? 0 : std::max<int64_t>(tensor.shape()[1], 0);
@@ -139,14 +143,21 @@ absl::StatusOr<int64_t> ChunkBytes(Connection& connection, absl::Time deadline) 
   return std::max<int64_t>(1, std::min(connection.options().stream_chunk_bytes, *limit / 2));
 }
 
+// Tensors of `expected` bytes that the answer's header says will follow it.
+int64_t TensorsIn(const v1::ForwardResponse&) { return 1; }
+int64_t TensorsIn(const v1::BackwardResponse& header) {
+  return header.has_grad_input() + header.has_grad_residual();
+}
+
 template <class Header>
 struct StreamAnswer {
   Header header;
-  std::string bytes;  // all chunks
+  std::string bytes;           // all chunks
+  std::string residual_bytes;  // all chunks of grad_residual
 };
 
-// Sends `header` and then the chunks, and gathers what comes back; `expected`
-// bytes, if all goes well.
+// Sends `header` and then the chunks, and gathers what comes back; tensors of
+// `expected` bytes each, if all goes well.
 template <class Response, class Header>
 absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const char* method,
                                                 const google::protobuf::MessageLite& header,
@@ -159,7 +170,7 @@ absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const ch
     bool header_received = false;
     for (Chunks& tensor : chunks) tensor.Rewind();
     answer.bytes.clear();
-    answer.bytes.reserve(expected);
+    answer.residual_bytes.clear();
 
     const auto next_request = [&]() -> std::optional<grpc::ByteBuffer> {
       if (!std::exchange(header_sent, true)) return internal::MessageOf(header);
@@ -178,9 +189,16 @@ absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const ch
       if (response.has_header()) {
         header_received = true;
         answer.header = std::move(*response.mutable_header());
-      } else {
-        answer.bytes += response.chunk();
-        if (progress) progress(static_cast<int64_t>(answer.bytes.size()), expected);
+        if (TensorsIn(answer.header) > 0) answer.bytes.reserve(expected);
+        return grpc::Status::OK;
+      }
+      answer.bytes += response.chunk();
+      if constexpr (requires { response.grad_residual_chunk(); }) {
+        answer.residual_bytes += response.grad_residual_chunk();
+      }
+      if (progress) {
+        progress(static_cast<int64_t>(answer.bytes.size() + answer.residual_bytes.size()),
+                 expected * TensorsIn(answer.header));
       }
       return grpc::Status::OK;
     };
@@ -206,17 +224,23 @@ absl::StatusOr<Tensor> StreamedTensor(const v1::Tensor& header, std::string byte
 }
 
 absl::StatusOr<ForwardResult> StreamForward(Connection& connection, v1::ForwardRequest request,
-                                            const Tensor& input, absl::Time deadline,
-                                            const Progress& progress) {
+                                            const Tensor& input,
+                                            const std::optional<Tensor>& residual,
+                                            absl::Time deadline, const Progress& progress) {
   const auto chunk_bytes = ChunkBytes(connection, deadline);
   if (!chunk_bytes.ok()) return chunk_bytes.status();
   *request.mutable_input() = HeaderOf(input);
+  std::vector<Chunks> chunks;
+  chunks.emplace_back(input, v1::ForwardStreamRequest::kChunkFieldNumber, *chunk_bytes);
+  if (residual) {
+    *request.mutable_residual() = HeaderOf(*residual);
+    chunks.emplace_back(*residual, v1::ForwardStreamRequest::kResidualChunkFieldNumber,
+                        *chunk_bytes);
+  }
   v1::ForwardStreamRequest first;
   *first.mutable_header() = std::move(request);
   auto answer = CallStream<v1::ForwardStreamResponse, v1::ForwardResponse>(
-      connection, kForwardStream, first,
-      {Chunks(input, v1::ForwardStreamRequest::kChunkFieldNumber, *chunk_bytes)}, ByteCount(input),
-      deadline, progress);
+      connection, kForwardStream, first, std::move(chunks), ByteCount(input), deadline, progress);
   if (!answer.ok()) return answer.status();
   auto output = StreamedTensor(answer->header.output(), std::move(answer->bytes));
   if (!output.ok()) return output.status();
@@ -237,11 +261,11 @@ absl::StatusOr<BackwardResult> StreamBackward(Connection& connection, v1::Backwa
   }
   chunks.emplace_back(grad_output, v1::BackwardStreamRequest::kGradOutputChunkFieldNumber,
                       *chunk_bytes);
-  const int64_t expected = request.skip_grad_input() ? 0 : ByteCount(grad_output);
   v1::BackwardStreamRequest first;
   *first.mutable_header() = std::move(request);
   auto answer = CallStream<v1::BackwardStreamResponse, v1::BackwardResponse>(
-      connection, kBackwardStream, first, std::move(chunks), expected, deadline, progress);
+      connection, kBackwardStream, first, std::move(chunks), ByteCount(grad_output), deadline,
+      progress);
   if (!answer.ok()) return answer.status();
   std::optional<Tensor> grad_input;
   if (answer->header.has_grad_input()) {
@@ -249,7 +273,13 @@ absl::StatusOr<BackwardResult> StreamBackward(Connection& connection, v1::Backwa
     if (!tensor.ok()) return tensor.status();
     grad_input = *std::move(tensor);
   }
-  return ResultOf(std::move(answer->header), std::move(grad_input));
+  std::optional<Tensor> grad_residual;
+  if (answer->header.has_grad_residual()) {
+    auto tensor = StreamedTensor(answer->header.grad_residual(), std::move(answer->residual_bytes));
+    if (!tensor.ok()) return tensor.status();
+    grad_residual = *std::move(tensor);
+  }
+  return ResultOf(std::move(answer->header), std::move(grad_input), std::move(grad_residual));
 }
 
 }  // namespace
@@ -258,28 +288,34 @@ absl::StatusOr<ForwardResult> Client::Forward(std::string_view name, const Tenso
                                               const ForwardOptions& options,
                                               const CallOptions& call) const {
   const absl::Time deadline = connection_->DeadlineOf(call);
-  const auto must_stream = MustStream(*connection_, ByteCount(input), Channels(input), deadline);
+  const int64_t payload = ByteCount(input) + ByteCount(options.residual);
+  const auto must_stream = MustStream(*connection_, payload, Channels(input), deadline);
   if (!must_stream.ok()) return must_stream.status();
 
   v1::ForwardRequest request = ForwardHeader(name, options, call);
   if (!*must_stream) {
-    const grpc::ByteBuffer message =
-        internal::MessageWithTensors(request, {{v1::ForwardRequest::kInputFieldNumber, &input}});
+    std::vector<internal::TensorField> tensors;
+    if (options.residual) {
+      tensors.push_back({v1::ForwardRequest::kResidualFieldNumber, &*options.residual});
+    }
+    tensors.push_back({v1::ForwardRequest::kInputFieldNumber, &input});
     v1::ForwardResponse response;
-    absl::Status status = connection_->CallRaw(kForward, message, &response, deadline);
+    absl::Status status = connection_->CallRaw(
+        kForward, internal::MessageWithTensors(request, tensors), &response, deadline);
     if (status.ok()) {
       Tensor output = FromWire(std::move(*response.mutable_output()));
       return ResultOf(std::move(response), std::move(output));
     }
     if (!IsTooLong(status)) return status;
   }
-  return StreamForward(*connection_, std::move(request), input, deadline, call.progress);
+  return StreamForward(*connection_, std::move(request), input, options.residual, deadline,
+                       call.progress);
 }
 
 absl::StatusOr<ForwardResult> Client::ForwardStream(std::string_view name, const Tensor& input,
                                                     const ForwardOptions& options,
                                                     const CallOptions& call) const {
-  return StreamForward(*connection_, ForwardHeader(name, options, call), input,
+  return StreamForward(*connection_, ForwardHeader(name, options, call), input, options.residual,
                        connection_->DeadlineOf(call), call.progress);
 }
 
@@ -287,7 +323,7 @@ absl::StatusOr<BackwardResult> Client::Backward(std::string_view name, const Ten
                                                 const BackwardOptions& options,
                                                 const CallOptions& call) const {
   const absl::Time deadline = connection_->DeadlineOf(call);
-  const int64_t payload = ByteCount(grad_output) + (options.input ? ByteCount(*options.input) : 0);
+  const int64_t payload = ByteCount(grad_output) + ByteCount(options.input);
   const auto must_stream = MustStream(*connection_, payload, Channels(grad_output), deadline);
   if (!must_stream.ok()) return must_stream.status();
 
@@ -306,7 +342,11 @@ absl::StatusOr<BackwardResult> Client::Backward(std::string_view name, const Ten
       if (response.has_grad_input()) {
         grad_input = FromWire(std::move(*response.mutable_grad_input()));
       }
-      return ResultOf(std::move(response), std::move(grad_input));
+      std::optional<Tensor> grad_residual;
+      if (response.has_grad_residual()) {
+        grad_residual = FromWire(std::move(*response.mutable_grad_residual()));
+      }
+      return ResultOf(std::move(response), std::move(grad_input), std::move(grad_residual));
     }
     if (!IsTooLong(status)) return status;
   }
@@ -320,6 +360,24 @@ absl::StatusOr<BackwardResult> Client::BackwardStream(std::string_view name,
                                                       const CallOptions& call) const {
   return StreamBackward(*connection_, BackwardHeader(name, options, call), grad_output,
                         options.input, connection_->DeadlineOf(call), call.progress);
+}
+
+absl::StatusOr<FoldedConvolution> Client::FoldConvolution(std::string_view name,
+                                                          const Tensor& weight,
+                                                          const FoldConvolutionOptions& options,
+                                                          const CallOptions& call) const {
+  v1::FoldConvolutionRequest request;
+  request.set_name(std::string(name));
+  request.set_transposed(options.transposed);
+  request.set_groups(options.groups);
+  if (options.bias) *request.mutable_bias() = ToWire(*options.bias);
+  *request.mutable_weight() = ToWire(weight);
+  auto response =
+      connection_->Call(&v1::NormService::StubInterface::FoldConvolution, request, call);
+  if (!response.ok()) return response.status();
+  return FoldedConvolution{.version = response->version(),
+                           .weight = FromWire(std::move(*response->mutable_weight())),
+                           .bias = FromWire(std::move(*response->mutable_bias()))};
 }
 
 }  // namespace normd::inline client

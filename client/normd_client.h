@@ -109,8 +109,9 @@ enum class Mode { kTrain, kEval };
 
 std::string_view NameOf(Mode mode);  // "train", "eval"
 
-// torch.nn.BatchNorm2d.
-struct BatchNorm2d {
+// The layers of torch.nn, with its names and defaults.
+template <int kDimensions>
+struct BatchNorm {
   int64_t num_features = 0;
   double eps = 1e-5;
   // None: the cumulative average over all batches.
@@ -118,8 +119,45 @@ struct BatchNorm2d {
   bool affine = true;
   bool track_running_stats = true;
 };
+using BatchNorm1d = BatchNorm<1>;  // (N, C) or (N, C, L)
+using BatchNorm2d = BatchNorm<2>;  // (N, C, H, W)
+using BatchNorm3d = BatchNorm<3>;  // (N, C, D, H, W)
 
-using Layer = std::variant<BatchNorm2d>;
+// (*, normalized_shape).
+struct LayerNorm {
+  std::vector<int64_t> normalized_shape = {};
+  double eps = 1e-5;
+  bool elementwise_affine = true;
+  bool bias = true;
+};
+
+// (N, C, *); num_groups divides num_channels.
+struct GroupNorm {
+  int64_t num_groups = 0;
+  int64_t num_channels = 0;
+  double eps = 1e-5;
+  bool affine = true;
+};
+
+// (N, C, H, W) or (C, H, W).
+struct InstanceNorm2d {
+  int64_t num_features = 0;
+  double eps = 1e-5;
+  double momentum = 0.1;
+  bool affine = false;
+  bool track_running_stats = false;
+};
+
+// (*, normalized_shape).
+struct RmsNorm {
+  std::vector<int64_t> normalized_shape = {};
+  // None: the machine epsilon of the input's dtype.
+  std::optional<double> eps = std::nullopt;
+  bool elementwise_affine = true;
+};
+
+using Layer = std::variant<BatchNorm2d, BatchNorm1d, BatchNorm3d, LayerNorm, GroupNorm,
+                           InstanceNorm2d, RmsNorm>;
 
 struct InstanceConfig {
   Layer layer = {};
@@ -182,17 +220,24 @@ struct InstancePage {
   int64_t total_count = 0;      // on the server
 };
 
-// Statistics of one batch, a value a channel.
+// Statistics of one batch, a value a channel, or a value for each set of values
+// that the layer normalizes together: samples in order, groups within them.
 struct BatchStatistics {
   int64_t count = 0;  // values behind each
   std::vector<double> mean;
   std::vector<double> var;  // biased
 };
 
+// What follows the normalization in the same pass.
+enum class Activation { kNone, kRelu };
+
+// Forward answers activation(norm(input) + residual).
 struct ForwardOptions {
   std::optional<Mode> mode = {};  // for this call alone; the instance's unless given
   bool save_for_backward = false;
   bool return_batch_statistics = false;
+  Activation activation = Activation::kNone;
+  std::optional<Tensor> residual = {};  // of the input's dtype, shape and format
 };
 
 struct ForwardResult : Changed {
@@ -218,6 +263,19 @@ struct BackwardResult : Changed {
   std::optional<Tensor> grad_input;   // none with skip_grad_input
   std::optional<Tensor> grad_weight;  // none without affine
   std::optional<Tensor> grad_bias;
+  std::optional<Tensor> grad_residual;  // where the context's Forward had a residual
+};
+
+struct FoldConvolutionOptions {
+  std::optional<Tensor> bias = {};  // (O), of the weight's dtype; zeros unless given
+  bool transposed = false;
+  int64_t groups = 1;  // of a transposed convolution; a plain one's weight tells them
+};
+
+struct FoldedConvolution {
+  uint64_t version = 0;  // of the instance that was folded in
+  Tensor weight;
+  Tensor bias;
 };
 
 // torch.optim.SGD.
@@ -412,6 +470,12 @@ class Client {
   absl::StatusOr<BackwardResult> BackwardStream(std::string_view name, const Tensor& grad_output,
                                                 const BackwardOptions& options,
                                                 const CallOptions& call = {}) const;
+
+  // Weight and bias of a convolution that does what the one of `weight` does with
+  // the instance in eval mode after it.
+  absl::StatusOr<FoldedConvolution> FoldConvolution(std::string_view name, const Tensor& weight,
+                                                    const FoldConvolutionOptions& options = {},
+                                                    const CallOptions& call = {}) const;
 
   absl::StatusOr<Changed> ZeroGrad(std::string_view name, bool set_to_none = true,
                                    const CallOptions& call = {}) const;

@@ -64,29 +64,129 @@ void Fill(const Sgd& sgd, v1::Optimizer* wire) {
 void Fill(const Adam& adam, v1::Optimizer* wire) { FillAdam(adam, wire->mutable_adam()); }
 void Fill(const AdamW& adamw, v1::Optimizer* wire) { FillAdam(adamw, wire->mutable_adamw()); }
 
+// The three batch norms have the same fields.
+template <class Wire>
+void FillBatchNorm(const auto& layer, Wire* wire) {
+  wire->set_num_features(layer.num_features);
+  wire->set_eps(layer.eps);
+  if (layer.momentum) {
+    wire->set_momentum(*layer.momentum);
+  } else {
+    wire->set_cumulative_average(true);
+  }
+  wire->set_affine(layer.affine);
+  wire->set_track_running_stats(layer.track_running_stats);
+}
+
+void Fill(const BatchNorm1d& layer, v1::InstanceConfig* wire) {
+  FillBatchNorm(layer, wire->mutable_batch_norm_1d());
+}
 void Fill(const BatchNorm2d& layer, v1::InstanceConfig* wire) {
-  v1::BatchNorm2d* norm = wire->mutable_batch_norm_2d();
+  FillBatchNorm(layer, wire->mutable_batch_norm_2d());
+}
+void Fill(const BatchNorm3d& layer, v1::InstanceConfig* wire) {
+  FillBatchNorm(layer, wire->mutable_batch_norm_3d());
+}
+void Fill(const LayerNorm& layer, v1::InstanceConfig* wire) {
+  v1::LayerNorm* norm = wire->mutable_layer_norm();
+  norm->mutable_normalized_shape()->Add(layer.normalized_shape.begin(),
+                                        layer.normalized_shape.end());
+  norm->set_eps(layer.eps);
+  norm->set_elementwise_affine(layer.elementwise_affine);
+  norm->set_bias(layer.bias);
+}
+void Fill(const GroupNorm& layer, v1::InstanceConfig* wire) {
+  v1::GroupNorm* norm = wire->mutable_group_norm();
+  norm->set_num_groups(layer.num_groups);
+  norm->set_num_channels(layer.num_channels);
+  norm->set_eps(layer.eps);
+  norm->set_affine(layer.affine);
+}
+void Fill(const InstanceNorm2d& layer, v1::InstanceConfig* wire) {
+  v1::InstanceNorm2d* norm = wire->mutable_instance_norm_2d();
   norm->set_num_features(layer.num_features);
   norm->set_eps(layer.eps);
-  if (layer.momentum) {
-    norm->set_momentum(*layer.momentum);
-  } else {
-    norm->set_cumulative_average(true);
-  }
+  norm->set_momentum(layer.momentum);
   norm->set_affine(layer.affine);
   norm->set_track_running_stats(layer.track_running_stats);
 }
+void Fill(const RmsNorm& layer, v1::InstanceConfig* wire) {
+  v1::RmsNorm* norm = wire->mutable_rms_norm();
+  norm->mutable_normalized_shape()->Add(layer.normalized_shape.begin(),
+                                        layer.normalized_shape.end());
+  if (layer.eps) norm->set_eps(*layer.eps);
+  norm->set_elementwise_affine(layer.elementwise_affine);
+}
+
+// What the wire leaves out is the default, which the layer has already.
+
+template <class Norm>
+Norm BatchNormFromWire(const auto& wire) {
+  Norm layer;
+  layer.num_features = wire.num_features();
+  if (wire.has_eps()) layer.eps = wire.eps();
+  if (wire.has_momentum()) layer.momentum = wire.momentum();
+  if (wire.cumulative_average()) layer.momentum = std::nullopt;
+  if (wire.has_affine()) layer.affine = wire.affine();
+  if (wire.has_track_running_stats()) layer.track_running_stats = wire.track_running_stats();
+  return layer;
+}
+
+LayerNorm LayerFromWire(const v1::LayerNorm& wire) {
+  LayerNorm layer;
+  layer.normalized_shape = {wire.normalized_shape().begin(), wire.normalized_shape().end()};
+  if (wire.has_eps()) layer.eps = wire.eps();
+  if (wire.has_elementwise_affine()) layer.elementwise_affine = wire.elementwise_affine();
+  if (wire.has_bias()) layer.bias = wire.bias();
+  return layer;
+}
+
+GroupNorm LayerFromWire(const v1::GroupNorm& wire) {
+  GroupNorm layer;
+  layer.num_groups = wire.num_groups();
+  layer.num_channels = wire.num_channels();
+  if (wire.has_eps()) layer.eps = wire.eps();
+  if (wire.has_affine()) layer.affine = wire.affine();
+  return layer;
+}
+
+InstanceNorm2d LayerFromWire(const v1::InstanceNorm2d& wire) {
+  InstanceNorm2d layer;
+  layer.num_features = wire.num_features();
+  if (wire.has_eps()) layer.eps = wire.eps();
+  if (wire.has_momentum()) layer.momentum = wire.momentum();
+  if (wire.has_affine()) layer.affine = wire.affine();
+  if (wire.has_track_running_stats()) layer.track_running_stats = wire.track_running_stats();
+  return layer;
+}
+
+RmsNorm LayerFromWire(const v1::RmsNorm& wire) {
+  RmsNorm layer;
+  layer.normalized_shape = {wire.normalized_shape().begin(), wire.normalized_shape().end()};
+  if (wire.has_eps()) layer.eps = wire.eps();
+  if (wire.has_elementwise_affine()) layer.elementwise_affine = wire.elementwise_affine();
+  return layer;
+}
+
+Layer LayerFromWire(const v1::InstanceConfig& wire) {
+  switch (wire.layer_case()) {
+    case v1::InstanceConfig::kBatchNorm1D:
+      return BatchNormFromWire<BatchNorm1d>(wire.batch_norm_1d());
+    case v1::InstanceConfig::kBatchNorm2D:
+      return BatchNormFromWire<BatchNorm2d>(wire.batch_norm_2d());
+    case v1::InstanceConfig::kBatchNorm3D:
+      return BatchNormFromWire<BatchNorm3d>(wire.batch_norm_3d());
+    case v1::InstanceConfig::kLayerNorm: return LayerFromWire(wire.layer_norm());
+    case v1::InstanceConfig::kGroupNorm: return LayerFromWire(wire.group_norm());
+    case v1::InstanceConfig::kInstanceNorm2D: return LayerFromWire(wire.instance_norm_2d());
+    case v1::InstanceConfig::kRmsNorm: return LayerFromWire(wire.rms_norm());
+    case v1::InstanceConfig::LAYER_NOT_SET: break;
+  }
+  return {};
+}
 
 InstanceConfig ConfigFromWire(const v1::InstanceConfig& wire) {
-  const v1::BatchNorm2d& norm = wire.batch_norm_2d();
-  BatchNorm2d layer;
-  layer.num_features = norm.num_features();
-  if (norm.has_eps()) layer.eps = norm.eps();
-  if (norm.has_momentum()) layer.momentum = norm.momentum();
-  if (norm.cumulative_average()) layer.momentum = std::nullopt;
-  if (norm.has_affine()) layer.affine = norm.affine();
-  if (norm.has_track_running_stats()) layer.track_running_stats = norm.track_running_stats();
-  return {.layer = layer, .state_dtype = TypeFromWire(wire.state_dtype())};
+  return {.layer = LayerFromWire(wire), .state_dtype = TypeFromWire(wire.state_dtype())};
 }
 
 }  // namespace

@@ -37,11 +37,11 @@ struct Workload {
 // Values as activations have them; which ones does not matter.
 absl::StatusOr<Tensor> RandomTensor(const Workload& work, uint64_t seed) {
   // Past this a benchmark's own memory is the thing measured.
-  constexpr int64_t kMaxBytes = int64_t{4} << 30;
+  constexpr int64_t kMaxCount = (int64_t{4} << 30) / sizeof(float);
   int64_t count = 1;
   for (const int64_t size : work.shape) {
-    if (size < 0 || (size > 0 && count > kMaxBytes / size)) {
-      return UsageError("--shape: sizes are 0 or more, and the tensor at most 4 GiB");
+    if (size < 0 || (size > 0 && count > kMaxCount / size)) {
+      return UsageError("--shape: sizes are 0 or more, and their product at most 2^30");
     }
     count *= size;
   }
@@ -97,6 +97,12 @@ class Caller {
     return absl::OkStatus();
   }
 
+  // Uses the context up, so that the server may drop it when it needs the room.
+  void Release() {
+    if (context_id_.empty()) return;
+    client_.Backward(work_.name, tensor_, {.context_id = context_id_}).status().IgnoreError();
+  }
+
   const std::vector<double>& latencies_ms() const { return latencies_ms_; }
 
  private:
@@ -129,6 +135,9 @@ absl::StatusOr<Measurement> Measure(const Client& client, const Workload& work,
     result.payload_bytes = static_cast<int64_t>(tensor->bytes().size());
     callers.emplace_back(client, work, *std::move(tensor));
   }
+  const auto release = absl::MakeCleanup([&] {
+    for (Caller& caller : callers) caller.Release();
+  });
   for (Caller& caller : callers) {
     absl::Status status = caller.WarmUp();
     if (!status.ok()) return status;
@@ -259,7 +268,7 @@ Action Bench(CLI::App& app) {
       if (!created.ok()) return created.status();
     }
     const auto remove = absl::MakeCleanup([&] {
-      if (own) client.DeleteInstance(work->name).IgnoreError();
+      if (own) client.DeleteInstance(work->name).status().IgnoreError();
     });
 
     const auto measured = Measure(client, *work, session.progress);

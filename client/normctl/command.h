@@ -44,7 +44,7 @@ struct Command {
 };
 
 absl::Span<const Command> InstanceCommands();    // create, list, describe, delete, train, eval
-absl::Span<const Command> ComputeCommands();     // forward, backward
+absl::Span<const Command> ComputeCommands();     // forward, backward, fold
 absl::Span<const Command> LearningCommands();    // zero-grad, step
 absl::Span<const Command> StateCommands();       // state get, state set, reset-...
 absl::Span<const Command> CheckpointCommands();  // checkpoint save, load, list

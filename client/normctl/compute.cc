@@ -1,4 +1,5 @@
-// forward, backward.
+// forward, backward, fold.
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "client/normctl/command.h"
 #include "client/normctl/flags.h"
@@ -13,7 +14,15 @@ namespace {
 
 constexpr char kTensorFile[] = "FILE.npy|FILE.safetensors[:KEY]";
 
-// What both commands say of their tensors.
+absl::StatusOr<Tensor> ReadFloats(const std::string& spec) {
+  auto tensor = ReadTensor(spec);
+  if (tensor.ok() && tensor->dtype() == DataType::kInt64) {
+    return UsageError(absl::StrCat(spec, ": values are int64; save them as float32"));
+  }
+  return tensor;
+}
+
+// What forward and backward say of their tensors.
 struct TensorFlags {
   std::shared_ptr<std::optional<DataType>> dtype;
   std::shared_ptr<MemoryFormat> format;
@@ -27,11 +36,8 @@ struct TensorFlags {
   }
 
   absl::StatusOr<Tensor> Read(const std::string& spec) const {
-    auto tensor = ReadTensor(spec);
+    auto tensor = ReadFloats(spec);
     if (!tensor.ok()) return tensor;
-    if (tensor->dtype() == DataType::kInt64) {
-      return UsageError(absl::StrCat(spec, ": values are int64; save them as float32"));
-    }
     return InFormat(*format, ConvertTo(dtype->value_or(tensor->dtype()), *tensor));
   }
 };
@@ -83,12 +89,18 @@ absl::Status CheckSpecs(const std::vector<std::string>& specs) {
 Action Forward(CLI::App& app) {
   auto name = AddName(app);
   auto input = Shared<std::string>();
-  app.add_option("--input", *input, "The input, (N, C, H, W)")->required()->type_name(kTensorFile);
+  app.add_option("--input", *input, "The input, of the layer's shape: (N, C, H, W) ...")
+      ->required()
+      ->type_name(kTensorFile);
   auto output = AddFile(app, "--output", "Where the output goes");
   auto mode = AddMode(app, "Mode of this call alone; default: the instance's");
   auto options = Shared<ForwardOptions>();
   app.add_flag("--save_for_backward", options->save_for_backward,
                "Keep on the server what backward needs, and print its context");
+  auto residual = AddFile(app, "--residual", "Added to the normalized input, of its shape");
+  app.add_flag_callback(
+      "--relu", [options] { options->activation = Activation::kRelu; },
+      "Answer max(0, y), after the residual");
   app.add_flag("--stats", options->return_batch_statistics, "Print the batch's statistics");
   const TensorFlags tensors(app);
   auto call = AddChangeFlags(app);
@@ -98,6 +110,11 @@ Action Forward(CLI::App& app) {
     if (!status.ok()) return status;
     const auto x = tensors.Read(*input);
     if (!x.ok()) return x.status();
+    if (!residual->empty()) {
+      auto r = tensors.Read(*residual);
+      if (!r.ok()) return r.status();
+      options->residual = *std::move(r);
+    }
     options->mode = *mode;
     const CallOptions watched = Watched(*call, session, "forward");
     const auto answer = *tensors.stream ? session.client.ForwardStream(*name, *x, *options, watched)
@@ -118,12 +135,12 @@ Action Forward(CLI::App& app) {
       const BatchStatistics& statistics = *answer->batch_statistics;
       report.json["batch_statistics"] = {
           {"count", statistics.count}, {"mean", statistics.mean}, {"var", statistics.var}};
-      std::vector<std::vector<std::string>> rows = {{"CHANNEL", "MEAN", "VAR"}};
+      std::vector<std::vector<std::string>> rows = {{"SET", "MEAN", "VAR"}};
       for (size_t c = 0; c < statistics.mean.size(); ++c) {
         rows.push_back({absl::StrCat(c), absl::StrCat(statistics.mean[c]),
                         absl::StrCat(c < statistics.var.size() ? statistics.var[c] : 0)});
       }
-      absl::StrAppend(&report.text, "statistics over ", statistics.count, " values a channel:\n",
+      absl::StrAppend(&report.text, "statistics over ", statistics.count, " values each:\n",
                       Table(rows));
     }
     status = Deliver("output", *output, answer->output, &report);
@@ -149,6 +166,7 @@ Action Backward(CLI::App& app) {
   auto grad_input = AddFile(app, "--grad_input,--output", "Where the input's gradient goes");
   auto grad_weight = AddFile(app, "--grad_weight", "Where the weight's gradient goes");
   auto grad_bias = AddFile(app, "--grad_bias", "Where the bias's gradient goes");
+  auto grad_residual = AddFile(app, "--grad_residual", "Where the residual's gradient goes");
   auto mode = AddMode(app, "Without a context: the forward's mode; default: the instance's");
   app.add_flag("--accumulate", options->accumulate,
                "Add the gradients of weight and bias to the instance's, for step");
@@ -163,7 +181,7 @@ Action Backward(CLI::App& app) {
     if (options->context_id.empty() && input->empty()) {
       return UsageError("give --context=ID, as forward --save_for_backward printed it, or --input");
     }
-    absl::Status status = CheckSpecs({*grad_input, *grad_weight, *grad_bias});
+    absl::Status status = CheckSpecs({*grad_input, *grad_weight, *grad_bias, *grad_residual});
     if (!status.ok()) return status;
     const auto dy = tensors.Read(*grad_output);
     if (!dy.ok()) return dy.status();
@@ -187,10 +205,67 @@ Action Backward(CLI::App& app) {
     for (const auto& [what, spec, tensor] :
          {std::make_tuple("grad_input", *grad_input, answer->grad_input),
           std::make_tuple("grad_weight", *grad_weight, answer->grad_weight),
-          std::make_tuple("grad_bias", *grad_bias, answer->grad_bias)}) {
+          std::make_tuple("grad_bias", *grad_bias, answer->grad_bias),
+          std::make_tuple("grad_residual", *grad_residual, answer->grad_residual)}) {
       status = Deliver(what, spec, tensor, &report);
       if (!status.ok()) return status;
     }
+    return report;
+  };
+}
+
+Action Fold(CLI::App& app) {
+  auto name = AddName(app);
+  auto weight = Shared<std::string>();
+  app.add_option("--weight", *weight, "The convolution's weight, (O, I / groups, kH, kW)")
+      ->required()
+      ->type_name(kTensorFile);
+  auto bias = AddFile(app, "--bias", "The convolution's bias, (O); zeros unless given");
+  auto options = Shared<FoldConvolutionOptions>();
+  auto* transposed = app.add_flag("--transposed", options->transposed,
+                                  "The weight is (I, O / groups, kH, kW), of a ConvTranspose");
+  app.add_option("--groups", options->groups, "Of a transposed convolution")
+      ->needs(transposed)
+      ->capture_default_str()
+      ->type_name("G");
+  auto output = Shared<std::string>();
+  app.add_option("--output", *output,
+                 "Where both go, as weight and bias; or the weight alone, with --output_bias")
+      ->required()
+      ->type_name("FILE.safetensors|FILE.npy");
+  auto output_bias = AddFile(app, "--output_bias", "Where the bias goes");
+
+  return [=](Session& session) -> absl::StatusOr<Report> {
+    const bool in_one_file = output_bias->empty();
+    if (in_one_file && !absl::EndsWith(*output, ".safetensors")) {
+      return UsageError(absl::StrCat("'", *output,
+                                     "' cannot hold weight and bias: give --output_bias for the "
+                                     "bias, or --output=FILE.safetensors for both"));
+    }
+    absl::Status status = CheckSpecs({*output, *output_bias});
+    if (!status.ok()) return status;
+    const auto w = ReadFloats(*weight);
+    if (!w.ok()) return w.status();
+    if (!bias->empty()) {
+      auto b = ReadFloats(*bias);
+      if (!b.ok()) return b.status();
+      options->bias = *std::move(b);
+    }
+    const auto folded = session.client.FoldConvolution(*name, *w, *options);
+    if (!folded.ok()) return folded.status();
+
+    Report report = {.json = {{"version", folded->version}},
+                     .text = absl::StrCat(*name, ": folded, version ", folded->version, "\n")};
+    if (in_one_file) {
+      status = WriteTensors(*output, {{"weight", folded->weight}, {"bias", folded->bias}},
+                            {{"format", "pt"}, {"instance", *name}});
+      if (!status.ok()) return status;
+      report.json["file"] = *output;
+    }
+    status = Deliver("weight", in_one_file ? "" : *output, folded->weight, &report);
+    if (status.ok()) status = Deliver("bias", *output_bias, folded->bias, &report);
+    if (!status.ok()) return status;
+    if (in_one_file) absl::StrAppend(&report.text, "-> ", *output, "\n");
     return report;
   };
 }
@@ -201,6 +276,8 @@ constexpr Command kCommands[] = {
     {"backward", "The gradients of a forward",
      "backward net/bn1 --context=ID --grad_output=dy.npy --grad_input=dx.npy --accumulate",
      Backward},
+    {"fold", "A convolution's weight and bias with an eval-mode batch norm folded in",
+     "fold net/bn1 --weight=w.npy --bias=b.npy --output=folded.safetensors", Fold},
 };
 
 }  // namespace

@@ -53,17 +53,18 @@ std::string HumanError(const absl::Status& status, const std::string& server) {
   const ErrorDetail detail = DetailOf(status);
   std::string text = absl::StrCat("normctl: ", absl::StatusCodeToString(status.code()), ": ",
                                   status.message(), "\n");
-  // Where the message says these already, they are not said again.
+  // What the message says already is not said again; a hint says better what is allowed.
   if (!detail.field.empty() && !absl::StrContains(status.message(), detail.field)) {
     absl::StrAppend(&text, "field: ", detail.field, "\n");
   }
   if (!detail.value.empty() && !absl::StrContains(status.message(), detail.value)) {
     absl::StrAppend(&text, "value: ", detail.value, "\n");
   }
-  if (!detail.allowed.empty() && !absl::StrContains(status.message(), detail.allowed)) {
+  const std::string hint = Hint(status, detail, server);
+  if (hint.empty() && !detail.allowed.empty() &&
+      !absl::StrContains(status.message(), detail.allowed)) {
     absl::StrAppend(&text, "allowed: ", detail.allowed, "\n");
   }
-  const std::string hint = Hint(status, detail, server);
   if (!hint.empty()) absl::StrAppend(&text, hint, "\n");
   return text;
 }

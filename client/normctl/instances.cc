@@ -1,8 +1,8 @@
 // create, list, describe, delete, train, eval.
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "client/normctl/command.h"
 #include "client/normctl/flags.h"
+#include "client/normctl/layer.h"
 #include "client/normctl/output.h"
 
 namespace normd::normctl {
@@ -25,34 +25,7 @@ std::string Describe(const Instance& instance) {
 
 Action Create(CLI::App& app) {
   auto name = AddName(app);
-  auto layer = Shared<BatchNorm2d>();
-  app.add_option("--num_features", layer->num_features, "Channels, C of (N, C, H, W)")
-      ->required()
-      ->type_name("C");
-  app.add_option("--eps", layer->eps, "Added to the variance before the square root")
-      ->capture_default_str()
-      ->type_name("FLOAT");
-  app.add_option_function<std::string>(
-         "--momentum",
-         [layer](const std::string& text) {
-           double value = 0;
-           if (text == "none" || text == "None") {
-             layer->momentum = std::nullopt;
-           } else if (absl::SimpleAtod(text, &value)) {
-             layer->momentum = value;
-           } else {
-             throw CLI::ValidationError("--momentum",
-                                        "'" + text + "' is neither a number nor none");
-           }
-         },
-         "Share of the newest batch in the running statistics; none: their plain average")
-      ->type_name("FLOAT|none")
-      ->default_str("0.1");
-  app.add_flag_callback(
-      "--no_affine", [layer] { layer->affine = false; }, "Without weight and bias");
-  app.add_flag_callback(
-      "--no_track_running_stats", [layer] { layer->track_running_stats = false; },
-      "Without running statistics: the batch's serve in both modes");
+  auto layer = AddLayerFlags(app);
   auto state_dtype =
       AddDataType(app, "--state_dtype", {DataType::kFloat32, DataType::kFloat64},
                   "Of parameters and statistics; float64 for float64 inputs [float32]");
@@ -63,7 +36,9 @@ Action Create(CLI::App& app) {
       ->type_name("UUID");
 
   return [=](Session& session) -> absl::StatusOr<Report> {
-    const InstanceConfig config = {.layer = *layer,
+    auto made = layer();
+    if (!made.ok()) return made.status();
+    const InstanceConfig config = {.layer = *std::move(made),
                                    .state_dtype = state_dtype->value_or(DataType::kFloat32)};
     const auto created =
         session.client.CreateInstance(*name, config, mode->value_or(Mode::kTrain), *call);
@@ -92,8 +67,7 @@ Action List(CLI::App& app) {
       if (!page.ok()) return page.status();
       for (const Instance& instance : page->instances) {
         instances.push_back(JsonInstance(instance));
-        const auto& norm = std::get<BatchNorm2d>(instance.config.layer);
-        rows.push_back({instance.name, absl::StrCat("BatchNorm2d(", norm.num_features, ")"),
+        rows.push_back({instance.name, BriefLayer(instance.config.layer),
                         std::string(NameOf(instance.mode)), absl::StrCat(instance.version),
                         absl::StrCat(instance.num_batches_tracked),
                         HumanBytes(static_cast<double>(instance.state_bytes)),
@@ -117,7 +91,10 @@ Action DescribeInstance(CLI::App& app) {
   return [=](Session& session) -> absl::StatusOr<Report> {
     const auto instance = session.client.GetInstance(*name);
     if (!instance.ok()) return instance.status();
-    return Report{.json = JsonInstance(*instance), .text = Describe(*instance)};
+    Json json = JsonInstance(*instance);
+    json["normalizes"] = JsonNormalizes(instance->config.layer);
+    return Report{.json = json,
+                  .text = absl::StrCat(Describe(*instance), "\n", Drawing(instance->config.layer))};
   };
 }
 
@@ -134,10 +111,11 @@ Action Change(CLI::App& app, const char* done) {
 }
 
 constexpr Command kCommands[] = {
-    {"create", "Make an instance: a named torch.nn.BatchNorm2d",
+    {"create", "Make an instance: a named layer of torch.nn",
      "create net/bn1 --num_features=64 --momentum=0.1", Create},
     {"list", "Show all instances", "list --prefix=net/", List},
-    {"describe", "Show one instance", "describe net/bn1", DescribeInstance},
+    {"describe", "Show one instance, and what it normalizes over", "describe net/bn1",
+     DescribeInstance},
     {"delete", "Remove an instance", "delete net/bn1",
      [](CLI::App& app) { return Change<&Client::DeleteInstance>(app, "deleted, last"); }},
     {"train", "Set train mode, as module.train() does", "train net/bn1",

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "client/normctl/layer.h"
 
 namespace normd::normctl {
 
@@ -50,15 +51,6 @@ std::string HumanTime(absl::Time time) {
   return absl::FormatTime("%Y-%m-%d %H:%M:%S UTC", time, absl::UTCTimeZone());
 }
 
-std::string HumanLayer(const Layer& layer) {
-  const auto& norm = std::get<BatchNorm2d>(layer);
-  const auto word = [](bool value) { return value ? "True" : "False"; };
-  return absl::StrCat("BatchNorm2d(", norm.num_features, ", eps=", norm.eps,
-                      ", momentum=", norm.momentum ? absl::StrCat(*norm.momentum) : "None",
-                      ", affine=", word(norm.affine),
-                      ", track_running_stats=", word(norm.track_running_stats), ")");
-}
-
 std::string HumanTensor(const Tensor& tensor) {
   return absl::StrCat(std::string(NameOf(tensor.dtype())), " ", HumanShape(tensor.shape()), ", ",
                       HumanBytes(static_cast<double>(tensor.bytes().size())));
@@ -73,14 +65,9 @@ Json JsonTime(absl::Time time) {
 }
 
 Json JsonInstance(const Instance& instance) {
-  const auto& norm = std::get<BatchNorm2d>(instance.config.layer);
-  Json layer = {{"type", "BatchNorm2d"}, {"num_features", norm.num_features},
-                {"eps", norm.eps},       {"momentum", nullptr},
-                {"affine", norm.affine}, {"track_running_stats", norm.track_running_stats}};
-  if (norm.momentum) layer["momentum"] = *norm.momentum;
   return {{"name", instance.name},
           {"uid", instance.uid},
-          {"layer", layer},
+          {"layer", JsonLayer(instance.config.layer)},
           {"state_dtype", NameOf(instance.config.state_dtype)},
           {"mode", NameOf(instance.mode)},
           {"version", instance.version},

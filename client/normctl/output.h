@@ -19,7 +19,6 @@ std::string Facts(const std::vector<std::pair<std::string, std::string>>& facts)
 std::string HumanBytes(double bytes);                     // "12.8 MB"
 std::string HumanShape(absl::Span<const int64_t> shape);  // "(8, 64, 56, 56)"
 std::string HumanTime(absl::Time time);                   // "2023-11-14 22:13:20 UTC"
-std::string HumanLayer(const Layer& layer);               // "BatchNorm2d(64, eps=1e-05, ...)"
 std::string HumanTensor(const Tensor& tensor);            // "float32 (8, 64, 56, 56), 12.8 MB"
 std::string HumanVersion(const Changed& changed);         // "version 7", "version 7 (replayed)"
 

@@ -81,18 +81,20 @@ struct RunSums {
   template <int k>
   HWY_INLINE void Collect(int64_t i, V gradient) {
     if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
-    dy[k] = hn::Add(dy[k], gradient);
-    dy_d[k] = hn::MulAdd(gradient, hn::Sub(input.X(begin + i), shift), dy_d[k]);
+    dy.template At<k>() = hn::Add(dy.template At<k>(), gradient);
+    dy_d.template At<k>() =
+        hn::MulAdd(gradient, hn::Sub(input.X(begin + i), shift), dy_d.template At<k>());
   }
   template <int k, class M>
   HWY_INLINE void Collect(int64_t i, V gradient, M mask) {
     if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
     const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
-    dy[k] = hn::Add(dy[k], hn::IfThenElseZero(mask, gradient));
-    dy_d[k] = hn::Add(dy_d[k], hn::IfThenElseZero(mask, product));
+    dy.template At<k>() = hn::Add(dy.template At<k>(), hn::IfThenElseZero(mask, gradient));
+    dy_d.template At<k>() = hn::Add(dy_d.template At<k>(), hn::IfThenElseZero(mask, product));
   }
   HWY_INLINE void Clear() {
-    for (int k = 0; k < 4; ++k) dy[k] = dy_d[k] = hn::Zero(d);
+    dy.Clear();
+    dy_d.Clear();
   }
 
   D d;
@@ -100,8 +102,8 @@ struct RunSums {
   const T* weight = nullptr;
   V shift;
   int64_t begin = 0;
-  V dy[4];
-  V dy_d[4];
+  Accumulators<D> dy;
+  Accumulators<D> dy_d;
 };
 
 // A run shorter than a vector.
@@ -146,8 +148,8 @@ GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const R
           AddRun(d, n, sums);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
-          total.dy += Total(d, sums.dy[0], sums.dy[1], sums.dy[2], sums.dy[3]);
-          total.dy_d += Total(d, sums.dy_d[0], sums.dy_d[1], sums.dy_d[2], sums.dy_d[3]);
+          total.dy += sums.dy.Total();
+          total.dy_d += sums.dy_d.Total();
           sums.Clear();
         });
     return total;
@@ -155,9 +157,43 @@ GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const R
 }
 
 template <class E>
-GradientSums SumsOfRuns(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
-                        double shift) {
-  return WeightedSums<E>(tensors, begin, runs, nullptr, shift);
+void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t sets,
+                        const Runs& runs, const double* shift, GradientSums* totals) {
+  WithInput<E>(tensors, [&](auto input) {
+    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
+    RunSums<E, kMasked> sums(input);
+    const auto d = sums.d;
+    WaitingSums<Tag<E>, 2> waiting(sets);
+    for (int64_t set = 0; set < sets; ++set) totals[set] = {};
+    ForEachShortRun(
+        d, sets, runs,
+        [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
+          sums.begin = begin + run * runs.stride + set * runs.length;
+          sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift[set]));
+          sums.Clear();
+          AddRun(d, runs.length, sums);
+          waiting.Add(set, 0, sums.dy.Sum());
+          waiting.Add(set, 1, sums.dy_d.Sum());
+        },
+        [&](int64_t) NORMD_INLINE_LAMBDA {
+          for (int64_t set = 0; set < sets; ++set) {
+            totals[set].dy += waiting.Take(set, 0);
+            totals[set].dy_d += waiting.Take(set, 1);
+          }
+        });
+  });
+}
+
+template <class E>
+void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
+                const double* shift, GradientSums* sums) {
+  if (AreReadTogether(Tag<E>(), sets, runs)) {
+    SumsOfSetsTogether<E>(tensors, begin, sets, runs, shift, sums);
+    return;
+  }
+  for (int64_t set = 0; set < sets; ++set) {
+    sums[set] = WeightedSums<E>(tensors, begin + set * runs.length, runs, nullptr, shift[set]);
+  }
 }
 
 template <class E>
@@ -241,6 +277,7 @@ class Gradient {
                                         0),
         ahead_(tensors.ahead) {}
 
+  void FetchAheadBy(int64_t elements) { ahead_ = elements; }
   int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(grad_x_ + i) : 0; }
   void Begin(int64_t) {}
   void End() {}

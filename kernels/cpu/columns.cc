@@ -22,7 +22,7 @@
 namespace normd::cpu {
 namespace {
 
-constexpr int64_t kTile = 1024;           // columns whose sums stay in L1
+constexpr int64_t kTile = 4096;           // columns summed at once
 constexpr int64_t kFewestColumns = 128;   // after folding
 constexpr int64_t kWidestVector = 16;     // lanes
 constexpr int64_t kWidestFolded = 16384;  // columns

@@ -76,6 +76,11 @@ HWY_INLINE hn::Vec<DU32> HalfBitsFromFloat(DU32 du, hn::Vec<hn::Rebind<float, DU
   return hn::Or(sign, hn::IfThenElse(less(0x477ff000), finite, special));
 }
 
+template <class E>
+HWY_INLINE void FetchAhead(const E* from) {
+  __builtin_prefetch(from, /*rw=*/0, /*locality=*/2);  // into L2
+}
+
 // Lanes(d) elements; `from` needs an element's alignment only.
 template <class D, class E>
 HWY_INLINE hn::Vec<D> LoadElements(D d, const E* from) {

@@ -102,7 +102,9 @@ struct GradientSums {
 };
 
 struct ForwardKernels {
-  PartialMoments (*moments_of_runs)(const void* x, const Runs& runs);
+  // Of each of `sets` sets whose runs follow each other: set s has the runs that begin
+  // s * runs.length further on.
+  void (*moments_of_runs)(const void* x, int64_t sets, const Runs& runs, PartialMoments* moments);
   // Of each column; `scratch`: 3 * columns values.
   void (*moments_of_columns)(const void* x, const Matrix& matrix, void* scratch, double* mean,
                              double* m2);
@@ -115,9 +117,10 @@ struct ForwardKernels {
 };
 
 struct BackwardKernels {
-  // From element `begin` of the tensors on.
-  GradientSums (*sums_of_runs)(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
-                               double shift);
+  // Of each of `sets` sets as above, from element `begin` of the tensors on; `shift`: a
+  // value a set.
+  void (*sums_of_runs)(const BackwardTensors& tensors, int64_t begin, int64_t sets,
+                       const Runs& runs, const double* shift, GradientSums* sums);
   // Added to sums of each column; `scratch`: 2 * columns values.
   void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                           const void* shift, void* scratch, double* dy, double* dy_d);

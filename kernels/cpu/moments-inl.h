@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/elements-inl.h"
@@ -42,24 +43,25 @@ struct MomentSums {
   template <int k>
   HWY_INLINE void Add(int64_t i) {
     const V deviation = hn::Sub(LoadElements(d, x + i), shift);
-    sum[k] = hn::Add(sum[k], deviation);
-    square[k] = hn::MulAdd(deviation, deviation, square[k]);
+    sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
+    square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
   }
   template <int k, class M>
   HWY_INLINE void Add(int64_t i, M mask) {
     const V deviation = hn::IfThenElseZero(mask, hn::Sub(LoadElements(d, x + i), shift));
-    sum[k] = hn::Add(sum[k], deviation);
-    square[k] = hn::MulAdd(deviation, deviation, square[k]);
+    sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
+    square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
   }
   HWY_INLINE void Clear() {
-    for (int k = 0; k < 4; ++k) sum[k] = square[k] = hn::Zero(d);
+    sum.Clear();
+    square.Clear();
   }
 
   D d;
   const E* x = nullptr;
   V shift;
-  V sum[4];
-  V square[4];
+  Accumulators<D> sum;
+  Accumulators<D> square;
 };
 
 // The next shift, from `n` values' sums of x - shift and of their squares.
@@ -99,17 +101,22 @@ PartialMoments MomentsOfShortRuns(const E* x, const Runs& runs) {
   return total;
 }
 
+// Merges a block's sums into `total`, and moves the shift to its mean.
+template <class T>
+HWY_INLINE void MergeBlock(double elements, double sum, double square, T& shift,
+                           PartialMoments& total) {
+  const double mean = static_cast<double>(shift) + sum / elements;
+  const double m2 = square - sum * (sum / elements);
+  total.Merge({elements, mean, m2 < 0 ? 0 : m2});
+  shift = static_cast<T>(ShiftOfSums(shift, sum, square, elements));
+}
+
 template <class E>
-PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
-  using T = ComputeType<E>;
-  const E* x = static_cast<const E*>(data);
+PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs) {
   MomentSums<E> sums;
   const auto d = sums.d;
   PartialMoments total;
-  if (runs.count == 0 || runs.length == 0) return total;
-  if (runs.length < static_cast<int64_t>(hn::Lanes(d))) return MomentsOfShortRuns(x, runs);
-
-  T shift = PilotShift(x, runs.length);
+  ComputeType<E> shift = PilotShift(x, runs.length);
   sums.shift = hn::Set(d, shift);
   sums.Clear();
   ForEachPiece(
@@ -119,18 +126,55 @@ PartialMoments MomentsOfRuns(const void* data, const Runs& runs) {
         AddRun(d, n, sums);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
-        const double n = static_cast<double>(elements);
-        const double sum = Total(d, sums.sum[0], sums.sum[1], sums.sum[2], sums.sum[3]);
-        const double square =
-            Total(d, sums.square[0], sums.square[1], sums.square[2], sums.square[3]);
-        const double m2 = square - sum * (sum / n);
-        const double mean = static_cast<double>(shift) + sum / n;
-        total.Merge({n, mean, m2 < 0 ? 0 : m2});
-        shift = static_cast<T>(ShiftOfSums(shift, sum, square, n));
+        MergeBlock(static_cast<double>(elements), sums.sum.Total(), sums.square.Total(), shift,
+                   total);
         sums.shift = hn::Set(d, shift);
         sums.Clear();
       });
   return total;
+}
+
+template <class E>
+void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
+  MomentSums<E> sums;
+  const auto d = sums.d;
+  WaitingSums<Tag<E>, 2> waiting(sets);
+  std::vector<ComputeType<E>> shift(static_cast<size_t>(sets));
+  for (int64_t set = 0; set < sets; ++set) {
+    shift[static_cast<size_t>(set)] = PilotShift(x + set * runs.length, runs.length);
+    moments[set] = {};
+  }
+  ForEachShortRun(
+      d, sets, runs,
+      [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
+        sums.x = x + run * runs.stride + set * runs.length;
+        sums.shift = hn::Set(d, shift[static_cast<size_t>(set)]);
+        sums.Clear();
+        AddRun(d, runs.length, sums);
+        waiting.Add(set, 0, sums.sum.Sum());
+        waiting.Add(set, 1, sums.square.Sum());
+      },
+      [&](int64_t elements) NORMD_INLINE_LAMBDA {
+        for (int64_t set = 0; set < sets; ++set) {
+          const double sum = waiting.Take(set, 0);
+          MergeBlock(static_cast<double>(elements), sum, waiting.Take(set, 1),
+                     shift[static_cast<size_t>(set)], moments[set]);
+        }
+      });
+}
+
+template <class E>
+void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMoments* moments) {
+  const E* x = static_cast<const E*>(data);
+  const Tag<E> d;
+  if (AreReadTogether(d, sets, runs)) {
+    MomentsOfSetsTogether(x, sets, runs, moments);
+    return;
+  }
+  for (int64_t set = 0; set < sets; ++set, x += runs.length) {
+    const bool is_short = runs.length < static_cast<int64_t>(hn::Lanes(d));
+    moments[set] = is_short ? MomentsOfShortRuns(x, runs) : MomentsOfLongRuns(x, runs);
+  }
 }
 
 // Columns [j, j + Lanes) of `count` rows added to the sums of these columns.

@@ -27,11 +27,6 @@ HWY_INLINE int64_t ElementsUntilAligned(const E* to) {
   return static_cast<int64_t>(past == 0 ? 0 : (bytes - past) / sizeof(E));
 }
 
-template <class E>
-HWY_INLINE void FetchAhead(const E* from) {
-  __builtin_prefetch(from, /*rw=*/0, /*locality=*/2);  // into L2
-}
-
 // kFused: there is a residual or an activation.
 template <class E, bool kFused>
 class Normalize {
@@ -49,6 +44,7 @@ class Normalize {
         stream_(tensors.stream),
         ahead_(tensors.ahead) {}
 
+  void FetchAheadBy(int64_t elements) { ahead_ = elements; }
   int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(y_ + i) : 0; }
 
   void Begin(int64_t i) {

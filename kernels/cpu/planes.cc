@@ -22,7 +22,7 @@
 namespace normd::cpu {
 namespace {
 
-constexpr int64_t kLargestUnitBytes = int64_t{3} << 19;   // 1.5 MiB
+constexpr int64_t kLargestUnitBytes = int64_t{1} << 21;   // 2 MiB
 constexpr int64_t kSmallestUnitBytes = int64_t{1} << 17;  // 128 KiB
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
 
@@ -50,7 +50,7 @@ struct Geometry {
     const int64_t set_bytes =
         runs * run_length() * static_cast<int64_t>(SizeOf(problem.dtype)) * tensors;
     const int64_t unit_bytes =
-        std::clamp(sets * set_bytes / 32, kSmallestUnitBytes, kLargestUnitBytes);
+        std::clamp(sets * set_bytes / 16, kSmallestUnitBytes, kLargestUnitBytes);
     unit_sets = std::clamp<int64_t>(unit_bytes / set_bytes, 1, sets);
     units = (sets + unit_sets - 1) / unit_sets;
     if (set_bytes > 2 * kChunkBytes) {
@@ -174,12 +174,11 @@ class ForwardJob {
     const Range sets = geometry_.SetsOf(unit);
     const Range runs = geometry_.RunsOf(chunk);
     const Range elements = geometry_.ElementsOf(chunk);
-    for (int64_t set = sets.begin; set < sets.end; ++set) {
-      const int64_t begin = geometry_.OffsetOf(runs.begin, set) + elements.begin;
-      partial_[static_cast<size_t>(set * geometry_.chunks() + chunk)] = kernels_.moments_of_runs(
-          At(problem_, call_.x, begin),
-          {runs.size(), elements.size(), geometry_.sets * geometry_.run_length()});
-    }
+    // Either one set in many chunks, or some in one: partial_ is in order.
+    kernels_.moments_of_runs(
+        At(problem_, call_.x, geometry_.OffsetOf(runs.begin, sets.begin) + elements.begin),
+        sets.size(), {runs.size(), elements.size(), geometry_.sets * geometry_.run_length()},
+        partial_.data() + sets.begin * geometry_.chunks() + chunk);
   }
 
   void Finish(int64_t unit) {
@@ -276,14 +275,25 @@ class BackwardJob {
     const Range sets = geometry_.SetsOf(unit);
     const Range runs = geometry_.RunsOf(chunk);
     const Range elements = geometry_.ElementsOf(chunk);
+    const Runs of_set{runs.size(), elements.size(), geometry_.sets * geometry_.run_length()};
+    std::vector<double> shift;
     for (int64_t set = sets.begin; set < sets.end; ++set) {
-      const SetConstants constants = ConstantsOf(set);
+      shift.push_back(ConstantsOf(set).shift);
+    }
+    if (geometry_.subs == 1) {  // sums_ is in order, as partial_ is above
+      kernels_.sums_of_runs(tensors_, geometry_.OffsetOf(runs.begin, sets.begin) + elements.begin,
+                            sets.size(), of_set, shift.data(),
+                            sums_.data() + EntryOf(sets.begin, chunk, 0));
+      return;
+    }
+    for (int64_t set = sets.begin; set < sets.end; ++set) {
       for (int64_t begin = elements.begin; begin < elements.end;) {
         const int64_t sub = begin / geometry_.plane;
         const int64_t end = std::min(elements.end, (sub + 1) * geometry_.plane);
-        sums_[EntryOf(set, chunk, sub)] = kernels_.sums_of_runs(
-            tensors_, geometry_.OffsetOf(runs.begin, set) + begin,
-            {runs.size(), end - begin, geometry_.sets * geometry_.run_length()}, constants.shift);
+        kernels_.sums_of_runs(tensors_, geometry_.OffsetOf(runs.begin, set) + begin, 1,
+                              {of_set.count, end - begin, of_set.stride},
+                              &shift[static_cast<size_t>(set - sets.begin)],
+                              &sums_[EntryOf(set, chunk, sub)]);
         begin = end;
       }
     }

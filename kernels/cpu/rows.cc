@@ -128,8 +128,9 @@ class ForwardJob {
     }
     const void* begin =
         static_cast<const char*>(call_.x) + row * geometry_.length * geometry_.element_bytes;
-    SetMoments moments =
-        CenteredAsAsked(problem_, kernels_.moments_of_runs(begin, {1, geometry_.length, 0}));
+    PartialMoments of_row;
+    kernels_.moments_of_runs(begin, 1, {1, geometry_.length, 0}, &of_row);
+    SetMoments moments = CenteredAsAsked(problem_, of_row);
     if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, row);
     call_.moments.mean[row] = moments.mean;
     call_.moments.m2[row] = moments.m2;

@@ -50,7 +50,7 @@ Outcome Run(Job& job, const Cut& cut, const Context& context) {
   // Last chunk first: that is what the cache still holds of a unit larger than it.
   const auto apply = [&](int64_t unit, int64_t chunk) {
     if (!go_on()) return;
-    job.Apply(unit, cut.chunks - 1 - chunk);
+    job.Apply(unit, job.reduces() ? cut.chunks - 1 - chunk : chunk);
     FlushStreams();
   };
 

@@ -7,6 +7,7 @@
 #endif
 
 #include <cstdint>
+#include <vector>
 
 #include "hwy/highway.h"
 
@@ -23,6 +24,98 @@ HWY_INLINE int64_t BlockOf(D d) {
 }
 // The same for columns, whose accumulators collect a row each.
 inline constexpr int64_t kBlockRows = 128;
+
+// The lanes' sum. In double: a block's sum in float would be off by more than all
+// the roundings before, and what it is off by counts dy times in a gradient.
+template <class D>
+HWY_INLINE double SumInDouble([[maybe_unused]] D d, hn::Vec<D> v) {
+#if HWY_TARGET == HWY_SCALAR
+  return static_cast<double>(hn::GetLane(v));
+#else
+  if constexpr (sizeof(hn::TFromD<D>) == sizeof(double)) {
+    return hn::GetLane(hn::SumOfLanes(d, v));
+  } else {
+    const hn::Half<D> half;
+    const hn::Repartition<double, D> wide;
+    return hn::GetLane(hn::SumOfLanes(wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
+                                                    hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
+  }
+#endif
+}
+
+// Four accumulators, as members rather than as an array: GCC keeps them in registers.
+template <class D>
+struct Accumulators {
+  using V = hn::Vec<D>;
+
+  template <int k>
+  HWY_INLINE V& At() {
+    if constexpr (k == 0) return a;
+    if constexpr (k == 1) return b;
+    if constexpr (k == 2) return c;
+    if constexpr (k == 3) return e;
+  }
+  HWY_INLINE void Clear() { a = b = c = e = hn::Zero(D()); }
+  HWY_INLINE V Sum() const { return hn::Add(hn::Add(a, b), hn::Add(c, e)); }
+  HWY_INLINE double Total() const {
+    return SumInDouble(D(), a) + SumInDouble(D(), b) + SumInDouble(D(), c) + SumInDouble(D(), e);
+  }
+
+  V a, b, c, e;
+};
+
+// Sums of many sets at once, a vector of each in memory: where runs are short, the
+// sets' runs are read one after the other as they lie, and each set's sums wait for
+// its next run.
+template <class D, int kSums>
+class WaitingSums {
+ public:
+  using T = hn::TFromD<D>;
+
+  explicit WaitingSums(int64_t sets)
+      : lanes_(static_cast<int64_t>(hn::Lanes(D()))),
+        values_(static_cast<size_t>(sets * kSums * lanes_), T{0}) {}
+
+  HWY_INLINE void Add(int64_t set, int which, hn::Vec<D> sum) {
+    T* at = values_.data() + (set * kSums + which) * lanes_;
+    hn::StoreU(hn::Add(hn::LoadU(D(), at), sum), D(), at);
+  }
+
+  // Returns the total and begins anew.
+  HWY_INLINE double Take(int64_t set, int which) {
+    T* at = values_.data() + (set * kSums + which) * lanes_;
+    const auto sum = hn::SumOfLanes(D(), hn::LoadU(D(), at));
+    hn::StoreU(hn::Zero(D()), D(), at);
+    return static_cast<double>(hn::GetLane(sum));
+  }
+
+ private:
+  int64_t lanes_;
+  std::vector<T> values_;
+};
+
+// Calls add(run, set) for each run of each set, in the order of memory, and
+// flush(elements) after about every BlockOf(d) elements of each set.
+template <class D, class Add, class Flush>
+HWY_INLINE void ForEachShortRun(D d, int64_t sets, const Runs& runs, Add add, Flush flush) {
+  const int64_t block = BlockOf(d);
+  int64_t pending = 0;
+  for (int64_t run = 0; run < runs.count; ++run) {
+    for (int64_t set = 0; set < sets; ++set) add(run, set);
+    pending += runs.length;
+    if (pending + runs.length / 2 > block || run + 1 == runs.count) {
+      flush(pending);
+      pending = 0;
+    }
+  }
+}
+
+// Whether the runs of several sets are read together.
+template <class D>
+HWY_INLINE bool AreReadTogether(D d, int64_t sets, const Runs& runs) {
+  return sets > 1 && runs.count > 1 && runs.length <= BlockOf(d) &&
+         runs.length >= static_cast<int64_t>(hn::Lanes(d));
+}
 
 // Adds elements [0, n), n >= Lanes(d), to `sums`, which has
 //   Add<k>(i)              the vector at i, to accumulator k of 4
@@ -68,29 +161,6 @@ HWY_INLINE void ForEachPiece(D d, const Runs& runs, Add add, Flush flush) {
       pending = 0;
     }
   }
-}
-
-// The lanes' sum. In double: a block's sum in float would be off by more than all
-// the roundings before, and what it is off by counts dy times in a gradient.
-template <class D>
-HWY_INLINE double SumInDouble([[maybe_unused]] D d, hn::Vec<D> v) {
-#if HWY_TARGET == HWY_SCALAR
-  return static_cast<double>(hn::GetLane(v));
-#else
-  if constexpr (sizeof(hn::TFromD<D>) == sizeof(double)) {
-    return hn::GetLane(hn::SumOfLanes(d, v));
-  } else {
-    const hn::Half<D> half;
-    const hn::Repartition<double, D> wide;
-    return hn::GetLane(hn::SumOfLanes(wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
-                                                    hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
-  }
-#endif
-}
-
-template <class D>
-HWY_INLINE double Total(D d, hn::Vec<D> a, hn::Vec<D> b, hn::Vec<D> c, hn::Vec<D> e) {
-  return SumInDouble(d, a) + SumInDouble(d, b) + SumInDouble(d, c) + SumInDouble(d, e);
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

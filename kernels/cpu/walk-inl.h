@@ -7,6 +7,7 @@
 //                                         the coefficients at(i); returns where it stopped
 //   op.Partial(i, n, coefficients)        n elements, n < Lanes()
 //   op.End()
+//   op.FetchAheadBy(n)                    elements n after those read are fetched
 //   op.UntilAligned(i)                    elements before a vector may be stored
 #if defined(NORMD_KERNELS_CPU_WALK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMD_KERNELS_CPU_WALK_INL_H_
@@ -164,20 +165,34 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
 template <class Op, class Source>
 void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& source) {
   const hn::ScalableTag<typename Op::Type> d;
-  for (int64_t row = 0; row < matrix.rows; ++row) {
-    const int64_t start = begin + row * matrix.stride;
-    op.Begin(start);
-    int64_t j = std::min(matrix.columns, op.UntilAligned(start));
-    if (j > 0) {
-      op.Partial(start, static_cast<size_t>(j), source.LoadPartial(d, 0, static_cast<size_t>(j)));
+  // The coefficients of wide rows do not stay in L1: these are walked some rows at a
+  // time, a tile of columns after the other. The next tile is fetched by hand, since
+  // pieces this short give the processor no pattern to follow.
+  constexpr int64_t kTile = 512;
+  const bool wide = matrix.columns > 2 * kTile;
+  const int64_t tile = wide ? kTile : matrix.columns;
+  const int64_t together = wide ? 8 : 1;
+  if (wide) op.FetchAheadBy(tile);
+  for (int64_t first = 0; first < matrix.rows; first += together) {
+    for (int64_t left = 0; left < matrix.columns; left += tile) {
+      const int64_t right = std::min(left + tile, matrix.columns);
+      for (int64_t row = first; row < std::min(first + together, matrix.rows); ++row) {
+        const int64_t start = begin + row * matrix.stride;
+        op.Begin(start + left);
+        int64_t j = std::min(right, left + op.UntilAligned(start + left));
+        if (j > left) {
+          const size_t head = static_cast<size_t>(j - left);
+          op.Partial(start + left, head, source.LoadPartial(d, left, head));
+        }
+        const auto at = [&](int64_t i) NORMD_INLINE_LAMBDA { return source.Load(d, i - start); };
+        j = op.Vectors(start + j, start + right, at) - start;
+        if (j < right) {
+          const size_t rest = static_cast<size_t>(right - j);
+          op.Partial(start + j, rest, source.LoadPartial(d, j, rest));
+        }
+        op.End();
+      }
     }
-    const auto at = [&](int64_t i) NORMD_INLINE_LAMBDA { return source.Load(d, i - start); };
-    j = op.Vectors(start + j, start + matrix.columns, at) - start;
-    if (j < matrix.columns) {
-      const size_t rest = static_cast<size_t>(matrix.columns - j);
-      op.Partial(start + j, rest, source.LoadPartial(d, j, rest));
-    }
-    op.End();
   }
 }
 

@@ -18,10 +18,8 @@ InstanceState InitialState(std::shared_ptr<const Identity> identity, Mode mode) 
   const auto filled = [&](double value) {
     return Values::Filled(layer.state_dtype, layer.num_features, value);
   };
-  if (layer.affine) {
-    state.weight = filled(1);
-    state.bias = filled(0);
-  }
+  if (layer.has_weight()) state.weight = filled(1);
+  if (layer.has_bias()) state.bias = filled(0);
   if (layer.track_running_stats) {
     state.running_mean = filled(0);
     state.running_var = filled(1);

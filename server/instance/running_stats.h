@@ -9,7 +9,8 @@
 
 namespace normd {
 
-// Statistics of one batch, one value a channel: the mean, and the sum of squared
+// Statistics of one batch, one value a set (a channel, or a sample's group of
+// channels): the mean, and the sum of squared
 // deviations from it. In double: a mean rounded to float32 loses the answer where
 // |mean| >> deviation.
 struct BatchMoments {
@@ -23,6 +24,10 @@ struct BatchMoments {
 //   running_mean <- (1 - momentum) * running_mean + momentum * mean
 //   running_var  <- (1 - momentum) * running_var  + momentum * m2 / (count - 1)
 // A batch of no values is counted, and leaves the statistics alone.
+//
+// torch.nn.InstanceNorm's: the samples' statistics, averaged over the samples, in the
+// batch's place; num_batches_tracked does not rise.
+//
 // Precondition: state tracks running statistics; count is not 1.
 void FoldBatch(const BatchMoments& batch, InstanceState& state);
 

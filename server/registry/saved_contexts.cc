@@ -32,8 +32,8 @@ void SavedContexts::Lease::Commit(bool retain) {
 }
 
 absl::StatusOr<std::string> SavedContexts::Put(SavedForward forward) {
-  const int64_t bytes =
-      static_cast<int64_t>(forward.input.size() + 2 * sizeof(double) * forward.mean.size());
+  const int64_t bytes = static_cast<int64_t>(forward.input.size() + forward.relu_mask.size() +
+                                             2 * sizeof(double) * forward.mean.size());
   Entry entry{.uid = forward.uid, .expires = absl::Now() + ttl_};
   absl::MutexLock lock(&mutex_);
   absl::StatusOr<MemoryClaim> claim = budget_->Claim(bytes);

@@ -30,7 +30,9 @@ struct SavedForward {
   std::vector<double> mean;
   std::vector<double> var;  // biased
   bool statistics_of_batch = true;
-  Values weight;  // as it was then
+  Values weight;     // as it was then
+  Buffer relu_mask;  // a bit a value; empty: no activation
+  bool has_residual = false;
 };
 
 // Thread-safe.

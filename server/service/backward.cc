@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/error/error.h"
 #include "server/service/convert.h"
+#include "server/service/layers.h"
 #include "server/service/validate.h"
 
 namespace normd {
@@ -20,6 +21,7 @@ struct ForwardPass {
   std::vector<double> var;
   bool statistics_of_batch = true;
   Values weight;
+  const uint8_t* relu_mask = nullptr;
 };
 
 // Shared by the tries of one call: the first that is not stale answers.
@@ -27,36 +29,28 @@ struct Call {
   BackwardDone done;
   std::optional<SavedContexts::Lease> context = std::nullopt;
   bool retain_context = false;
+  ClaimedBuffer grad_input = {};
+  ClaimedBuffer grad_residual = {};
   TensorAnswer<v1::BackwardResponse> answer = {};
 
   void Refuse(absl::Status status) {
     context.reset();  // good for another try
     done(std::move(status));
   }
-  void Answer() {
+  void Answer(const TensorSpec& spec, bool skip_grad_input, bool with_residual) {
     if (context.has_value()) context->Commit(retain_context);
+    using Response = v1::BackwardResponse;
+    if (with_residual) {
+      answer.tensors.push_back(
+          ToAnswer(Response::kGradResidualFieldNumber, spec, std::move(grad_residual)));
+    }
+    if (!skip_grad_input) {
+      answer.tensors.push_back(
+          ToAnswer(Response::kGradInputFieldNumber, spec, std::move(grad_input)));
+    }
     done(std::move(answer));
   }
 };
-
-absl::Status CheckSameTensor(const TensorSpec& grad_output, const std::vector<int64_t>& shape,
-                             const NormProblem& problem) {
-  if (grad_output.shape != shape) {
-    return InvalidField("grad_output.shape", ShapeText(grad_output.shape),
-                        absl::StrCat(ShapeText(shape), ", the output's shape"));
-  }
-  if (grad_output.dtype != problem.dtype) {
-    return InvalidField("grad_output.dtype", NameOf(grad_output.dtype),
-                        absl::StrCat(NameOf(problem.dtype), ", the output's dtype"));
-  }
-  if (grad_output.format != problem.format) {
-    return InvalidField(
-        "grad_output.memory_format",
-        grad_output.format == MemoryFormat::kChannelsLast ? "CHANNELS_LAST" : "CONTIGUOUS",
-        "the output's memory format");
-  }
-  return absl::OkStatus();
-}
 
 // The pass whose statistics come with the request, from the running ones, or from
 // the input itself, for which `scratch` (as large as the input) takes its output.
@@ -64,10 +58,11 @@ absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardReques
                                             const InstanceState& state, Mode mode,
                                             const TensorSpec& spec, const char* input,
                                             char* scratch, const std::stop_token& stop) {
-  const auto problem = ToProblem(state.layer(), spec, "input");
-  if (!problem.ok()) return problem.status();
-  ForwardPass pass{.problem = *problem, .input = input, .weight = state.weight};
-  pass.statistics_of_batch = mode == Mode::kTrain || !state.layer().track_running_stats;
+  const auto checked = ToPass(state.layer(), mode, spec, "input");
+  if (!checked.ok()) return checked.status();
+  const NormProblem& problem = checked->problem;
+  ForwardPass pass{.problem = problem, .input = input, .weight = state.weight};
+  pass.statistics_of_batch = checked->by_batch;
   if (!pass.statistics_of_batch) {
     if (request.has_batch_statistics()) {
       return InvalidField("batch_statistics", "present in eval mode",
@@ -77,19 +72,18 @@ absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardReques
     pass.var = ToDoubles(state.running_var);
     return pass;
   }
-  if (absl::Status s = CheckMoreThanOneValue(*problem, spec); !s.ok()) return s;
   BatchMoments moments;
   if (request.has_batch_statistics()) {
-    auto given = ToBatchMoments(request.batch_statistics(), *problem);
+    auto given = ToBatchMoments(request.batch_statistics(), problem);
     if (!given.ok()) return given.status();
     moments = *std::move(given);
   } else {
-    const auto sets = static_cast<size_t>(problem->num_sets());
-    moments = {.count = problem->set_size(),
+    const auto sets = static_cast<size_t>(problem.num_sets());
+    moments = {.count = problem.set_size(),
                .mean = std::vector<double>(sets),
                .m2 = std::vector<double>(sets)};
     const Outcome outcome =
-        core.backend->ForwardByBatch(*problem,
+        core.backend->ForwardByBatch(problem,
                                      {.x = input,
                                       .y = scratch,
                                       .affine = {},
@@ -157,86 +151,94 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
       if (!lease.ok()) return call->Refuse(lease.status());
       call->context.emplace(*std::move(lease));
     }
-    const std::vector<int64_t>& shape = saved ? call->context->forward().shape : input_spec.shape;
     // Before memory is claimed: is this a pass of the instance at all?
-    NormProblem problem;
+    TensorSpec forward_spec = input_spec;
     if (saved) {
-      problem = call->context->forward().problem;
-    } else {
-      const auto checked = ToProblem(state->layer(), input_spec, "input");
-      if (!checked.ok()) return call->Refuse(checked.status());
-      problem = *checked;
+      const SavedForward& forward = call->context->forward();
+      forward_spec = {
+          .dtype = forward.problem.dtype, .format = forward.problem.format, .shape = forward.shape};
+    } else if (const auto checked = ToPass(state->layer(), mode, input_spec, "input");
+               !checked.ok()) {
+      return call->Refuse(checked.status());
     }
-    if (absl::Status s = CheckSameTensor(*spec, shape, problem); !s.ok()) return call->Refuse(s);
+    absl::Status same = CheckSameTensor(*spec, "grad_output", forward_spec, "the output");
+    if (!same.ok()) return call->Refuse(std::move(same));
 
+    const auto get = [&](ClaimedBuffer& buffer) {
+      if (buffer.buffer.data() != nullptr) return absl::OkStatus();
+      auto memory = GetBuffer(core, spec->bytes());
+      if (memory.ok()) buffer = *std::move(memory);
+      return memory.status();
+    };
     const bool needs_scratch = !saved && !request.has_batch_statistics();
-    if (call->answer.data.data() == nullptr && (!request.skip_grad_input() || needs_scratch)) {
-      auto buffer = GetBuffer(core, spec->bytes());
-      if (!buffer.ok()) return call->Refuse(buffer.status());
-      call->answer.data = std::move(buffer->buffer);
-      call->answer.memory = std::move(buffer->claim);
-    }
+    const bool wants_residual = saved && call->context->forward().has_residual;
+    absl::Status memory;
+    if (!request.skip_grad_input() || needs_scratch) memory = get(call->grad_input);
+    if (memory.ok() && wants_residual) memory = get(call->grad_residual);
+    if (!memory.ok()) return call->Refuse(std::move(memory));
+    char* const grad_input = call->grad_input.buffer.data();
     ForwardPass pass;
     if (saved) {
       const SavedForward& forward = call->context->forward();
-      pass = {.problem = problem,
+      pass = {.problem = forward.problem,
               .input = forward.input.data(),
               .mean = forward.mean,
               .var = forward.var,
               .statistics_of_batch = forward.statistics_of_batch,
-              .weight = forward.weight};
+              .weight = forward.weight,
+              .relu_mask = reinterpret_cast<const uint8_t*>(forward.relu_mask.data())};
     } else {
-      auto made = PassFromRequest(core, request, *state, mode, input_spec, input.data,
-                                  call->answer.data.data(), stop);
+      auto made =
+          PassFromRequest(core, request, *state, mode, input_spec, input.data, grad_input, stop);
       if (!made.ok()) return call->Refuse(made.status());
       pass = *std::move(made);
     }
 
-    const bool affine = state->layer().affine;
+    const Layer& layer = state->layer();
     Outcome outcome = Outcome::kOk;
+    Values grad_weight;
     Values grad_bias;
     const auto compute = [&](void* grad_weight_data, void* grad_bias_data) {
-      outcome = core.backend->Backward(
-          pass.problem,
-          {.x = pass.input,
-           .grad_y = grad_output.data,
-           .grad_x = request.skip_grad_input() ? nullptr : call->answer.data.data(),
-           .weight = pass.weight.data(),
-           .statistics = {pass.mean.data(), pass.var.data()},
-           .statistics_of_batch = pass.statistics_of_batch,
-           .grad_weight = grad_weight_data,
-           .grad_bias = grad_bias_data},
-          Place::kHost, stop);
+      outcome = core.backend->Backward(pass.problem,
+                                       {.x = pass.input,
+                                        .grad_y = grad_output.data,
+                                        .grad_x = request.skip_grad_input() ? nullptr : grad_input,
+                                        .weight = pass.weight.data(),
+                                        .statistics = {pass.mean.data(), pass.var.data()},
+                                        .statistics_of_batch = pass.statistics_of_batch,
+                                        .grad_weight = grad_weight_data,
+                                        .grad_bias = grad_bias_data,
+                                        .relu_mask = pass.relu_mask,
+                                        .grad_residual = call->grad_residual.buffer.data()},
+                                       Place::kHost, stop);
     };
-    Values grad_weight;
-    if (affine) {
-      const DType dtype = pass.problem.parameter_dtype();
-      grad_weight = Values::Make(dtype, pass.problem.channels, [&](void* weight_data) {
-        grad_bias = Values::Make(dtype, pass.problem.channels,
-                                 [&](void* bias_data) { compute(weight_data, bias_data); });
-      });
-    } else {
-      compute(nullptr, nullptr);
-    }
+    // Into values of the parameters' type, where the layer has them.
+    const auto with_values = [&](bool wanted, Values& values, auto fill) {
+      if (!wanted) return fill(nullptr);
+      values = Values::Make(pass.problem.parameter_dtype(), pass.problem.channels, fill);
+    };
+    with_values(layer.has_weight(), grad_weight, [&](void* weight_data) {
+      with_values(layer.has_bias(), grad_bias,
+                  [&](void* bias_data) { compute(weight_data, bias_data); });
+    });
     if (absl::Status s = ToStatus(outcome); !s.ok()) return call->Refuse(s);
 
     v1::BackwardResponse& header = call->answer.header;
-    if (affine) {
-      *header.mutable_grad_weight() = ToProto(grad_weight);
-      *header.mutable_grad_bias() = ToProto(grad_bias);
+    const std::vector<int64_t> parameter_shape = layer.parameter_shape();
+    if (grad_weight.present()) {
+      *header.mutable_grad_weight() = ToProto(grad_weight, parameter_shape);
     }
-    call->answer.has_tensor = !request.skip_grad_input();
-    if (call->answer.has_tensor) call->answer.tensor = ToProto(*spec);
+    if (grad_bias.present()) *header.mutable_grad_bias() = ToProto(grad_bias, parameter_shape);
 
     if (!request.accumulate() &&
         (!options->expected_version.has_value() || *options->expected_version == state->version)) {
       header.set_version(state->version);
-      return call->Answer();
+      return call->Answer(*spec, request.skip_grad_input(), wants_residual);
     }
     const bool fresh = (*instance)->Change(
         *options,
         [&](InstanceState& next) -> absl::StatusOr<Edited> {
-          if (!request.accumulate() || !affine) return Edited::kUnchanged;
+          if (!request.accumulate() || !layer.has_weight()) return Edited::kUnchanged;
           // Without a context the gradients are those of the state as it is.
           if (!saved && (next.weight.data() != state->weight.data() ||
                          (!wanted_mode->has_value() && next.mode != mode) ||
@@ -246,14 +248,15 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
             return Edited::kStale;
           }
           next.grad_weight = Accumulated(next.grad_weight, grad_weight);
-          next.grad_bias = Accumulated(next.grad_bias, grad_bias);
+          if (layer.has_bias()) next.grad_bias = Accumulated(next.grad_bias, grad_bias);
           return Edited::kChanged;
         },
-        [call](absl::StatusOr<Changed> changed) {
+        [call, spec = *spec, skip = request.skip_grad_input(),
+         wants_residual](absl::StatusOr<Changed> changed) {
           if (!changed.ok()) return call->Refuse(changed.status());
           call->answer.header.set_version(changed->version);
           call->answer.header.set_replayed(changed->replayed);
-          call->Answer();
+          call->Answer(spec, skip, wants_residual);
         });
     if (fresh) return;
   }

@@ -4,6 +4,7 @@
 
 #include "absl/time/time.h"
 #include "google/protobuf/timestamp.pb.h"
+#include "server/service/layers.h"
 
 namespace normd {
 namespace {
@@ -24,22 +25,6 @@ google::protobuf::Timestamp ToProto(absl::Time time) {
   timestamp.set_seconds(nanos / 1'000'000'000);
   timestamp.set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
   return timestamp;
-}
-
-v1::InstanceConfig ToProto(const Layer& layer) {
-  v1::InstanceConfig config;
-  config.set_state_dtype(ToProto(layer.state_dtype));
-  v1::BatchNorm2d& batch_norm = *config.mutable_batch_norm_2d();
-  batch_norm.set_num_features(layer.num_features);
-  batch_norm.set_eps(layer.eps);
-  if (layer.momentum.has_value()) {
-    batch_norm.set_momentum(*layer.momentum);
-  } else {
-    batch_norm.set_cumulative_average(true);
-  }
-  batch_norm.set_affine(layer.affine);
-  batch_norm.set_track_running_stats(layer.track_running_stats);
-  return config;
 }
 
 v1::Tensor CountTensor(int64_t count) {
@@ -66,15 +51,17 @@ void Add(NamedTensors& to, const std::string& name, v1::Tensor tensor) {
   *named.mutable_tensor() = std::move(tensor);
 }
 
-void AddPresent(NamedTensors& to, const std::string& name, const Values& values) {
-  if (values.present()) Add(to, name, ToProto(values));
+void AddPresent(NamedTensors& to, const std::string& name, const Values& values,
+                const std::vector<int64_t>& shape) {
+  if (values.present()) Add(to, name, ToProto(values, shape));
 }
 
-void AddSlot(NamedTensors& to, const std::string& parameter, const OptimizerSlot& slot) {
-  AddPresent(to, parameter + ".momentum_buffer", slot.momentum_buffer);
-  AddPresent(to, parameter + ".exp_avg", slot.exp_avg);
-  AddPresent(to, parameter + ".exp_avg_sq", slot.exp_avg_sq);
-  AddPresent(to, parameter + ".max_exp_avg_sq", slot.max_exp_avg_sq);
+void AddSlot(NamedTensors& to, const std::string& parameter, const OptimizerSlot& slot,
+             const std::vector<int64_t>& shape) {
+  AddPresent(to, parameter + ".momentum_buffer", slot.momentum_buffer, shape);
+  AddPresent(to, parameter + ".exp_avg", slot.exp_avg, shape);
+  AddPresent(to, parameter + ".exp_avg_sq", slot.exp_avg_sq, shape);
+  AddPresent(to, parameter + ".max_exp_avg_sq", slot.max_exp_avg_sq, shape);
   if (slot.exp_avg.present()) Add(to, parameter + ".step", CountTensor(slot.step));
 }
 
@@ -140,10 +127,10 @@ v1::Tensor ToProto(const TensorSpec& spec) {
   return tensor;
 }
 
-v1::Tensor ToProto(const Values& values) {
+v1::Tensor ToProto(const Values& values, const std::vector<int64_t>& shape) {
   v1::Tensor tensor;
   tensor.set_dtype(ToProto(values.dtype()));
-  tensor.add_shape(values.size());
+  tensor.mutable_shape()->Add(shape.begin(), shape.end());
   tensor.set_memory_format(v1::MEMORY_FORMAT_CONTIGUOUS);
   tensor.set_data(values.bytes().data(), values.bytes().size());
   return tensor;
@@ -162,21 +149,22 @@ v1::BatchStatistics ToProto(const BatchMoments& moments) {
 
 v1::State ToStateProto(const InstanceState& state, bool gradients, bool optimizer) {
   v1::State proto;
+  const std::vector<int64_t> shape = state.layer().parameter_shape();
   NamedTensors& dict = *proto.mutable_state_dict();
-  AddPresent(dict, "weight", state.weight);
-  AddPresent(dict, "bias", state.bias);
-  AddPresent(dict, "running_mean", state.running_mean);
-  AddPresent(dict, "running_var", state.running_var);
+  AddPresent(dict, "weight", state.weight, shape);
+  AddPresent(dict, "bias", state.bias, shape);
+  AddPresent(dict, "running_mean", state.running_mean, shape);
+  AddPresent(dict, "running_var", state.running_var, shape);
   if (state.layer().track_running_stats) {
     Add(dict, "num_batches_tracked", CountTensor(state.num_batches_tracked));
   }
   if (gradients) {
-    AddPresent(*proto.mutable_gradients(), "weight", state.grad_weight);
-    AddPresent(*proto.mutable_gradients(), "bias", state.grad_bias);
+    AddPresent(*proto.mutable_gradients(), "weight", state.grad_weight, shape);
+    AddPresent(*proto.mutable_gradients(), "bias", state.grad_bias, shape);
   }
   if (optimizer && state.optimizer != nullptr) {
-    AddSlot(*proto.mutable_optimizer_state(), "weight", state.optimizer->weight);
-    AddSlot(*proto.mutable_optimizer_state(), "bias", state.optimizer->bias);
+    AddSlot(*proto.mutable_optimizer_state(), "weight", state.optimizer->weight, shape);
+    AddSlot(*proto.mutable_optimizer_state(), "bias", state.optimizer->bias, shape);
   }
   return proto;
 }

@@ -22,8 +22,8 @@ v1::BatchStatistics ToProto(const BatchMoments& moments);
 // The state_dict, and the rest as asked.
 v1::State ToStateProto(const InstanceState& state, bool gradients, bool optimizer);
 
-// One-dimensional, of the parameters' type.
-v1::Tensor ToProto(const Values& values);
+// Of the parameters' type.
+v1::Tensor ToProto(const Values& values, const std::vector<int64_t>& shape);
 
 }  // namespace normd
 

@@ -2,7 +2,6 @@
 #ifndef NORMD_SERVER_SERVICE_FORWARD_H_
 #define NORMD_SERVER_SERVICE_FORWARD_H_
 
-#include <memory>
 #include <stop_token>
 
 #include "absl/functional/any_invocable.h"
@@ -17,10 +16,11 @@ namespace normd {
 using ForwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::ForwardResponse>>)>;
 
 // Serves one Forward, from the unary call and the stream alike: `request` without
-// the input's data, which are `input`. Both are used only until this returns;
-// `done` is called then or later, when the change is durable.
-void Forward(Core& core, const v1::ForwardRequest& request, Payload input, std::stop_token stop,
-             ForwardDone done);
+// the tensors' data, which are `input` and `residual` (empty where the request has
+// none). All are used only until this returns; `done` is called then or later, when the
+// change is durable.
+void Forward(Core& core, const v1::ForwardRequest& request, Payload input, Payload residual,
+             std::stop_token stop, ForwardDone done);
 
 }  // namespace normd
 

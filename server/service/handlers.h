@@ -23,6 +23,10 @@ void DeleteInstance(Core& core, const v1::DeleteInstanceRequest& request,
 void Train(Core& core, const v1::TrainRequest& request, v1::TrainResponse& response, Done done);
 void Eval(Core& core, const v1::EvalRequest& request, v1::EvalResponse& response, Done done);
 
+// fold_convolution.cc
+void FoldConvolution(Core& core, const v1::FoldConvolutionRequest& request,
+                     v1::FoldConvolutionResponse& response, Done done);
+
 // learning.cc
 void ZeroGrad(Core& core, const v1::ZeroGradRequest& request, v1::ZeroGradResponse& response,
               Done done);

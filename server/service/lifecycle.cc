@@ -5,6 +5,7 @@
 #include "server/error/error.h"
 #include "server/service/convert.h"
 #include "server/service/handlers.h"
+#include "server/service/layers.h"
 #include "server/service/validate.h"
 
 namespace normd {

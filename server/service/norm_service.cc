@@ -94,11 +94,12 @@ using Base = WithRawMethods<
     V1::WithRawCallbackMethod_ListInstances, V1::WithRawCallbackMethod_DeleteInstance,
     V1::WithRawCallbackMethod_Train, V1::WithRawCallbackMethod_Eval,
     V1::WithRawCallbackMethod_Forward, V1::WithRawCallbackMethod_Backward,
-    V1::WithRawCallbackMethod_ZeroGrad, V1::WithRawCallbackMethod_Step,
-    V1::WithRawCallbackMethod_GetState, V1::WithRawCallbackMethod_SetState,
-    V1::WithRawCallbackMethod_ResetRunningStats, V1::WithRawCallbackMethod_ResetParameters,
-    V1::WithRawCallbackMethod_SaveCheckpoint, V1::WithRawCallbackMethod_LoadCheckpoint,
-    V1::WithRawCallbackMethod_ListCheckpoints, V1::WithRawCallbackMethod_GetServerInfo>::type;
+    V1::WithRawCallbackMethod_FoldConvolution, V1::WithRawCallbackMethod_ZeroGrad,
+    V1::WithRawCallbackMethod_Step, V1::WithRawCallbackMethod_GetState,
+    V1::WithRawCallbackMethod_SetState, V1::WithRawCallbackMethod_ResetRunningStats,
+    V1::WithRawCallbackMethod_ResetParameters, V1::WithRawCallbackMethod_SaveCheckpoint,
+    V1::WithRawCallbackMethod_LoadCheckpoint, V1::WithRawCallbackMethod_ListCheckpoints,
+    V1::WithRawCallbackMethod_GetServerInfo>::type;
 
 class NormServiceImpl final : public Base {
  public:
@@ -136,6 +137,7 @@ class NormServiceImpl final : public Base {
   NORMD_UNARY(DeleteInstance)
   NORMD_UNARY(Train)
   NORMD_UNARY(Eval)
+  NORMD_UNARY(FoldConvolution)
   NORMD_UNARY(ZeroGrad)
   NORMD_UNARY(Step)
   NORMD_UNARY(GetState)

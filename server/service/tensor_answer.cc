@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "server/error/error.h"
+#include "server/service/convert.h"
 
 namespace normd {
 
@@ -15,6 +16,13 @@ absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes) {
                      "the system has no memory for the request's tensors", absl::Seconds(1));
   }
   return ClaimedBuffer{std::move(buffer), *std::move(claim)};
+}
+
+AnswerTensor ToAnswer(int number, const TensorSpec& spec, ClaimedBuffer memory) {
+  return {.number = number,
+          .header = ToProto(spec),
+          .data = std::move(memory.buffer),
+          .keep = std::make_shared<MemoryClaim>(std::move(memory.claim))};
 }
 
 absl::Status ToStatus(Outcome outcome) {

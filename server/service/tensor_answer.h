@@ -3,24 +3,22 @@
 #define NORMD_SERVER_SERVICE_TENSOR_ANSWER_H_
 
 #include <string_view>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
-#include "normd/v1/tensor.pb.h"
 #include "server/admission/memory_budget.h"
 #include "server/service/core.h"
 #include "server/service/validate.h"
 #include "server/wire/buffer.h"
+#include "server/wire/message.h"
 
 namespace normd {
 
 template <class Response>
 struct TensorAnswer {
-  Response header;  // without the tensor
-  bool has_tensor = true;
-  v1::Tensor tensor;   // without its data
-  Buffer data;         // the tensor's data
-  MemoryClaim memory;  // of `data`
+  Response header;  // without the tensors
+  std::vector<AnswerTensor> tensors;
 };
 
 // Pooled memory, claimed from the budget first.
@@ -29,6 +27,9 @@ struct ClaimedBuffer {
   MemoryClaim claim;
 };
 absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes);
+
+// `memory` as the tensor field `number` of an answer, of `spec`'s type and shape.
+AnswerTensor ToAnswer(int number, const TensorSpec& spec, ClaimedBuffer memory);
 
 // The status that a kernel's outcome means.
 absl::Status ToStatus(Outcome outcome);

@@ -54,14 +54,7 @@ class TensorCall final : public grpc::ServerUnaryReactor {
     Method::Call(core_, request_, payloads, stop_.get_token(),
                  [this](absl::StatusOr<TensorAnswer<Response>> answer) {
                    if (!answer.ok()) return Answer(answer.status());
-                   if (answer->has_tensor) {
-                     *response_ =
-                         WriteMessage(answer->header, Method::kAnswerField, answer->tensor,
-                                      std::move(answer->data),
-                                      std::make_shared<MemoryClaim>(std::move(answer->memory)));
-                   } else {
-                     *response_ = WriteMessage(answer->header);
-                   }
+                   *response_ = WriteMessage(answer->header, std::move(answer->tensors));
                    Answer(absl::OkStatus());
                  });
   }
@@ -84,11 +77,12 @@ struct ForwardMethod {
   using Request = v1::ForwardRequest;
   using Response = v1::ForwardResponse;
   static constexpr char kName[] = "Forward";
-  static constexpr std::array kTensorFields = {Request::kInputFieldNumber};
-  static constexpr int kAnswerField = Response::kOutputFieldNumber;
-  static void Call(Core& core, const Request& request, std::array<Payload, 1>& payloads,
+  static constexpr std::array kTensorFields = {Request::kInputFieldNumber,
+                                               Request::kResidualFieldNumber};
+  static void Call(Core& core, const Request& request, std::array<Payload, 2>& payloads,
                    std::stop_token stop, ForwardDone done) {
-    Forward(core, request, std::move(payloads[0]), std::move(stop), std::move(done));
+    Forward(core, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),
+            std::move(done));
   }
 };
 
@@ -98,7 +92,6 @@ struct BackwardMethod {
   static constexpr char kName[] = "Backward";
   static constexpr std::array kTensorFields = {Request::kInputFieldNumber,
                                                Request::kGradOutputFieldNumber};
-  static constexpr int kAnswerField = Response::kGradInputFieldNumber;
   static void Call(Core& core, const Request& request, std::array<Payload, 2>& payloads,
                    std::stop_token stop, BackwardDone done) {
     Backward(core, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),

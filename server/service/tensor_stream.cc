@@ -5,6 +5,7 @@
 #include <stop_token>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
@@ -88,16 +89,32 @@ struct ForwardMethod {
 
   v1::ForwardRequest header;
   Arriving input;
+  Arriving residual;
 
-  absl::Status Begin(Core& core) { return input.Begin(core, header.input(), "input"); }
-  absl::Status Add(const Request& request) { return input.Add(request.chunk()); }
-  absl::Status End() const { return input.End(); }
-  int64_t received() const { return input.received(); }
-  void Call(Core& core, std::stop_token stop, ForwardDone done) {
-    Forward(core, header, input.payload(), std::move(stop), std::move(done));
+  absl::Status Begin(Core& core) {
+    absl::Status begun = input.Begin(core, header.input(), "input");
+    if (begun.ok() && header.has_residual()) {
+      begun = residual.Begin(core, header.residual(), "residual");
+    }
+    return begun;
   }
-  static void SetTensor(Answer& answer, v1::Tensor tensor) {
-    *answer.mutable_output() = std::move(tensor);
+  absl::Status Add(const Request& request) {
+    return request.has_residual_chunk() ? residual.Add(request.residual_chunk())
+                                        : input.Add(request.chunk());
+  }
+  absl::Status End() const {
+    absl::Status ended = input.End();
+    return ended.ok() ? residual.End() : ended;
+  }
+  int64_t received() const { return input.received() + residual.received(); }
+  void Call(Core& core, std::stop_token stop, ForwardDone done) {
+    Forward(core, header, input.payload(), residual.payload(), std::move(stop), std::move(done));
+  }
+  static void SetTensor(Answer& answer, AnswerTensor& tensor) {
+    *answer.mutable_output() = std::move(tensor.header);
+  }
+  static void SetChunk(Response& response, const AnswerTensor&, const char* data, size_t size) {
+    response.set_chunk(data, size);
   }
 };
 
@@ -129,8 +146,19 @@ struct BackwardMethod {
     Backward(core, header, input.payload(), grad_output.payload(), std::move(stop),
              std::move(done));
   }
-  static void SetTensor(Answer& answer, v1::Tensor tensor) {
-    *answer.mutable_grad_input() = std::move(tensor);
+  static void SetTensor(Answer& answer, AnswerTensor& tensor) {
+    v1::Tensor& field = tensor.number == Answer::kGradResidualFieldNumber
+                            ? *answer.mutable_grad_residual()
+                            : *answer.mutable_grad_input();
+    field = std::move(tensor.header);
+  }
+  static void SetChunk(Response& response, const AnswerTensor& tensor, const char* data,
+                       size_t size) {
+    if (tensor.number == Answer::kGradResidualFieldNumber) {
+      response.set_grad_residual_chunk(data, size);
+    } else {
+      response.set_chunk(data, size);
+    }
   }
 };
 
@@ -185,30 +213,37 @@ class TensorStream final
       method_.Call(core_, stop_.get_token(),
                    [this](absl::StatusOr<TensorAnswer<typename Method::Answer>> answer) {
                      if (!answer.ok()) return End(answer.status());
-                     answer_ = *std::move(answer);
-                     if (answer_.has_tensor) {
-                       Method::SetTensor(answer_.header, std::move(answer_.tensor));
+                     tensors_ = std::move(answer->tensors);
+                     // The answer's own order has the residual's gradient first; a
+                     // stream's reader wants grad_input first.
+                     std::reverse(tensors_.begin(), tensors_.end());
+                     for (AnswerTensor& tensor : tensors_) {
+                       Method::SetTensor(answer->header, tensor);
                      }
-                     *response_.mutable_header() = std::move(answer_.header);
+                     *response_.mutable_header() = std::move(answer->header);
                      this->StartWrite(&response_);
                    });
     });
   }
 
   void WriteNext() {
-    const size_t left = answer_.has_tensor ? answer_.data.size() - sent_ : 0;
-    if (left == 0) return End(absl::OkStatus());
-    const size_t size = std::min(left, kChunkBytes);
-    response_.set_chunk(answer_.data.data() + sent_, size);
-    sent_ += size;
+    while (next_ < tensors_.size() && offset_ == tensors_[next_].data.size()) {
+      ++next_;
+      offset_ = 0;
+    }
+    if (next_ == tensors_.size()) return End(absl::OkStatus());
+    const AnswerTensor& tensor = tensors_[next_];
+    const size_t size = std::min(tensor.data.size() - offset_, kChunkBytes);
+    Method::SetChunk(response_, tensor, tensor.data.data() + offset_, size);
+    offset_ += size;
+    sent_ += static_cast<int64_t>(size);
     this->StartWrite(&response_);
   }
 
   void End(const absl::Status& status) {
     if (ended_) return;
     ended_ = true;
-    this->Finish(rpc_.Finish(status, method_.header.name(), method_.received(),
-                             static_cast<int64_t>(sent_)));
+    this->Finish(rpc_.Finish(status, method_.header.name(), method_.received(), sent_));
   }
 
   Core& core_;
@@ -216,9 +251,11 @@ class TensorStream final
   Method method_;
   typename Method::Request request_;
   typename Method::Response response_;
-  TensorAnswer<typename Method::Answer> answer_;
+  std::vector<AnswerTensor> tensors_;
+  size_t next_ = 0;    // the tensor that is being sent,
+  size_t offset_ = 0;  // and its bytes that were
   std::stop_source stop_;
-  size_t sent_ = 0;
+  int64_t sent_ = 0;
   bool begun_ = false;
   bool ended_ = false;
 };

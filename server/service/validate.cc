@@ -1,7 +1,6 @@
 #include "server/service/validate.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -10,6 +9,7 @@
 #include "absl/strings/string_view.h"
 #include "server/error/error.h"
 #include "server/instance/instance_name.h"
+#include "server/wire/elements.h"
 
 namespace normd {
 namespace {
@@ -18,16 +18,6 @@ constexpr int kMostDimensions = 8;
 constexpr int64_t kLargestDimension = int64_t{1} << 40;
 
 std::string Text(double value) { return absl::StrCat(value); }
-
-absl::Status CheckFinite(double value, absl::string_view field) {
-  if (std::isfinite(value)) return absl::OkStatus();
-  return InvalidField(field, Text(value), "a finite number");
-}
-
-absl::Status CheckNotNegative(double value, absl::string_view field) {
-  if (std::isfinite(value) && value >= 0) return absl::OkStatus();
-  return InvalidField(field, Text(value), "a finite number, 0 or more");
-}
 
 absl::Status CheckBeta(double value, absl::string_view field) {
   if (value >= 0 && value < 1) return absl::OkStatus();
@@ -42,54 +32,7 @@ absl::StatusOr<DType> ToDType(v1::DataType dtype, absl::string_view field) {
     case v1::DATA_TYPE_BFLOAT16: return DType::kBFloat16;
     default: break;
   }
-  const std::string name = v1::DataType_IsValid(dtype) ? v1::DataType_Name(dtype)
-                                                       : absl::StrCat(static_cast<int>(dtype));
-  return InvalidField(field, name, "FLOAT32, FLOAT64, FLOAT16 or BFLOAT16");
-}
-
-absl::StatusOr<Layer> ToBatchNorm2d(const v1::BatchNorm2d& config, int64_t max_features) {
-  Layer layer{.kind = LayerKind::kBatchNorm2d, .num_features = config.num_features()};
-  if (layer.num_features < 1) {
-    return InvalidField("config.batch_norm_2d.num_features", absl::StrCat(layer.num_features),
-                        absl::StrCat("1 to ", max_features));
-  }
-  if (layer.num_features > max_features) {
-    return LimitExceeded("config.batch_norm_2d.num_features",
-                         absl::StrCat("num_features of ", layer.num_features), max_features,
-                         "--max_features");
-  }
-  if (config.has_eps()) layer.eps = config.eps();
-  if (absl::Status s = CheckNotNegative(layer.eps, "config.batch_norm_2d.eps"); !s.ok()) return s;
-  switch (config.averaging_case()) {
-    case v1::BatchNorm2d::kMomentum:
-      layer.momentum = config.momentum();
-      if (absl::Status s = CheckFinite(*layer.momentum, "config.batch_norm_2d.momentum"); !s.ok()) {
-        return s;
-      }
-      break;
-    case v1::BatchNorm2d::kCumulativeAverage:
-      if (!config.cumulative_average()) {
-        return InvalidField("config.batch_norm_2d.cumulative_average", "false",
-                            "true, or a momentum instead");
-      }
-      layer.momentum = std::nullopt;
-      break;
-    case v1::BatchNorm2d::AVERAGING_NOT_SET: break;
-  }
-  if (config.has_affine()) layer.affine = config.affine();
-  if (config.has_track_running_stats()) layer.track_running_stats = config.track_running_stats();
-  return layer;
-}
-
-absl::Status FailedField(absl::string_view field, absl::string_view value,
-                         absl::string_view allowed, absl::string_view message) {
-  v1::ErrorDetail detail;
-  detail.set_field(std::string(field));
-  detail.set_value(std::string(value.substr(0, 256)));
-  detail.set_allowed(std::string(allowed));
-  auto status = absl::FailedPreconditionError(message);
-  SetDetail(status, detail);
-  return status;
+  return InvalidField(field, DataTypeText(dtype), "FLOAT32, FLOAT64, FLOAT16 or BFLOAT16");
 }
 
 int HexDigit(char c) {
@@ -99,57 +42,27 @@ int HexDigit(char c) {
   return -1;
 }
 
-// IEEE 754 binary16 to a number.
-double FromHalf(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31;
-  const int fraction = bits & 1023;
-  double magnitude;
-  if (exponent == 31) {
-    magnitude = fraction == 0 ? HUGE_VAL : std::nan("");
-  } else if (exponent == 0) {
-    magnitude = std::ldexp(fraction, -24);
-  } else {
-    magnitude = std::ldexp(1024 + fraction, exponent - 25);
-  }
-  return (bits & 0x8000) != 0 ? -magnitude : magnitude;
-}
-
-double Element(const std::string& bytes, DType dtype, size_t i) {
-  const auto read = [&](auto value) {
-    std::memcpy(&value, bytes.data() + i * sizeof(value), sizeof(value));
-    return value;
-  };
-  switch (dtype) {
-    case DType::kFloat32: return read(float{});
-    case DType::kFloat64: return read(double{});
-    case DType::kFloat16: return FromHalf(read(uint16_t{}));
-    case DType::kBFloat16:
-      return std::bit_cast<float>(static_cast<uint32_t>(read(uint16_t{})) << 16);
-  }
-  return 0;
-}
-
-// copy_ of a one-dimensional tensor: any floating-point type into `dtype`.
-absl::StatusOr<Values> ToValues(const v1::Tensor& tensor, const std::string& field, int64_t size,
-                                DType dtype) {
+// copy_ of a tensor of `shape`: any floating-point type into `dtype`.
+absl::StatusOr<Values> ToValues(const v1::Tensor& tensor, const std::string& field,
+                                const std::vector<int64_t>& shape, DType dtype) {
   const auto spec = ToTensorSpec(tensor, field);
   if (!spec.ok()) return spec.status();
   if (absl::Status s = CheckBytes(*spec, tensor.data().size(), field); !s.ok()) return s;
-  if (spec->shape != std::vector<int64_t>{size}) {
-    return FailedField(absl::StrCat(field, ".shape"), ShapeText(spec->shape),
-                       absl::StrCat("[", size, "]"),
-                       absl::StrCat("size mismatch for ", field, ": copying a tensor of shape ",
-                                    ShapeText(spec->shape), " into one of shape [", size, "]"));
+  if (spec->shape != shape) {
+    return FailedField(
+        absl::StrCat(field, ".shape"), ShapeText(spec->shape), ShapeText(shape),
+        absl::StrCat("size mismatch for ", field, ": copying a tensor of shape ",
+                     ShapeText(spec->shape), " into one of shape ", ShapeText(shape)));
   }
   if (spec->dtype == dtype) return Values::FromBytes(dtype, tensor.data());
-  return Values::Map(dtype, size, [&](int64_t i) {
-    return Element(tensor.data(), spec->dtype, static_cast<size_t>(i));
+  return Values::Map(dtype, spec->elements, [&](int64_t i) {
+    return ReadElement(tensor.data().data(), spec->dtype, static_cast<size_t>(i));
   });
 }
 
 absl::StatusOr<int64_t> ToCount(const v1::Tensor& tensor, const std::string& field) {
   if (tensor.dtype() != v1::DATA_TYPE_INT64) {
-    return InvalidField(absl::StrCat(field, ".dtype"), v1::DataType_Name(tensor.dtype()), "INT64");
+    return InvalidField(absl::StrCat(field, ".dtype"), DataTypeText(tensor.dtype()), "INT64");
   }
   if (tensor.shape_size() != 0) {
     const std::vector<int64_t> shape(tensor.shape().begin(), tensor.shape().end());
@@ -168,6 +81,32 @@ absl::StatusOr<int64_t> ToCount(const v1::Tensor& tensor, const std::string& fie
 }
 
 }  // namespace
+
+absl::Status CheckFinite(double value, absl::string_view field) {
+  if (std::isfinite(value)) return absl::OkStatus();
+  return InvalidField(field, Text(value), "a finite number");
+}
+
+absl::Status CheckNotNegative(double value, absl::string_view field) {
+  if (std::isfinite(value) && value >= 0) return absl::OkStatus();
+  return InvalidField(field, Text(value), "a finite number, 0 or more");
+}
+
+absl::Status FailedField(absl::string_view field, absl::string_view value,
+                         absl::string_view allowed, absl::string_view message) {
+  v1::ErrorDetail detail;
+  detail.set_field(std::string(field));
+  detail.set_value(std::string(value.substr(0, 256)));
+  detail.set_allowed(std::string(allowed));
+  auto status = absl::FailedPreconditionError(message);
+  SetDetail(status, detail);
+  return status;
+}
+
+std::string DataTypeText(v1::DataType dtype) {
+  return v1::DataType_IsValid(dtype) ? v1::DataType_Name(dtype)
+                                     : absl::StrCat(static_cast<int>(dtype));
+}
 
 std::string ShapeText(const std::vector<int64_t>& shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
@@ -198,28 +137,6 @@ absl::StatusOr<std::optional<absl::uint128>> ToRequestId(absl::string_view reque
                         "a UUID (xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx, hexadecimal) or nothing");
   }
   return id;
-}
-
-absl::StatusOr<Layer> ToLayer(const v1::InstanceConfig& config, int64_t max_features) {
-  absl::StatusOr<Layer> layer;
-  switch (config.layer_case()) {
-    case v1::InstanceConfig::kBatchNorm2D:
-      layer = ToBatchNorm2d(config.batch_norm_2d(), max_features);
-      break;
-    case v1::InstanceConfig::LAYER_NOT_SET:
-      return InvalidField("config.layer", "", "one layer: batch_norm_2d");
-  }
-  if (!layer.ok()) return layer;
-  if (config.state_dtype() != v1::DATA_TYPE_UNSPECIFIED) {
-    const auto dtype = ToDType(config.state_dtype(), "config.state_dtype");
-    if (!dtype.ok() || (*dtype != DType::kFloat32 && *dtype != DType::kFloat64)) {
-      return InvalidField("config.state_dtype",
-                          absl::StrCat(static_cast<int>(config.state_dtype())),
-                          "FLOAT32 or FLOAT64");
-    }
-    layer->state_dtype = *dtype;
-  }
-  return layer;
 }
 
 absl::StatusOr<std::optional<Mode>> ToMode(v1::Mode mode) {
@@ -282,41 +199,22 @@ absl::Status CheckBytes(const TensorSpec& spec, size_t data_bytes, absl::string_
                                    " of ", NameOf(spec.dtype), " takes"));
 }
 
-absl::StatusOr<NormProblem> ToProblem(const Layer& layer, const TensorSpec& spec,
-                                      absl::string_view field) {
-  if (ParameterTypeFor(spec.dtype) != layer.state_dtype) {
+absl::Status CheckSameTensor(const TensorSpec& spec, absl::string_view field,
+                             const TensorSpec& other, absl::string_view other_name) {
+  if (spec.shape != other.shape) {
+    return InvalidField(absl::StrCat(field, ".shape"), ShapeText(spec.shape),
+                        absl::StrCat(ShapeText(other.shape), ", the shape of ", other_name));
+  }
+  if (spec.dtype != other.dtype) {
     return InvalidField(absl::StrCat(field, ".dtype"), NameOf(spec.dtype),
-                        layer.state_dtype == DType::kFloat64
-                            ? "float64, since the instance's state_dtype is FLOAT64"
-                            : "float32, float16 or bfloat16, since the instance's state_dtype is "
-                              "FLOAT32");
+                        absl::StrCat(NameOf(other.dtype), ", the dtype of ", other_name));
   }
-  const std::string shape_field = absl::StrCat(field, ".shape");
-  if (spec.shape.size() != 4) {
-    return InvalidField(shape_field, ShapeText(spec.shape),
-                        absl::StrCat("4 dimensions (N, C, H, W): expected 4D input (got ",
-                                     spec.shape.size(), "D input)"));
+  if (spec.format != other.format) {
+    return InvalidField(absl::StrCat(field, ".memory_format"),
+                        spec.format == MemoryFormat::kChannelsLast ? "CHANNELS_LAST" : "CONTIGUOUS",
+                        absl::StrCat("the memory format of ", other_name));
   }
-  if (spec.shape[1] != layer.num_features) {
-    return InvalidField(shape_field, ShapeText(spec.shape),
-                        absl::StrCat("C = ", layer.num_features,
-                                     ", the instance's num_features, not ", spec.shape[1]));
-  }
-  return NormProblem{.batch = spec.shape[0],
-                     .channels = spec.shape[1],
-                     .positions = spec.shape[2] * spec.shape[3],
-                     .reduction = Reduction::kPerChannel,
-                     .format = spec.format,
-                     .dtype = spec.dtype,
-                     .eps = layer.eps};
-}
-
-absl::Status CheckMoreThanOneValue(const NormProblem& problem, const TensorSpec& spec) {
-  if (problem.set_size() != 1) return absl::OkStatus();
-  return FailedField("input.shape", ShapeText(spec.shape), "two values per channel or more",
-                     absl::StrCat("Expected more than 1 value per channel when training, got "
-                                  "input size ",
-                                  ShapeText(spec.shape)));
+  return absl::OkStatus();
 }
 
 absl::StatusOr<BatchMoments> ToBatchMoments(const v1::BatchStatistics& statistics,
@@ -425,7 +323,8 @@ absl::Status LoadStateDict(const v1::State& from, InstanceState& state) {
   }
   const Layer& layer = state.layer();
   std::vector<absl::string_view> expected;
-  if (layer.affine) expected.insert(expected.end(), {"weight", "bias"});
+  if (layer.has_weight()) expected.push_back("weight");
+  if (layer.has_bias()) expected.push_back("bias");
   if (layer.track_running_stats) {
     expected.insert(expected.end(), {"running_mean", "running_var", "num_batches_tracked"});
   }
@@ -468,7 +367,7 @@ absl::Status LoadStateDict(const v1::State& from, InstanceState& state) {
       next.num_batches_tracked = *count;
       continue;
     }
-    auto values = ToValues(named.tensor(), field, layer.num_features, layer.state_dtype);
+    auto values = ToValues(named.tensor(), field, layer.parameter_shape(), layer.state_dtype);
     if (!values.ok()) return values.status();
     if (named.name() == "running_var") {
       for (int64_t i = 0; i < values->size(); ++i) {

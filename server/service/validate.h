@@ -40,8 +40,6 @@ absl::StatusOr<ChangeOptions> ToChangeOptions(const Request& request, Method met
   return options;
 }
 
-absl::StatusOr<Layer> ToLayer(const v1::InstanceConfig& config, int64_t max_features);
-
 // None for MODE_UNSPECIFIED.
 absl::StatusOr<std::optional<Mode>> ToMode(v1::Mode mode);
 
@@ -59,14 +57,10 @@ struct TensorSpec {
 absl::StatusOr<TensorSpec> ToTensorSpec(const v1::Tensor& tensor, absl::string_view field);
 absl::Status CheckBytes(const TensorSpec& spec, size_t data_bytes, absl::string_view field);
 
-// How `layer` normalizes a tensor. PyTorch's checks of dtype, dimensions and
-// channels.
-absl::StatusOr<NormProblem> ToProblem(const Layer& layer, const TensorSpec& spec,
-                                      absl::string_view field);
-
-// FAILED_PRECONDITION where a set of the problem has one value: it has no
-// variance to normalize by. PyTorch's reason.
-absl::Status CheckMoreThanOneValue(const NormProblem& problem, const TensorSpec& spec);
+// Whether a tensor is shaped, typed and laid out as another, which `other_name` names
+// in the error.
+absl::Status CheckSameTensor(const TensorSpec& spec, absl::string_view field,
+                             const TensorSpec& other, absl::string_view other_name);
 
 // Statistics of a batch as Forward returned them, for `problem`.
 absl::StatusOr<BatchMoments> ToBatchMoments(const v1::BatchStatistics& statistics,
@@ -79,6 +73,17 @@ absl::StatusOr<int> ToPageSize(int32_t page_size);
 
 // load_state_dict(strict=True) into `state`.
 absl::Status LoadStateDict(const v1::State& from, InstanceState& state);
+
+// INVALID_ARGUMENT for what is not finite; or is below 0.
+absl::Status CheckFinite(double value, absl::string_view field);
+absl::Status CheckNotNegative(double value, absl::string_view field);
+
+// FAILED_PRECONDITION with `message`, naming the field, its value and what is allowed.
+absl::Status FailedField(absl::string_view field, absl::string_view value,
+                         absl::string_view allowed, absl::string_view message);
+
+// "DATA_TYPE_FLOAT32", or the number of an unknown one.
+std::string DataTypeText(v1::DataType dtype);
 
 // "[32, 64, 7, 7]".
 std::string ShapeText(const std::vector<int64_t>& shape);

@@ -174,9 +174,9 @@ class Tensors {
     const SafetensorsEntry* entry = Find(name);
     if (entry == nullptr) return {};
     if (entry->dtype != SafetensorsType(layer_.state_dtype) ||
-        entry->shape != std::vector<int64_t>{layer_.num_features}) {
-      Fail(fmt::format("tensor \"{}\" is not {} of shape ({})", name,
-                       SafetensorsType(layer_.state_dtype), layer_.num_features));
+        entry->shape != layer_.parameter_shape()) {
+      Fail(fmt::format("tensor \"{}\" is not {} of the layer's shape", name,
+                       SafetensorsType(layer_.state_dtype)));
       return {};
     }
     return Values::FromBytes(layer_.state_dtype, entry->data);
@@ -232,7 +232,7 @@ bool KnownMethod(uint64_t number) {
 std::string EncodeInstance(const StoredInstance& instance) {
   const InstanceState& state = *instance.state;
   const Layer& layer = state.layer();
-  const std::vector<int64_t> shape = {layer.num_features};
+  const std::vector<int64_t> shape = layer.parameter_shape();
   static const OptimizerState kNoOptimizer;
   const OptimizerState& optimizer = state.optimizer ? *state.optimizer : kNoOptimizer;
 
@@ -330,10 +330,11 @@ absl::StatusOr<StoredInstance> DecodeInstance(std::string_view bytes) {
     for (const auto& [name, member] : kWeightValues) optimizer->weight.*member = tensors.Take(name);
     for (const auto& [name, member] : kBiasValues) optimizer->bias.*member = tensors.Take(name);
   }
-  if (state->weight.present() != layer.affine || state->bias.present() != layer.affine) {
-    tensors.Fail("weight and bias are there without affine, or missing with it");
+  if (state->weight.present() != layer.has_weight() || state->bias.present() != layer.has_bias()) {
+    tensors.Fail("weight or bias is there though the layer has none, or missing");
   }
-  if (!layer.affine && (state->grad_weight.present() || state->grad_bias.present())) {
+  if ((!layer.has_weight() && state->grad_weight.present()) ||
+      (!layer.has_bias() && state->grad_bias.present())) {
     tensors.Fail("gradients of parameters that it does not have");
   }
   if (state->running_mean.present() != layer.track_running_stats ||

@@ -15,6 +15,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/hash/hash.h"
 #include "absl/numeric/int128.h"
 #include "absl/synchronization/mutex.h"
 #include "server/state/files.h"
@@ -180,6 +181,11 @@ std::string OwnerOf(int64_t seq, std::string_view name) {
   return owner;
 }
 
+// Good within this process.
+uint64_t NameHash(std::string_view name, int64_t id) {
+  return absl::HashOf(absl::string_view(name.data(), name.size()), id);
+}
+
 int64_t RecordChecksum(uint64_t version, std::string_view record) {
   std::string text;
   text.reserve(8 + record.size());
@@ -207,7 +213,8 @@ class SqliteStore : public StateStore {
   int Execute(const char* sql) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return sqlite3_exec(db_.get(), sql, nullptr, nullptr, nullptr);
   }
-  absl::StatusOr<int64_t> Pragma(const char* sql) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The first column of the first row.
+  absl::StatusOr<int64_t> Query(const char* sql) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status CheckFormat() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Learns which requests are stored; forgets those that expired.
   int ReadRequestRows() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -290,7 +297,7 @@ absl::Status SqliteStore::StatusOf(int code) const {
   return absl::UnavailableError(fmt::format("{}: {} (SQLite's code {})", path_, reason, code));
 }
 
-absl::StatusOr<int64_t> SqliteStore::Pragma(const char* sql) {
+absl::StatusOr<int64_t> SqliteStore::Query(const char* sql) {
   Statement statement;
   int code = statement.Prepare(db_.get(), sql);
   if (code == SQLITE_OK) code = statement.Step();
@@ -299,11 +306,11 @@ absl::StatusOr<int64_t> SqliteStore::Pragma(const char* sql) {
 }
 
 absl::Status SqliteStore::CheckFormat() {
-  const absl::StatusOr<int64_t> format = Pragma("PRAGMA user_version");
+  const absl::StatusOr<int64_t> format = Query("PRAGMA user_version");
   if (!format.ok()) return format.status();
-  const absl::StatusOr<int64_t> application = Pragma("PRAGMA application_id");
+  const absl::StatusOr<int64_t> application = Query("PRAGMA application_id");
   if (!application.ok()) return application.status();
-  const absl::StatusOr<int64_t> tables = Pragma("SELECT count(*) FROM sqlite_schema");
+  const absl::StatusOr<int64_t> tables = Query("SELECT count(*) FROM sqlite_schema");
   if (!tables.ok()) return tables.status();
 
   if (*tables == 0 && *format == 0) {
@@ -366,6 +373,13 @@ absl::Status SqliteStore::Open() {
       kLogPages, int64_t{kLogPages} * 4096, kCacheKiB);
   if (code = Execute(settings.c_str()); code != SQLITE_OK) return StatusOf(code);
   if (sqlite3_db_readonly(db, "main") != 0) return StatusOf(SQLITE_READONLY);
+  // Where a file system cannot have it, SQLite keeps another mode and says no word.
+  const absl::StatusOr<int64_t> log = Query("SELECT journal_mode = 'wal' FROM pragma_journal_mode");
+  if (!log.ok()) return log.status();
+  if (*log != 1) {
+    return absl::FailedPreconditionError(
+        fmt::format("{} cannot have a write-ahead log on its file system", path_));
+  }
   if (absl::Status status = CheckFormat(); !status.ok()) return status;
 
   const std::pair<Statement*, const char*> statements[] = {
@@ -630,7 +644,7 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
       row.version = static_cast<uint64_t>(rows.Int(2));
       row.checksum = rows.Int(3);
       row.record = rows.Bytes(4);
-      sum += Sha256Prefix(OwnerOf(row.id, row.name));
+      sum += NameHash(row.name, row.id);
     }
     if (code != SQLITE_ROW && code != SQLITE_DONE) return StatusOf(code);
     absl::Status status = ParallelFor(count, [&](size_t i) {
@@ -666,7 +680,7 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
                       "SELECT name, id FROM instances INDEXED BY sqlite_autoindex_instances_1");
   if (code != SQLITE_OK) return StatusOf(code);
   while ((code = rows.Step()) == SQLITE_ROW) {
-    sum -= Sha256Prefix(OwnerOf(rows.Int(1), rows.Bytes(0)));
+    sum -= NameHash(rows.Bytes(0), rows.Int(1));
   }
   if (code != SQLITE_DONE) return StatusOf(code);
   if (sum != 0) return Damaged("the index of names is not that of the instances");

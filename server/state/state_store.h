@@ -52,8 +52,8 @@ class StateStore {
   // then (compare-and-swap), all in one transaction. When it returns, what was
   // applied is on stable storage. Returns a status a change: Aborted where the
   // version did not match. When the transaction itself fails, none is applied
-  // and all carry its error (RESOURCE_EXHAUSTED when the disk is full,
-  // DATA_LOSS when the store is damaged, UNAVAILABLE otherwise); the next Commit starts afresh.
+  // and all carry its error (RESOURCE_EXHAUSTED when the disk is full, DATA_LOSS
+  // when the store is damaged, UNAVAILABLE otherwise); the next Commit starts afresh.
   virtual std::vector<absl::Status> Commit(absl::Span<const Change> changes) = 0;
 
   // Calls `instance` for each one held, in any order. DataLoss when the store is

@@ -173,29 +173,28 @@ absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const Tens
   return absl::OkStatus();
 }
 
-grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header, int number,
-                              const google::protobuf::MessageLite& tensor, Buffer data,
-                              std::shared_ptr<void> keep) {
+grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header,
+                              std::vector<AnswerTensor> tensors) {
+  std::vector<grpc::Slice> slices;
   std::string front = header.SerializeAsString();
-  const std::string tensor_header = tensor.SerializeAsString();
-  std::string data_front;
-  if (data.size() > 0) {
-    AppendVarint(MakeTag(v1::Tensor::kDataFieldNumber, kLength), data_front);
-    AppendVarint(data.size(), data_front);
+  for (AnswerTensor& tensor : tensors) {
+    const std::string tensor_header = tensor.header.SerializeAsString();
+    std::string data_front;
+    if (tensor.data.size() > 0) {
+      AppendVarint(MakeTag(v1::Tensor::kDataFieldNumber, kLength), data_front);
+      AppendVarint(tensor.data.size(), data_front);
+    }
+    AppendVarint(MakeTag(tensor.number, kLength), front);
+    AppendVarint(tensor_header.size() + data_front.size() + tensor.data.size(), front);
+    front += tensor_header;
+    front += data_front;
+    if (tensor.data.size() == 0) continue;
+    slices.emplace_back(front);
+    front.clear();
+    slices.push_back(LendingSlice(std::move(tensor.data), std::move(tensor.keep)));
   }
-  AppendVarint(MakeTag(number, kLength), front);
-  AppendVarint(tensor_header.size() + data_front.size() + data.size(), front);
-  front += tensor_header;
-  front += data_front;
-  std::array<grpc::Slice, 2> slices{grpc::Slice(front)};
-  const size_t count = data.size() > 0 ? 2 : 1;
-  if (count == 2) slices[1] = LendingSlice(std::move(data), std::move(keep));
-  return {slices.data(), count};
-}
-
-grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header) {
-  const grpc::Slice slice(header.SerializeAsString());
-  return {&slice, 1};
+  if (!front.empty() || slices.empty()) slices.emplace_back(front);
+  return {slices.data(), slices.size()};
 }
 
 }  // namespace normd

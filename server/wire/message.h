@@ -8,11 +8,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "google/protobuf/message.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "normd/v1/tensor.pb.h"
 #include "server/wire/buffer.h"
 
 namespace normd {
@@ -41,17 +43,18 @@ struct TensorField {
 absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
                           BufferPool& pool, google::protobuf::MessageLite& header);
 
-// `header` followed by its Tensor field `number`, whose header is `tensor` and
-// whose data are `data`, lent to the message until gRPC lets go of it. `keep` is
-// destroyed then.
-// Precondition: the header's own field `number` is not set.
-grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header, int number,
-                              const google::protobuf::MessageLite& tensor, Buffer data,
-                              std::shared_ptr<void> keep);
+// One top-level field of type Tensor of an answer.
+struct AnswerTensor {
+  int number = 0;
+  v1::Tensor header;           // without data
+  Buffer data;                 // lent to the message until gRPC lets go of it,
+  std::shared_ptr<void> keep;  // and this with it
+};
 
-// A message of header fields alone.
-grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header);
-
+// `header` followed by its tensors, in their order.
+// Precondition: the header's own fields of these numbers are not set.
+grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header,
+                              std::vector<AnswerTensor> tensors);
 }  // namespace normd
 
 #endif  // NORMD_SERVER_WIRE_MESSAGE_H_

@@ -22,11 +22,15 @@ cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 cmake --build "$build" --target fuzz_targets -- --quiet
 
 mkdir -p "$build/crashes"
-for target in "$build"/bin/fuzz_*; do
-  name=$(basename "$target")
-  name=${name#fuzz_}
+for source in "$root"/tests/fuzz/*.cc; do
+  name=$(basename "$source" .cc)
+  [[ $name == make_corpus ]] && continue
+  target=$build/bin/fuzz_$name
   seeds=$root/tests/fuzz/corpus/$name
-  [[ -d $seeds ]] || continue
+  if [[ ! -d $seeds ]]; then
+    echo "fuzz $name: no seeds in $seeds; fuzz_make_corpus writes them" >&2
+    exit 1
+  fi
   # New finds go beside the build, the seeds stay as they are.
   mkdir -p "$build/corpus/$name"
   echo "fuzz $name: $seconds s"

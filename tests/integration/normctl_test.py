@@ -77,6 +77,8 @@ class Instances(NormctlCase):
         self.assertEqual((made["mode"], made["version"], made["state_dtype"]),
                          ("eval", 1, "float64"))
         described = self.json("describe", self.name())
+        self.assertEqual(described.pop("normalizes"), {"dimensions": ["N", "C", "H", "W"],
+                                                       "reduced": ["N", "H", "W"]})
         self.assertEqual({**described, "replayed": False}, made)
         text = self.ok("describe", self.name())
         for part in (self.name(), "BatchNorm2d(7", "eval", described["uid"]):
@@ -88,6 +90,24 @@ class Instances(NormctlCase):
         self.assertEqual(self.json("list", "--prefix=normctl/test_create")["instances"], [])
         self.fails(REFUSED, "describe", self.name(), saying=["NOT_FOUND", self.name(),
                                                             "normctl list"])
+
+    def test_every_layer_is_created_described_and_listed(self):
+        cases = {"batch_norm_1d": ("--num_features=4", "BatchNorm1d(4"),
+                 "batch_norm_3d": ("--num_features=4", "BatchNorm3d(4"),
+                 "layer_norm": ("--normalized_shape=3,4", "LayerNorm((3, 4)"),
+                 "group_norm": ("--num_groups=2 --num_channels=4", "GroupNorm(2, 4"),
+                 "instance_norm_2d": ("--num_features=4 --affine", "InstanceNorm2d(4"),
+                 "rms_norm": ("--normalized_shape=8", "RMSNorm((8,)")}
+        for layer, (flags, text) in cases.items():
+            with self.subTest(layer):
+                name = f"{self.name()}/{layer}"
+                self.assertIn(text, self.ok("create", name, f"--layer={layer}", *flags.split()))
+                described = self.ok("describe", name)
+                self.assertIn(text, described)
+                self.assertIn("normalized over", described)
+                self.assertIn(text, self.ok("list"))
+        self.fails(USAGE, "create", "ln", "--layer=layer_norm", "--num_features=3",
+                   saying="a LayerNorm has no --num_features")
 
     def test_list_turns_every_page(self):
         for index in range(1100):
@@ -196,6 +216,41 @@ class Compute(NormctlCase):
                         weight_decay=0.01).step()
         self.assertLess((layer.state_dict()["weight"] - module.weight).abs().max().item(), 1e-6)
         self.assertFalse(self.json("step", self.name(), "--optimizer=sgd", "--lr=0.1")["stepped"])
+
+    def test_residual_relu_and_their_gradients(self):
+        self.create(4)
+        x, r, dy = (numpy.random.default_rng(i).normal(size=(2, 4, 3, 3)).astype("f4")
+                    for i in range(3))
+        for flags in ((), ("--stream",)):
+            answer = self.json("forward", self.name(), f"--input={self.save('x.npy', x)}",
+                               f"--residual={self.save('r.npy', r)}", "--relu",
+                               "--save_for_backward", f"--output={self.file('y.npy')}", *flags)
+            y = numpy.load(self.file("y.npy"))
+            due = torch.relu(torch.nn.BatchNorm2d(4)(torch.tensor(x)) + torch.tensor(r))
+            self.assertLess(numpy.abs(y - due.detach().numpy()).max(), 1e-5)
+            self.ok("backward", self.name(), f"--context={answer['context_id']}",
+                    f"--grad_output={self.save('dy.npy', dy)}",
+                    f"--grad_residual={self.file('dr.npy')}", *flags)
+            self.assertTrue(numpy.array_equal(numpy.load(self.file("dr.npy")), dy * (y > 0)))
+
+    def test_fold_is_the_convolution_and_the_norm(self):
+        self.create(4)
+        norm = torch.nn.BatchNorm2d(4)
+        x = torch.randn(8, 4, 5, 5) * 3 + 2
+        norm(x)
+        self.ok("forward", self.name(), f"--input={self.save('x.npy', x.numpy())}", "--mode=train")
+        convolution = torch.nn.Conv2d(3, 4, 3)
+        weight, bias = (each.detach().numpy() for each in convolution.parameters())
+        self.ok("fold", self.name(), f"--weight={self.save('w.npy', weight)}",
+                f"--bias={self.save('b.npy', bias)}", f"--output={self.file('fw.npy')}",
+                f"--output_bias={self.file('fb.npy')}")
+        image = torch.randn(2, 3, 8, 8)
+        due = norm.eval()(convolution(image))
+        folded = torch.nn.functional.conv2d(image, torch.tensor(numpy.load(self.file("fw.npy"))),
+                                            torch.tensor(numpy.load(self.file("fb.npy"))))
+        self.assertLess((folded - due).abs().max().item(), 1e-5)
+        self.fails(USAGE, "fold", self.name(), f"--weight={self.file('w.npy')}",
+                   f"--output={self.file('fw.npy')}", saying="--output_bias")
 
     def test_backward_with_the_input_again(self):
         layer = self.create()

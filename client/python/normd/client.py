@@ -20,6 +20,15 @@ _STATE_DTYPES = {
     "float32": tensor_pb2.DATA_TYPE_FLOAT32,
     "float64": tensor_pb2.DATA_TYPE_FLOAT64,
 }
+_ACTIVATIONS = {
+    None: pb.ACTIVATION_UNSPECIFIED,
+    "none": pb.ACTIVATION_NONE,
+    "relu": pb.ACTIVATION_RELU,
+}
+_LAYERS = {
+    field.name: field.message_type
+    for field in instance_pb2.InstanceConfig.DESCRIPTOR.oneofs_by_name["layer"].fields
+}
 
 # Room for everything in a message that is not tensor data.
 _OVERHEAD = 64 << 10
@@ -56,29 +65,39 @@ class Client:
     def create(
         self,
         name,
-        num_features,
+        num_features=None,
         *,
-        eps=1e-5,
-        momentum=0.1,
-        affine=True,
-        track_running_stats=True,
+        layer="batch_norm_2d",
         dtype="float32",
         mode="train",
         request_id=None,
         timeout=None,
+        **arguments,
     ):
-        """A torch.nn.BatchNorm2d under a name; momentum=None is the cumulative average."""
-        layer = instance_pb2.BatchNorm2d(
-            num_features=num_features,
-            eps=eps,
-            affine=affine,
-            track_running_stats=track_running_stats,
+        """A layer of torch.nn under a name, with its arguments and defaults.
+
+        layer  "batch_norm_1d", "batch_norm_2d", "batch_norm_3d", "layer_norm", "group_norm",
+               "instance_norm_2d" or "rms_norm"
+        dtype  of parameters and statistics: "float64" for float64 inputs
+
+        A batch norm's momentum=None is the cumulative average.
+        """
+        if layer not in _LAYERS:
+            raise ValueError(f"layer is one of {sorted(_LAYERS)}, not {layer!r}")
+        if num_features is not None:
+            arguments["num_features"] = num_features
+        fields = _LAYERS[layer].fields_by_name
+        unknown = sorted(set(arguments) - set(fields))
+        if unknown:
+            raise TypeError(f"{layer} has no {', '.join(unknown)}; it has {', '.join(fields)}")
+        if "momentum" in arguments and arguments["momentum"] is None:
+            del arguments["momentum"]
+            arguments["cumulative_average"] = True
+        if isinstance(arguments.get("normalized_shape"), int):
+            arguments["normalized_shape"] = [arguments["normalized_shape"]]
+        config = instance_pb2.InstanceConfig(
+            **{layer: arguments}, state_dtype=_STATE_DTYPES[dtype]
         )
-        if momentum is None:
-            layer.cumulative_average = True
-        else:
-            layer.momentum = momentum
-        config = instance_pb2.InstanceConfig(batch_norm_2d=layer, state_dtype=_STATE_DTYPES[dtype])
         request = pb.CreateInstanceRequest(
             name=name, config=config, mode=_MODES[mode], request_id=_id(request_id)
         )
@@ -122,14 +141,18 @@ class Client:
         mode=None,
         save_for_backward=False,
         return_batch_statistics=False,
+        residual=None,
+        activation=None,
         memory_format=None,
         stream=None,
         expected_version=None,
         request_id=None,
         timeout=None,
     ):
-        """Normalizes `input`, logical (N, C, H, W).
+        """activation(norm(input) + residual), in logical order of the dimensions.
 
+        residual       of the input's dtype and shape, or None
+        activation     "relu", or None
         mode           "train", "eval", or None: the instance's own
         memory_format  "contiguous", "channels_last", or None: as the array lies
         stream         True or False; None: a stream where one message is too small
@@ -140,20 +163,31 @@ class Client:
             mode=_MODES[mode],
             save_for_backward=save_for_backward,
             return_batch_statistics=return_batch_statistics,
+            activation=_ACTIVATIONS[activation],
             expected_version=expected_version,
             request_id=_id(request_id),
             input=header,
         )
-        if self._streams(stream, data.nbytes):
+        residual_data = memoryview(b"")
+        if residual is not None:
+            # The input's format, whatever the residual's own.
+            memory_format = memory_format or tensors.format_of(np.asarray(input))
+            residual_header, residual_data = tensors.header_and_bytes(residual, memory_format)
+            request.residual.CopyFrom(residual_header)
+        if self._streams(stream, data.nbytes + residual_data.nbytes):
 
             def requests():
                 yield pb.ForwardStreamRequest(header=request)
                 for chunk in self._chunks(data):
                     yield pb.ForwardStreamRequest(chunk=chunk)
+                for chunk in self._chunks(residual_data):
+                    yield pb.ForwardStreamRequest(residual_chunk=chunk)
 
-            response, output = self._stream("ForwardStream", requests, "output", timeout)
+            response, output, _ = self._stream("ForwardStream", requests, "output", timeout)
         else:
             request.input.data = bytes(data)
+            if residual is not None:
+                request.residual.data = bytes(residual_data)
             response = self._unary("Forward", request, timeout)
             output = response.output.data
         statistics = None
@@ -219,21 +253,43 @@ class Client:
                 for chunk in self._chunks(grad_data):
                     yield pb.BackwardStreamRequest(grad_output_chunk=chunk)
 
-            response, output = self._stream("BackwardStream", requests, "grad_input", timeout)
+            response, output, residual = self._stream(
+                "BackwardStream", requests, "grad_input", timeout
+            )
         else:
             request.grad_output.data = bytes(grad_data)
             if input is not None:
                 request.input.data = bytes(input_data)
             response = self._unary("Backward", request, timeout)
             output = response.grad_input.data
+            residual = response.grad_residual.data
         has_grad_input = response.HasField("grad_input")
         return BackwardResult(
             grad_input=tensors.from_wire(response.grad_input, output) if has_grad_input else None,
             grad_weight=tensors.optional_from_wire(response, "grad_weight"),
             grad_bias=tensors.optional_from_wire(response, "grad_bias"),
+            grad_residual=(
+                tensors.from_wire(response.grad_residual, residual)
+                if response.HasField("grad_residual")
+                else None
+            ),
             version=response.version,
             replayed=response.replayed,
         )
+
+    def fold_convolution(
+        self, name, weight, bias=None, *, transposed=False, groups=1, timeout=None
+    ):
+        """(weight, bias) of the convolution with the instance's eval mode folded in."""
+        request = pb.FoldConvolutionRequest(
+            name=name,
+            transposed=transposed,
+            groups=groups,
+            weight=tensors.to_wire(weight, "contiguous"),
+            bias=None if bias is None else tensors.to_wire(bias, "contiguous"),
+        )
+        response = self._unary("FoldConvolution", request, timeout)
+        return tensors.from_wire(response.weight), tensors.from_wire(response.bias)
 
     # --- learning ---
 
@@ -342,16 +398,19 @@ class Client:
         return self._unary(method, request, timeout)
 
     def _stream(self, method, requests, field, timeout):
-        """The first message's header, and the bytes of all chunks."""
+        """The first message's header, and the bytes of all chunks and of all residual ones."""
         stub = getattr(self._connection.stub, method)
 
         def attempt(**options):
             answers = stub(requests(), **options)
             header = next(answers).header
-            chunks = bytearray()
+            chunks, residual_chunks = bytearray(), bytearray()
             for answer in answers:
-                chunks += answer.chunk
-            return header, chunks
+                if answer.WhichOneof("part") == "chunk":
+                    chunks += answer.chunk
+                else:
+                    residual_chunks += answer.grad_residual_chunk
+            return header, chunks, residual_chunks
 
         return self._connection.call(attempt, timeout)
 

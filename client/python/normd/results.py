@@ -36,6 +36,7 @@ class BackwardResult:
     grad_bias: Optional[np.ndarray]
     version: int
     replayed: bool
+    grad_residual: Optional[np.ndarray] = None  # where the forward had a residual
 
 
 @dataclasses.dataclass(frozen=True)

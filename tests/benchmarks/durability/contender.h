@@ -28,6 +28,11 @@ struct Run {
 // for `duration`: Persister with --durability=update over SqliteStore.
 Run RunOurs(const std::string& directory, const Workload& workload, absl::Duration duration);
 
+// Stores the instances of the workload, one a writer.
+void FillStore(const std::string& directory, const Workload& workload);
+// Opens the store and loads all that it holds; returns how many instances that is.
+int LoadStore(const std::string& directory);
+
 // A bare engine: puts one record for each key and makes the whole batch durable.
 class Engine {
  public:

@@ -1,7 +1,8 @@
 // Acknowledged updates a second with --durability=update: our persister and store,
 // against what the engine alone (the floor), LMDB and a bare log make of the same
 // records in the same batches. Interleaved rounds, medians.
-//   normd_bench_durability [--quick] [--json FILE] [--directory DIR]
+//   normd_bench_durability [--quick] [--json FILE] [--directory DIR] [--load COUNT]
+// --load: instead, how long a store of COUNT instances takes to open and load.
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
@@ -65,6 +66,7 @@ struct Options {
   bool quick = false;
   std::string json;
   std::string directory = ".";
+  int load = 0;
 };
 
 Options ParseOptions(int argc, char** argv) {
@@ -78,8 +80,11 @@ Options ParseOptions(int argc, char** argv) {
       options.json = argv[++i];
     } else if (argument == "--directory" && has_value) {
       options.directory = argv[++i];
+    } else if (argument == "--load" && has_value) {
+      options.load = std::atoi(argv[++i]);
     } else {
-      std::cerr << "usage: normd_bench_durability [--quick] [--json FILE] [--directory DIR]\n";
+      std::cerr << "usage: normd_bench_durability [--quick] [--json FILE] [--directory DIR] "
+                   "[--load COUNT]\n";
       std::exit(2);
     }
   }
@@ -138,8 +143,23 @@ std::string Measure(const Workload& workload, const Options& options) {
       Median(batch_sizes), Median(engines["log"]));
 }
 
+int MeasureLoad(const Options& options) {
+  const Scratch scratch(options.directory);
+  const absl::Time begin = absl::Now();
+  FillStore(scratch.path(), {.writers = options.load, .channels = 64});
+  const absl::Time filled = absl::Now();
+  const int loaded = LoadStore(scratch.path());
+  const double seconds = absl::ToDoubleSeconds(absl::Now() - filled);
+  if (loaded != options.load) Die("not all instances came back");
+  fmt::print(
+      "load/batchnorm2d/c64: {} instances in {:.2f} s, {:.1f} us each (stored in {:.1f} s)\n",
+      loaded, seconds, 1e6 * seconds / loaded, absl::ToDoubleSeconds(filled - begin));
+  return 0;
+}
+
 int Main(int argc, char** argv) {
   const Options options = ParseOptions(argc, argv);
+  if (options.load > 0) return MeasureLoad(options);
   fmt::print("acknowledged updates a second; batch: updates a commit; ratio: floor / ours in ms\n");
   fmt::print("{:<30} {:>10} {:>8} {:>8}", "case", "ours", "spread", "batch");
   for (const auto& [name, open] : kEngines) fmt::print(" {:>10}", name);

@@ -114,6 +114,14 @@ TEST(NormctlUsage, SaysWhatIsWrong) {
       {"create x --num_features=3 --momentum=fast", "'fast' is neither a number nor none"},
       {"create x --num_features=3 --mode=trian", "'trian' is none of train|eval"},
       {"create x --num_features=3 --state_dtype=float16", "none of float32|float64"},
+      {"create x --layer=layer_norm", "--normalized_shape is required for a LayerNorm"},
+      {"create x --layer=layer_norm --num_features=3", "a LayerNorm has no --num_features"},
+      {"create x --layer=rms_norm --normalized_shape=8 --no-bias", "a RMSNorm has no --no_bias"},
+      {"create x --layer=layer_norm --normalized_shape=3,x", "no sizes such as"},
+      {"create x --layer=group_norm --num_groups=2", "--num_channels is required"},
+      {"create x --layer=weight_norm", "none of batch_norm_2d|"},
+      {"fold x --weight=w.npy --output=o.npy", "give --output_bias"},
+      {"fold x --weight=w.npy --groups=2 --output=o.safetensors", "--groups requires --transposed"},
       {"describe x y", "one argument too many: y"},
       {"list --timeout=5", "'5' is no duration"},
       {"list --timeout=-5s", "is no duration"},
@@ -224,6 +232,19 @@ TEST_F(NormctlTest, TakesNegativeMomentum) {
             -1.2);
 }
 
+TEST_F(NormctlTest, CreatesOtherLayers) {
+  EXPECT_THAT(Call("create ln --layer=layer_norm --normalized_shape=3,224 --no-bias").out,
+              HasSubstr("LayerNorm((3, 224), eps=1e-05, elementwise_affine=True, bias=False)"));
+  EXPECT_THAT(Call("create in --layer=instance_norm_2d --num_features=3 --affine").out,
+              HasSubstr("affine=True, track_running_stats=False)"));
+  EXPECT_EQ(Call("create rms --layer=rms_norm --normalized_shape=768").exit_code, 0);
+  const auto requests = server_.Requests<v1::CreateInstanceRequest>();
+  ASSERT_THAT(requests, SizeIs(3));
+  EXPECT_THAT(requests[0].config().layer_norm().normalized_shape(), ElementsAre(3, 224));
+  EXPECT_TRUE(requests[1].config().instance_norm_2d().affine());
+  EXPECT_FALSE(requests[2].config().rms_norm().has_eps());
+}
+
 TEST_F(NormctlTest, DescribesAsJson) {
   EXPECT_EQ(Call("describe bn1 --json").out, R"({
   "name": "bn1",
@@ -244,7 +265,20 @@ TEST_F(NormctlTest, DescribesAsJson) {
   "optimizer": "sgd",
   "state_bytes": 1234,
   "create_time": "2023-11-14T22:13:20.000Z",
-  "update_time": "2023-11-14T22:14:20.000Z"
+  "update_time": "2023-11-14T22:14:20.000Z",
+  "normalizes": {
+    "dimensions": [
+      "N",
+      "C",
+      "H",
+      "W"
+    ],
+    "reduced": [
+      "N",
+      "H",
+      "W"
+    ]
+  }
 }
 )");
 }
@@ -263,6 +297,17 @@ state:            1.23 kB
 created:          2023-11-14 22:13:20 UTC
 changed:          2023-11-14 22:14:20 UTC
 uid:              11111111-2222-4333-8444-555555555555
+
+  (N, C, H, W)
+   ^     ^  ^  normalized over
+
+    C
+  N a b c
+    a b c
+    a b c   the same letter: the same statistics
+
+  One mean and variance a channel, over the whole batch: the samples depend on one another.
+  In eval mode the running statistics serve instead.
 )");
 }
 
@@ -559,10 +604,15 @@ TEST_F(NormctlTest, NamesTheTensorsToPickFrom) {
 }
 
 TEST_F(NormctlTest, LeavesNoHalfWrittenFile) {
-  const Outcome outcome =
-      Call(absl::StrCat("forward bn1 --input=", Input(), " --output=", File("no/such/y.npy")));
-  EXPECT_EQ(outcome.exit_code, 2);
-  EXPECT_THAT(outcome.err, HasSubstr("cannot write"));
+  const std::string directory = File("directory.npy");  // which a file cannot replace
+  std::filesystem::create_directory(directory);
+  for (const std::string& output : {directory, File("no/such/y.npy")}) {
+    const Outcome outcome =
+        Call(absl::StrCat("forward bn1 --input=", Input(), " --output=", output));
+    EXPECT_EQ(outcome.exit_code, 2);
+    EXPECT_THAT(outcome.err, HasSubstr("cannot write"));
+    EXPECT_FALSE(std::filesystem::exists(output + ".part"));
+  }
 }
 
 }  // namespace

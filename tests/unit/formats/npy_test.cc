@@ -66,8 +66,9 @@ TEST(Npy, ReadsWhatItWrote) {
       size_t count = 1;
       for (const int64_t size : shape) count *= static_cast<size_t>(size);
       const std::string data(count * 2, 'd');
-      const auto parsed = ParseNpy(
-          NpyHeader({.descr = "<f2", .shape = shape, .fortran_order = fortran_order}) + data);
+      const std::string file =
+          NpyHeader({.descr = "<f2", .shape = shape, .fortran_order = fortran_order}) + data;
+      const auto parsed = ParseNpy(file);  // lends from the file
       ASSERT_TRUE(parsed.ok()) << parsed.status();
       EXPECT_EQ(parsed->descr, "<f2");
       EXPECT_EQ(parsed->shape, shape);
@@ -79,8 +80,9 @@ TEST(Npy, ReadsWhatItWrote) {
 
 TEST(Npy, ReadsVersions2And3) {
   for (const int version : {2, 3}) {
-    const auto parsed = ParseNpy(
-        File("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }", "abcd", version));
+    const std::string file =
+        File("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }", "abcd", version);
+    const auto parsed = ParseNpy(file);
     ASSERT_TRUE(parsed.ok()) << parsed.status();
     EXPECT_THAT(parsed->shape, ElementsAre(1));
     EXPECT_EQ(parsed->data, "abcd");

@@ -2,7 +2,6 @@
 
 #include <functional>
 #include <random>
-#include <regex>
 
 #include <gtest/gtest.h>
 
@@ -168,13 +167,13 @@ absl::Status StatusAfter(const std::function<void(Safetensors&)>& edit) {
   return DecodeInstance(WriteSafetensors(file)).status();
 }
 
-absl::Status StatusWithJson(const std::string& pattern, const std::string& replacement) {
+// `from` is replaced where it comes last.
+absl::Status StatusWithJson(const std::string& from, const std::string& to) {
   return StatusAfter([&](Safetensors& file) {
     std::string& json = file.metadata["normd.instance"];
-    const std::string edited = std::regex_replace(json, std::regex(pattern), replacement,
-                                                  std::regex_constants::format_first_only);
-    EXPECT_NE(edited, json) << pattern;
-    json = edited;
+    const size_t at = json.rfind(from);
+    ASSERT_NE(at, std::string::npos) << from;
+    json.replace(at, from.size(), to);
   });
 }
 
@@ -190,8 +189,8 @@ TEST(InstanceCodec, RefusesJsonThatItCannotHaveWritten) {
       {"\"name\":\"bn\"", "\"name\":7"},
       {"\"name\":\"bn\"", "\"name\":\"bn\",\"name\":\"bn\""},
       {"\"name\":\"bn\",", ""},
-      {"\"uid\":\"[^\"]*\"", "\"uid\":\"\""},
-      {"\"uid\":\"[^\"]*\"", "\"uid\":\"\\\\n\""},
+      {"\"uid\":\"0b5cd3c1-30aa-4e3c-9f4e-6b1f5ec6a001\"", "\"uid\":\"\""},
+      {"\"uid\":\"0b5cd3c1-30aa-4e3c-9f4e-6b1f5ec6a001\"", "\"uid\":\"\\n\""},
       {"BatchNorm2d", "BatchNorm9d"},
       {"\"num_features\":3", "\"num_features\":0"},
       {"\"num_features\":3", "\"num_features\":-3"},
@@ -212,11 +211,11 @@ TEST(InstanceCodec, RefusesJsonThatItCannotHaveWritten) {
       {"\"version\":41", "\"version\":0"},
       {"\"version\":41", "\"version\":-1"},
       {"\"version\":41", "\"version\":18446744073709551616"},
-      {"\"update_unix_ns\":[0-9]+", "\"update_unix_ns\":9223372036854775808"},
+      {"\"update_unix_ns\":1900000001000000001", "\"update_unix_ns\":9223372036854775808"},
       {"\"optimizer\":\"adam\"", "\"optimizer\":\"lamb\""},
       {",\"optimizer\":\"adam\"", ""},
-      {"\"requests\":\\[\\[.*\\]\\]", "\"requests\":[]"},
-      {"\"requests\":\\[\\[.*\\]\\]", "\"requests\":{}"},
+      {"\"requests\":[[\"fedcba98765432100000000000000001\",5,1,1,0]]", "\"requests\":[]"},
+      {"\"requests\":[[\"fedcba98765432100000000000000001\",5,1,1,0]]", "\"requests\":{}"},
       {"fedcba98", "FEDCBA98"},
       {"fedcba98", "fedcba9"},
       {",5,1,1,", ",0,1,1,"},
@@ -226,14 +225,14 @@ TEST(InstanceCodec, RefusesJsonThatItCannotHaveWritten) {
       {",5,1,1,", ",5,1,-1,"},
       {",5,1,1,", ",5,1,1,1,"},
       {",5,1,1,", ",5,1,"},
-      {"\\}$", ",\"surprise\":1}"},
-      {"\\}$", ""},
-      {"$", "x"},
-      {"\"layer\":\\{", "\"layer\":{\"surprise\":[[[[[[[[[]]]]]]]]],"},
+      {"}", ",\"surprise\":1}"},
+      {"}", ""},
+      {"}", "}x"},
+      {"\"layer\":{", "\"layer\":{\"surprise\":[[[[[[[[[]]]]]]]]],"},
   };
-  for (const auto& [pattern, replacement] : edits) {
-    const absl::Status status = StatusWithJson(pattern, replacement);
-    EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << pattern << " -> " << replacement;
+  for (const auto& [from, to] : edits) {
+    const absl::Status status = StatusWithJson(from, to);
+    EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << from << " -> " << to;
   }
 }
 

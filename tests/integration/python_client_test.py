@@ -1,0 +1,133 @@
+"""The Python client and its torch module against a real server."""
+
+import copy
+import pathlib
+import sys
+import unittest
+
+import numpy
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "client" / "python"))
+import normd
+import normd.torch
+from harness.server import ServerTestCase
+
+
+class PythonClient(ServerTestCase):
+    def setUp(self):
+        super().setUp()
+        self.client = normd.Client(self.server.address)
+        self.addCleanup(self.client.close)
+        self.name = self.id().rpartition(".")[2]
+        torch.manual_seed(1)
+
+    def test_calls_of_a_life(self):
+        client, name = self.client, self.name
+        client.create(name, 3, momentum=None)
+        x = torch.randn(4, 3, 5, 6, requires_grad=True)
+        local = torch.nn.BatchNorm2d(3, momentum=None)
+        y = local(x)
+        y.backward(torch.ones_like(y))
+
+        answer = client.forward(name, x.detach().numpy(), save_for_backward=True,
+                                return_batch_statistics=True)
+        numpy.testing.assert_allclose(answer.output, y.detach().numpy(), atol=1e-5)
+        self.assertEqual((answer.mode, answer.num_batches_tracked), ("train", 1))
+        self.assertEqual(answer.batch_statistics.count, 120)
+        gradients = client.backward(name, numpy.ones_like(answer.output),
+                                    context_id=answer.context_id, accumulate=True)
+        numpy.testing.assert_allclose(gradients.grad_input, x.grad.numpy(), atol=1e-5)
+        numpy.testing.assert_allclose(gradients.grad_bias, local.bias.grad.numpy(), atol=1e-4)
+
+        self.assertTrue(client.step(name, normd.SGD(lr=0.5), zero_grad=True).stepped)
+        torch.optim.SGD(local.parameters(), lr=0.5).step()
+        state = client.state_dict(name)
+        for key, value in local.state_dict().items():
+            numpy.testing.assert_allclose(state[key], value.numpy(), atol=1e-4, err_msg=key)
+        client.set_state(name, state)
+        client.eval(name)
+        self.assertEqual(client.get(name).mode, 2)
+        self.assertIn(name, [instance.name for instance in client.list()])
+        checkpoint = client.save_checkpoint()
+        self.assertIn(checkpoint.id, [each.id for each in client.list_checkpoints()])
+        client.delete(name)
+        client.load_checkpoint(checkpoint.id, [name])
+        self.assertEqual(client.get(name).num_batches_tracked, 1)
+        self.assertTrue(client.healthy())
+
+    def test_streams_and_memory_formats_answer_alike(self):
+        self.client.create(self.name, 3)
+        x = numpy.random.default_rng(1).standard_normal((4, 3, 5, 6), dtype="float32")
+        plain = self.client.forward(self.name, x).output
+        streamed = self.client.forward(self.name, x, stream=True).output
+        numpy.testing.assert_array_equal(streamed, plain)
+        nhwc = numpy.moveaxis(numpy.ascontiguousarray(numpy.moveaxis(x, 1, -1)), -1, 1)
+        answer = self.client.forward(self.name, nhwc).output
+        numpy.testing.assert_allclose(answer, plain, atol=1e-6)
+        self.assertEqual(answer.strides, nhwc.strides)
+
+    def test_a_repeated_request_id_counts_once(self):
+        self.client.create(self.name, 3)
+        x = numpy.ones((2, 3, 2, 2), dtype="float32")
+        request_id = "123e4567-e89b-42d3-a456-426614174000"
+        first = self.client.forward(self.name, x, request_id=request_id)
+        second = self.client.forward(self.name, x, request_id=request_id)
+        self.assertEqual((first.replayed, second.replayed), (False, True))
+        self.assertEqual(second.num_batches_tracked, 1)
+
+    def test_errors_carry_their_detail(self):
+        self.client.create(self.name, 3)
+        with self.assertRaises(normd.NormdError) as caught:
+            self.client.forward(self.name, numpy.ones((2, 5, 2, 2), dtype="float32"))
+        self.assertEqual(caught.exception.code.name, "INVALID_ARGUMENT")
+        self.assertEqual(caught.exception.detail.field, "input.shape")
+        with self.assertRaises(TypeError):
+            self.client.forward(self.name, numpy.ones((2, 3, 2, 2), dtype="int32"))
+
+    def test_a_converted_network_trains_as_the_local_one(self):
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+            local = torch.nn.Sequential(
+                torch.nn.BatchNorm2d(4),  # its input wants no gradient
+                torch.nn.Conv2d(4, 8, 3),
+                torch.nn.BatchNorm2d(8),
+                torch.nn.ReLU(),
+            ).to(dtype)
+            remote = normd.torch.convert(copy.deepcopy(local), self.client,
+                                         f"{self.name}/{dtype}".replace("torch.", ""))
+            optimizer = torch.optim.SGD(local.parameters(), lr=0.1, momentum=0.9)
+            convolution = torch.optim.SGD(remote.parameters(), lr=0.1, momentum=0.9)
+            for layout in (torch.contiguous_format, torch.channels_last) * 5:
+                x = torch.randn(4, 4, 6, 6, dtype=dtype).to(memory_format=layout)
+                losses = []
+                for model in (local, remote):
+                    loss = (model(x) ** 2 * torch.arange(8).view(1, 8, 1, 1)).mean()
+                    model.zero_grad()
+                    losses.append(loss)
+                normd.torch.zero_grad(remote)
+                for loss in losses:
+                    loss.backward()
+                optimizer.step()
+                convolution.step()
+                normd.torch.step(remote, normd.SGD(lr=0.1, momentum=0.9))
+                torch.testing.assert_close(losses[0], losses[1], rtol=tolerance, atol=0)
+            local.eval()
+            remote.eval()
+            with torch.no_grad():
+                torch.testing.assert_close(remote(x), local(x), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(remote[2].to_local().weight, local[2].weight,
+                                       rtol=tolerance, atol=tolerance)
+
+    def test_halves_keep_their_type(self):
+        module = normd.torch.RemoteBatchNorm2d.create(self.client, self.name, 4)
+        for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+            x = torch.randn(4, 4, 6, 6).to(dtype).requires_grad_()
+            y = module(x)
+            y.sum().backward()
+            self.assertEqual((y.dtype, x.grad.dtype), (dtype, dtype))
+            expected = torch.nn.functional.batch_norm(x.float(), None, None, training=True)
+            torch.testing.assert_close(y.float(), expected, rtol=0, atol=tolerance)
+
+
+if __name__ == "__main__":
+    unittest.main()
