@@ -53,13 +53,13 @@ as_newcomer() {
     PATH=/usr/local/bin:/usr/bin:/bin \
     su newcomer -s /bin/bash -c "$1"
 }
-as_newcomer "git clone -q ~/normd.bundle ~/normd && cd ~/normd && git log --oneline -1"
+as_newcomer "git clone -q -c advice.detachedHead=false ~/normd.bundle ~/normd && cd ~/normd && git log --oneline -1"
 
+# Wall time is this machine's mood; processor time is what the work took.
 timed() {
-  local from=$SECONDS
   say "$1"
-  as_newcomer "cd ~/normd && $1"
-  printf '\n\033[1m== %s: passed in %d min %02d s\033[0m\n' "$1" $(((SECONDS - from) / 60)) $(((SECONDS - from) % 60))
+  local TIMEFORMAT=$'\n\033[1m== '"$1"$': passed in %0lR, %0U s + %0S s of processor time\033[0m'
+  time as_newcomer "cd ~/normd && $1"
 }
 for part in "${what[@]}"; do
   case $part in
