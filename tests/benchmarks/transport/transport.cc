@@ -294,7 +294,7 @@ nlohmann::json Run(const std::string& transport, Target& target, const Case& c, 
   const double ours_ms = Median(ours), floor_ms = Median(floor);
   const std::string name =
       absl::StrCat(c.op, "/", transport, "/", SizeText(c.bytes), "/k", c.in_flight);
-  absl::PrintF("%-34s %10.3f %10.3f %8.2f %10.3f %10.3f %9.1f %9.0f\n", name, ours_ms, floor_ms,
+  absl::PrintF("%-34s %10.3f %10.3f %8.2f %10.3f %10.3f %9.2f %9.0f\n", name, ours_ms, floor_ms,
                floor_ms / ours_ms, Percentile(latencies, 0.5), Percentile(latencies, 0.99),
                static_cast<double>(c.bytes) / 1e6 / ours_ms, 1000 / ours_ms);
   std::fflush(stdout);
@@ -344,7 +344,7 @@ int main(int argc, char** argv) {
     CreateInstances(ours_tcp);
 
     absl::PrintF("%-34s %10s %10s %8s %10s %10s %9s %9s\n", "case", "ours ms", "echo ms", "ratio",
-                 "p50 ms", "p99 ms", "MB/s", "req/s");
+                 "p50 ms", "p99 ms", "GB/s", "req/s");
     std::vector<Case> cases;
     for (const int64_t bytes : quick
                                    ? std::vector<int64_t>{kMiB, 10 * kMiB}
