@@ -9,6 +9,8 @@
 #include <stop_token>
 
 #include "kernels/backend.h"
+#include "kernels/cpu/cache.h"
+#include "kernels/cpu/kernels.h"
 #include "kernels/executor.h"
 #include "kernels/moments.h"
 #include "kernels/problem.h"
@@ -31,6 +33,19 @@ struct ForwardCall {
   Statistics statistics;
 
   bool by_batch() const { return moments.mean != nullptr; }
+  // Of all tensors that are read or written.
+  int64_t bytes() const {
+    return (epilogue.residual == nullptr ? 2 : 3) * problem.size() *
+           static_cast<int64_t>(SizeOf(problem.dtype));
+  }
+  ForwardTensors tensors() const {
+    return {.x = x,
+            .y = y,
+            .residual = epilogue.residual,
+            .relu = epilogue.activation == Activation::kRelu,
+            .relu_mask = epilogue.relu_mask,
+            .stream = ShouldStream(bytes(), y == x || y == epilogue.residual)};
+  }
 };
 
 struct BackwardCall {
@@ -42,6 +57,21 @@ struct BackwardCall {
            (args.statistics_of_batch && args.grad_x != nullptr);
   }
   bool wants_elements() const { return args.grad_x != nullptr || args.grad_residual != nullptr; }
+  // Of all tensors that are read or written.
+  int64_t bytes() const {
+    const int64_t tensors = (wants_sums() ? 2 : 1) + (args.grad_x == nullptr ? 0 : 1) +
+                            (args.grad_residual == nullptr ? 0 : 1);
+    return tensors * problem.size() * static_cast<int64_t>(SizeOf(problem.dtype));
+  }
+  BackwardTensors tensors() const {
+    return {.x = args.x,
+            .grad_y = args.grad_y,
+            .grad_x = args.grad_x,
+            .grad_residual = args.grad_residual,
+            .relu_mask = args.relu_mask,
+            .stream = ShouldStream(bytes(), args.grad_x == args.x || args.grad_x == args.grad_y ||
+                                                args.grad_residual == args.grad_y)};
+  }
 };
 
 // Preconditions: the problem is not empty; pointers as backend.h asks.

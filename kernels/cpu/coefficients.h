@@ -138,6 +138,12 @@ struct SetConstants {
                    ? 0
                    : 1.0 / std::sqrt(var + problem.eps)) {}
 
+  // Those of a set among given statistics, whose mean may be null where the problem is
+  // not centered.
+  SetConstants(const NormProblem& problem, const Statistics& statistics, int64_t set, bool of_batch)
+      : SetConstants(problem, statistics.mean == nullptr ? 0 : statistics.mean[set],
+                     statistics.var[set], of_batch) {}
+
   double mean;
   double shift;     // near the mean, in the computing type
   double residual;  // what it lost: mean - shift

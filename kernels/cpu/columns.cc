@@ -124,15 +124,8 @@ class ForwardJob {
         weight_(problem_.dtype, call.affine.weight, 1),
         bias_(problem_.dtype, call.affine.bias, 0),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 3) {
-    const int64_t tensors = call.epilogue.residual == nullptr ? 2 : 3;
-    bytes_ = tensors * problem_.size() * geometry_.element_bytes;
-    tensors_ = {
-        .x = call.x,
-        .y = call.y,
-        .residual = call.epilogue.residual,
-        .relu = call.epilogue.activation == Activation::kRelu,
-        .relu_mask = call.epilogue.relu_mask,
-        .stream = ShouldStream(bytes_, call.y == call.x || call.y == call.epilogue.residual)};
+    bytes_ = call.bytes();
+    tensors_ = call.tensors();
   }
 
   Outcome Execute(const Context& context) {
@@ -164,8 +157,7 @@ class ForwardJob {
                             call_.moments.m2[i] / static_cast<double>(problem_.set_size()),
                             /*of_batch=*/true);
       }
-      return SetConstants(problem_, call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[i],
-                          call_.statistics.var[i], /*of_batch=*/false);
+      return SetConstants(problem_, call_.statistics, i, /*of_batch=*/false);
     };
     const int64_t first = unit * geometry_.columns;
     for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
@@ -256,17 +248,8 @@ class BackwardJob {
         geometry_(problem_),
         weight_(problem_.dtype, args_.weight, 1),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
-    const int64_t tensors = (call.wants_sums() ? 2 : 1) + (args_.grad_x == nullptr ? 0 : 1) +
-                            (args_.grad_residual == nullptr ? 0 : 1);
-    bytes_ = tensors * problem_.size() * geometry_.element_bytes;
-    tensors_ = {
-        .x = args_.x,
-        .grad_y = args_.grad_y,
-        .grad_x = args_.grad_x,
-        .grad_residual = args_.grad_residual,
-        .relu_mask = args_.relu_mask,
-        .stream = ShouldStream(bytes_, args_.grad_x == args_.x || args_.grad_x == args_.grad_y ||
-                                           args_.grad_residual == args_.grad_y)};
+    bytes_ = call.bytes();
+    tensors_ = call.tensors();
     apply_tensors_ = tensors_;
     if (!args_.statistics_of_batch) apply_tensors_.x = nullptr;  // dx = dy * scale
   }
@@ -327,9 +310,8 @@ class BackwardJob {
 
  private:
   SetConstants ConstantsOf(int64_t unit, int64_t set) const {
-    const int64_t i = unit * geometry_.sets + set;
-    return SetConstants(problem_, args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[i],
-                        args_.statistics.var[i], args_.statistics_of_batch);
+    return SetConstants(problem_, args_.statistics, unit * geometry_.sets + set,
+                        args_.statistics_of_batch);
   }
 
   void SetShifts(int64_t unit) {

@@ -33,8 +33,8 @@ struct Matrix {
 // What an element is made into, with d = x - shift:
 //   forward    y  = d * scale + offset
 //   backward   dx = dy * scale + (d * slope + offset)
-// shift is the mean rounded to the computing type, so that d is exact where |mean|
-// >> deviation; what the rounding lost is in offset.
+// shift is near the mean (shift.h), so that d is exact where |mean| >> deviation;
+// what it misses is in offset.
 struct Coefficients {
   const void* shift = nullptr;
   const void* scale = nullptr;

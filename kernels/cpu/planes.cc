@@ -142,15 +142,8 @@ class ForwardJob {
         weight_(problem_.dtype, call.affine.weight, 1),
         bias_(problem_.dtype, call.affine.bias, 0),
         arrays_(problem_.dtype, geometry_.plane_count(), 3) {
-    const int64_t tensors = call.epilogue.residual == nullptr ? 2 : 3;
-    bytes_ = tensors * problem_.size() * static_cast<int64_t>(SizeOf(problem_.dtype));
-    tensors_ = {
-        .x = call.x,
-        .y = call.y,
-        .residual = call.epilogue.residual,
-        .relu = call.epilogue.activation == Activation::kRelu,
-        .relu_mask = call.epilogue.relu_mask,
-        .stream = ShouldStream(bytes_, call.y == call.x || call.y == call.epilogue.residual)};
+    bytes_ = call.bytes();
+    tensors_ = call.tensors();
   }
 
   Outcome Execute(const Context& context) {
@@ -159,8 +152,7 @@ class ForwardJob {
       return Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
     }
     for (int64_t set = 0; set < geometry_.sets; ++set) {
-      SetCoefficients(set, call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[set],
-                      call_.statistics.var[set]);
+      SetCoefficients(set, SetConstants(problem_, call_.statistics, set, /*of_batch=*/false));
     }
     return InOrder(problem_, geometry_, bytes_, context, [this](const Planes& planes) {
       kernels_.normalize_planes(tensors_, planes, arrays_.From(0));
@@ -192,7 +184,8 @@ class ForwardJob {
       if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, set);
       call_.moments.mean[set] = moments.mean;
       call_.moments.m2[set] = moments.m2;
-      SetCoefficients(set, moments.mean, moments.m2 / static_cast<double>(problem_.set_size()));
+      const double var = moments.m2 / static_cast<double>(problem_.set_size());
+      SetCoefficients(set, SetConstants(problem_, moments.mean, var, /*of_batch=*/true));
     }
   }
 
@@ -205,8 +198,7 @@ class ForwardJob {
   }
 
  private:
-  void SetCoefficients(int64_t set, double mean, double var) {
-    const SetConstants constants(problem_, mean, var, call_.by_batch());
+  void SetCoefficients(int64_t set, const SetConstants& constants) {
     for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
       const int64_t c = geometry_.ChannelOf(plane);
       SetForward(arrays_, plane, constants, weight_[c], bias_[c]);
@@ -235,20 +227,10 @@ class BackwardJob {
         geometry_(problem_, 2),
         weight_(problem_.dtype, args_.weight, 1),
         arrays_(problem_.dtype, geometry_.plane_count(), 4) {
-    const bool by_batch = args_.statistics_of_batch;
-    const int64_t tensors = (call.wants_sums() ? 2 : 1) + (args_.grad_x == nullptr ? 0 : 1) +
-                            (args_.grad_residual == nullptr ? 0 : 1);
-    bytes_ = tensors * problem_.size() * static_cast<int64_t>(SizeOf(problem_.dtype));
-    tensors_ = {
-        .x = args_.x,
-        .grad_y = args_.grad_y,
-        .grad_x = args_.grad_x,
-        .grad_residual = args_.grad_residual,
-        .relu_mask = args_.relu_mask,
-        .stream = ShouldStream(bytes_, args_.grad_x == args_.x || args_.grad_x == args_.grad_y ||
-                                           args_.grad_residual == args_.grad_y)};
+    bytes_ = call.bytes();
+    tensors_ = call.tensors();
     apply_tensors_ = tensors_;
-    if (!by_batch) apply_tensors_.x = nullptr;  // constants: dx = dy * scale
+    if (!args_.statistics_of_batch) apply_tensors_.x = nullptr;  // dx = dy * scale
   }
 
   Outcome Execute(const Context& context) {
@@ -336,8 +318,7 @@ class BackwardJob {
 
  private:
   SetConstants ConstantsOf(int64_t set) const {
-    return SetConstants(problem_, args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[set],
-                        args_.statistics.var[set], args_.statistics_of_batch);
+    return SetConstants(problem_, args_.statistics, set, args_.statistics_of_batch);
   }
 
   // A plane that is cut between two pieces has an entry in each.

@@ -85,15 +85,8 @@ class ForwardJob {
         geometry_(problem_),
         weight_(problem_, geometry_, call.affine.weight, 1),
         bias_(problem_, geometry_, call.affine.bias, 0) {
-    const int64_t tensors = call.epilogue.residual == nullptr ? 2 : 3;
-    bytes_ = tensors * problem_.size() * geometry_.element_bytes;
-    tensors_ = {
-        .x = call.x,
-        .y = call.y,
-        .residual = call.epilogue.residual,
-        .relu = call.epilogue.activation == Activation::kRelu,
-        .relu_mask = call.epilogue.relu_mask,
-        .stream = ShouldStream(bytes_, call.y == call.x || call.y == call.epilogue.residual)};
+    bytes_ = call.bytes();
+    tensors_ = call.tensors();
   }
 
   Outcome Execute(const Context& context) {
@@ -122,9 +115,7 @@ class ForwardJob {
  private:
   SetConstants ConstantsOf(int64_t row) {
     if (!call_.by_batch()) {
-      return SetConstants(problem_,
-                          call_.statistics.mean == nullptr ? 0 : call_.statistics.mean[row],
-                          call_.statistics.var[row], /*of_batch=*/false);
+      return SetConstants(problem_, call_.statistics, row, /*of_batch=*/false);
     }
     const void* begin =
         static_cast<const char*>(call_.x) + row * geometry_.length * geometry_.element_bytes;
@@ -158,17 +149,8 @@ class BackwardJob {
         geometry_(problem_),
         weight_(problem_, geometry_, args_.weight, 1) {
     geometry_.CutForBackward();
-    const int64_t tensors = (call.wants_sums() ? 2 : 1) + (args_.grad_x == nullptr ? 0 : 1) +
-                            (args_.grad_residual == nullptr ? 0 : 1);
-    bytes_ = tensors * problem_.size() * geometry_.element_bytes;
-    tensors_ = {
-        .x = args_.x,
-        .grad_y = args_.grad_y,
-        .grad_x = args_.grad_x,
-        .grad_residual = args_.grad_residual,
-        .relu_mask = args_.relu_mask,
-        .stream = ShouldStream(bytes_, args_.grad_x == args_.x || args_.grad_x == args_.grad_y ||
-                                           args_.grad_residual == args_.grad_y)};
+    bytes_ = call.bytes();
+    tensors_ = call.tensors();
   }
 
   Outcome Execute(const Context& context) {
@@ -204,9 +186,7 @@ class BackwardJob {
 
     int64_t pending = 0;
     for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
-      const SetConstants set(problem_,
-                             args_.statistics.mean == nullptr ? 0 : args_.statistics.mean[row],
-                             args_.statistics.var[row], args_.statistics_of_batch);
+      const SetConstants set(problem_, args_.statistics, row, args_.statistics_of_batch);
       const int64_t parameter = geometry_.ParameterOf(row);
       Row of_row{.begin = row * geometry_.length,
                  .count = geometry_.length,
