@@ -11,12 +11,17 @@ struct PartialMoments {
   double m2 = 0;
 
   // The moments of both together (Chan, Golub, LeVeque 1979). What is merged in
-  // the same order gives the same bits.
-  void Merge(const PartialMoments& other) {
+  // the same order gives the same bits. With Inf or NaN the mean is what a sum would
+  // have given.
+  constexpr void Merge(const PartialMoments& other) {
     if (other.count == 0) return;
     const double total = count + other.count;
     const double delta = other.mean - mean;
-    mean += delta * (other.count / total);
+    if (delta - delta == 0) {
+      mean += delta * (other.count / total);
+    } else {
+      mean = mean * (count / total) + other.mean * (other.count / total);
+    }
     m2 += other.m2 + delta * delta * (count * (other.count / total));
     count = total;
   }

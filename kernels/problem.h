@@ -46,17 +46,17 @@ struct NormProblem {
   bool center = true;  // false: mean is taken as 0 and var is the mean square
   double eps = 1e-5;   // 0 or more
 
-  int64_t size() const { return batch * channels * positions; }
-  int64_t num_sets() const {
+  constexpr int64_t size() const { return batch * channels * positions; }
+  constexpr int64_t num_sets() const {
     return reduction == Reduction::kPerChannel ? channels : batch * groups;
   }
   // Values in each set.
-  int64_t set_size() const {
+  constexpr int64_t set_size() const {
     return reduction == Reduction::kPerChannel ? batch * positions
            : groups == 0                       ? 0
                                                : channels / groups * positions;
   }
-  DType parameter_dtype() const { return ParameterTypeFor(dtype); }
+  constexpr DType parameter_dtype() const { return ParameterTypeFor(dtype); }
 };
 
 }  // namespace normd

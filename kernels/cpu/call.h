@@ -14,6 +14,7 @@
 #include "kernels/executor.h"
 #include "kernels/moments.h"
 #include "kernels/problem.h"
+#include "kernels/set_constants.h"
 
 namespace normd::cpu {
 
@@ -84,17 +85,7 @@ Outcome BackwardByRows(const BackwardCall& call, const Context& context);
 
 // Moments of one set in plain double arithmetic, for where the fast sums overflow
 // or x holds NaN or Inf.
-struct SetMoments {
-  double mean;
-  double m2;
-};
 SetMoments ExactMomentsOf(const NormProblem& problem, const void* x, int64_t set);
-
-// Around the mean, or around 0 where the problem is not centered.
-inline SetMoments CenteredAsAsked(const NormProblem& problem, const PartialMoments& moments) {
-  if (problem.center) return {moments.mean, moments.m2};
-  return {0, moments.m2 + moments.count * moments.mean * moments.mean};
-}
 
 // Whether fast sums may be trusted; if not, ExactMomentsOf().
 bool AreSound(const NormProblem& problem, double m2);

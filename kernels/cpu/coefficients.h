@@ -12,8 +12,8 @@
 #include <new>
 
 #include "kernels/cpu/kernels.h"
-#include "kernels/cpu/shift.h"
 #include "kernels/problem.h"
+#include "kernels/set_constants.h"
 
 namespace normd::cpu {
 
@@ -124,32 +124,6 @@ class CoefficientArrays {
   Scratch memory_;
 };
 
-// What a set's elements are normalized by.
-struct SetConstants {
-  // `of_batch`: these are the statistics of the batch itself. Then a channel without
-  // variance and eps gets 0 for 1 / 0, as in PyTorch: y = bias, dx = 0.
-  SetConstants(const NormProblem& problem, double set_mean, double var, bool of_batch)
-      : mean(problem.center ? set_mean : 0),
-        shift(problem.dtype == DType::kFloat64
-                  ? mean
-                  : static_cast<double>(static_cast<float>(ShiftNear(mean, std::sqrt(var))))),
-        residual(std::isfinite(shift) ? mean - shift : 0),
-        invstd(of_batch && problem.reduction == Reduction::kPerChannel && var + problem.eps == 0
-                   ? 0
-                   : 1.0 / std::sqrt(var + problem.eps)) {}
-
-  // Those of a set among given statistics, whose mean may be null where the problem is
-  // not centered.
-  SetConstants(const NormProblem& problem, const Statistics& statistics, int64_t set, bool of_batch)
-      : SetConstants(problem, statistics.mean == nullptr ? 0 : statistics.mean[set],
-                     statistics.var[set], of_batch) {}
-
-  double mean;
-  double shift;     // near the mean, in the computing type
-  double residual;  // what it lost: mean - shift
-  double invstd;
-};
-
 inline void SetForward(CoefficientArrays& arrays, int64_t i, const SetConstants& set, double weight,
                        double bias) {
   const double scale = set.invstd * weight;
@@ -157,25 +131,6 @@ inline void SetForward(CoefficientArrays& arrays, int64_t i, const SetConstants&
   arrays.Set(CoefficientArrays::kScale, i, scale);
   arrays.Set(CoefficientArrays::kOffset, i, bias - set.residual * scale);
 }
-
-// grad_weight of a channel from its sums within a set.
-inline double GradWeight(const SetConstants& set, const GradientSums& sums) {
-  return (sums.dy_d - set.residual * sums.dy) * set.invstd;
-}
-
-// The part of dx that all elements of a set share, from the sums over the set of
-// g = dy * weight and of g * x^:
-//   dx = invstd * (g - sum_g / n - x^ * sum_gx / n) = dy * scale + d * slope + offset
-struct SetGradient {
-  SetGradient(const NormProblem& problem, const SetConstants& set, double sum_g, double sum_gx) {
-    const double n = static_cast<double>(problem.set_size());
-    slope = -set.invstd * set.invstd * (sum_gx / n);
-    offset = -set.residual * slope;
-    if (problem.center) offset -= set.invstd * (sum_g / n);
-  }
-  double slope;
-  double offset;
-};
 
 inline void SetBackward(CoefficientArrays& arrays, int64_t i, const SetConstants& set,
                         double weight, const SetGradient& gradient) {

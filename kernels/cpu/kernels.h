@@ -13,6 +13,7 @@
 
 #include "kernels/dtype.h"
 #include "kernels/moments.h"
+#include "kernels/set_constants.h"
 
 namespace normd::cpu {
 
@@ -93,12 +94,6 @@ struct BackwardTensors {
   const uint8_t* relu_mask = nullptr;
   bool stream = false;
   int64_t ahead = 0;
-};
-
-// Sums of dy and of dy * (x - shift).
-struct GradientSums {
-  double dy = 0;
-  double dy_d = 0;
 };
 
 struct ForwardKernels {

@@ -19,8 +19,8 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
-#include "kernels/cpu/shift.h"
 #include "kernels/cpu/sums-inl.h"
+#include "kernels/shift.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {

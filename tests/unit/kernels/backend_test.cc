@@ -1,46 +1,23 @@
-// The CPU backend beside the reference, on every instruction set of this machine.
+// Every backend beside the reference.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include <gtest/gtest.h>
 
-#include "hwy/targets.h"
-#include "kernels/cpu/cpu_backend.h"
-#include "kernels/cpu/kernels.h"
-#include "kernels/tbb_executor.h"
+#include "tests/unit/kernels/backends.h"
 #include "tests/unit/kernels/problem_cases.h"
 
 namespace normd {
 namespace {
 
-// Names of the instruction sets that this machine can run.
-std::vector<std::string> InstructionSets() {
-  std::vector<std::string> names;
-  for (const int64_t target : {HWY_AVX3, HWY_AVX2, HWY_SSE4, HWY_NEON, HWY_SCALAR}) {
-    if ((hwy::SupportedTargets() & target) != 0 || target == HWY_SCALAR) {
-      names.emplace_back(hwy::TargetName(target));
-    }
-  }
-  return names;
-}
-
-class CpuBackend : public ::testing::TestWithParam<std::string> {
+class Conformance : public BackendTest {
  protected:
-  void SetUp() override {
-    for (const int64_t target : {HWY_AVX3, HWY_AVX2, HWY_SSE4, HWY_NEON, HWY_SCALAR}) {
-      if (GetParam() == hwy::TargetName(target)) hwy::SetSupportedTargetsForTest(target);
-    }
-    ASSERT_EQ(cpu::InstructionSet(), GetParam());
-  }
-  void TearDown() override { hwy::SetSupportedTargetsForTest(0); }
-
-  // Every n-th problem; on instruction sets other than the best, where it is the same
-  // source with other vectors, a third of those.
+  // Every n-th problem; fewer on instruction sets other than the best, where it is the
+  // same source with other vectors, and on the emulated GPU, which is slow.
   void Check(const CallOptions& options, bool forward, size_t every) {
     const auto problems = ManyProblems();
-    if (GetParam() != kBest) every = 3 * every + 1;
+    if (!is_best()) every = is_cpu() ? 3 * every + 1 : 6 * every + 1;
     for (size_t i = 0; i < problems.size(); i += every) {
       if (forward) {
         ExpectForwardMatches(*backend_, problems[i], options);
@@ -50,36 +27,30 @@ class CpuBackend : public ::testing::TestWithParam<std::string> {
       if (HasFatalFailure()) return;
     }
   }
-
-  // Before a test asks for another.
-  static inline const std::string kBest = InstructionSets().front();
-  TbbExecutor executor_{2};
-  std::unique_ptr<Backend> backend_ = MakeCpuBackend(executor_, {});
 };
 
-INSTANTIATE_TEST_SUITE_P(Every, CpuBackend, ::testing::ValuesIn(InstructionSets()),
-                         [](const auto& info) { return info.param; });
+NORMD_FOR_EVERY_BACKEND(Conformance);
 
-TEST_P(CpuBackend, NormalizesByBatch) { Check({}, true, 1); }
-TEST_P(CpuBackend, NormalizesByBatchWithoutAffine) { Check({.affine = false}, true, 3); }
-TEST_P(CpuBackend, NormalizesInPlace) { Check({.in_place = true}, true, 3); }
-TEST_P(CpuBackend, NormalizesByStatistics) { Check({.by_batch = false}, true, 1); }
-TEST_P(CpuBackend, NormalizesFarFromZero) { Check({.mean = 300, .deviation = 2}, true, 3); }
-TEST_P(CpuBackend, AddsAResidual) { Check({.residual = true}, true, 3); }
-TEST_P(CpuBackend, AppliesReluAndWritesItsMask) {
+TEST_P(Conformance, NormalizesByBatch) { Check({}, true, 1); }
+TEST_P(Conformance, NormalizesByBatchWithoutAffine) { Check({.affine = false}, true, 3); }
+TEST_P(Conformance, NormalizesInPlace) { Check({.in_place = true}, true, 3); }
+TEST_P(Conformance, NormalizesByStatistics) { Check({.by_batch = false}, true, 1); }
+TEST_P(Conformance, NormalizesFarFromZero) { Check({.mean = 300, .deviation = 2}, true, 3); }
+TEST_P(Conformance, AddsAResidual) { Check({.residual = true}, true, 3); }
+TEST_P(Conformance, AppliesReluAndWritesItsMask) {
   Check({.residual = true, .relu = true, .in_place = true}, true, 2);
   Check({.by_batch = false, .relu = true}, true, 5);
 }
-TEST_P(CpuBackend, DifferentiatesByBatch) { Check({}, false, 1); }
-TEST_P(CpuBackend, DifferentiatesWithoutAffine) { Check({.affine = false}, false, 3); }
-TEST_P(CpuBackend, DifferentiatesInPlace) { Check({.in_place = true}, false, 3); }
-TEST_P(CpuBackend, DifferentiatesByStatistics) { Check({.by_batch = false}, false, 1); }
-TEST_P(CpuBackend, DifferentiatesThroughReluAndResidual) {
+TEST_P(Conformance, DifferentiatesByBatch) { Check({}, false, 1); }
+TEST_P(Conformance, DifferentiatesWithoutAffine) { Check({.affine = false}, false, 3); }
+TEST_P(Conformance, DifferentiatesInPlace) { Check({.in_place = true}, false, 3); }
+TEST_P(Conformance, DifferentiatesByStatistics) { Check({.by_batch = false}, false, 1); }
+TEST_P(Conformance, DifferentiatesThroughReluAndResidual) {
   Check({.residual = true, .relu = true}, false, 2);
   Check({.by_batch = false, .residual = true, .relu = true}, false, 5);
 }
 
-TEST_P(CpuBackend, RoundsHalvesToNearestEven) {
+TEST_P(Conformance, RoundsHalvesToNearestEven) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     // Statistics 0 and 1 with eps 0: y is x * weight, rounded once.
     NormProblem problem{
@@ -116,7 +87,7 @@ TEST_P(CpuBackend, RoundsHalvesToNearestEven) {
   }
 }
 
-TEST_P(CpuBackend, KeepsNanAndInfWithinTheirSet) {
+TEST_P(Conformance, KeepsNanAndInfWithinTheirSet) {
   const double inf = std::numeric_limits<double>::infinity();
   for (const double bad : {std::nan(""), inf, -inf}) {
     for (const auto format : {MemoryFormat::kContiguous, MemoryFormat::kChannelsLast}) {
@@ -149,72 +120,14 @@ TEST_P(CpuBackend, KeepsNanAndInfWithinTheirSet) {
   }
 }
 
-TEST_P(CpuBackend, SurvivesValuesWhoseSquaresOverflow) {
+TEST_P(Conformance, SurvivesValuesWhoseSquaresOverflow) {
   for (const double size : {1e30, 1e-30}) {
     const NormProblem problem{.batch = 2, .channels = 3, .positions = 100, .eps = 0};
     ExpectForwardMatches(*backend_, problem, {.mean = 0, .deviation = size});
   }
 }
 
-// One description for every thread count, every bit the same.
-TEST_P(CpuBackend, IsDeterministicAcrossThreads) {
-  const std::vector<NormProblem> problems = {
-      {.batch = 8, .channels = 3, .positions = 60000},
-      {.batch = 8, .channels = 3, .positions = 60000, .format = MemoryFormat::kChannelsLast},
-      {.batch = 1, .channels = 2, .positions = 900001},
-      {.batch = 16, .channels = 96, .positions = 441},
-      {.batch = 600, .channels = 2048, .positions = 1},
-      {.batch = 2,
-       .channels = 6,
-       .positions = 90000,
-       .groups = 2,
-       .reduction = Reduction::kPerSampleGroup},
-      {.batch = 3,
-       .channels = 20,
-       .positions = 9000,
-       .groups = 4,
-       .reduction = Reduction::kPerSampleGroup,
-       .format = MemoryFormat::kChannelsLast},
-      {.batch = 900, .channels = 769, .positions = 1, .reduction = Reduction::kPerSampleGroup},
-  };
-  for (const NormProblem& problem : problems) {
-    SCOPED_TRACE(Describe(problem));
-    const TestTensor x(problem.dtype, RandomValues(problem.dtype, problem.size(), 3, 1, 1));
-    const TestTensor grad(problem.dtype, RandomValues(problem.dtype, problem.size(), 0, 1, 2));
-    std::vector<std::vector<double>> answers;
-    for (const int threads : {1, 2, 3, 7}) {
-      TbbExecutor executor(threads);
-      const auto backend = MakeCpuBackend(executor, {.deterministic = true});
-      TestTensor y(problem.dtype, problem.size());
-      TestTensor grad_x(problem.dtype, problem.size());
-      TestTensor grad_weight(problem.dtype, problem.channels);
-      reference::Values mean(problem.num_sets()), m2(problem.num_sets());
-      ASSERT_EQ(backend->ForwardByBatch(
-                    problem, {.x = x.data(), .y = y.data(), .moments = {mean.data(), m2.data()}},
-                    Place::kHost, {}),
-                Outcome::kOk);
-      const auto var = reference::VarianceOf(problem, m2);
-      ASSERT_EQ(backend->Backward(problem,
-                                  {.x = x.data(),
-                                   .grad_y = grad.data(),
-                                   .grad_x = grad_x.data(),
-                                   .statistics = {mean.data(), var.data()},
-                                   .grad_weight = grad_weight.data()},
-                                  Place::kHost, {}),
-                Outcome::kOk);
-      std::vector<double> answer = mean;
-      for (const auto& more : {m2, y.values(), grad_x.values(), grad_weight.values()}) {
-        answer.insert(answer.end(), more.begin(), more.end());
-      }
-      answers.push_back(std::move(answer));
-    }
-    for (const auto& answer : answers) {
-      ASSERT_EQ(std::memcmp(answer.data(), answers[0].data(), answer.size() * sizeof(double)), 0);
-    }
-  }
-}
-
-TEST_P(CpuBackend, StopsWhenAsked) {
+TEST_P(Conformance, StopsWhenAsked) {
   const NormProblem problem{.batch = 4, .channels = 8, .positions = 100};
   const TestTensor x(problem.dtype, problem.size());
   TestTensor y(problem.dtype, problem.size());
@@ -227,7 +140,7 @@ TEST_P(CpuBackend, StopsWhenAsked) {
             Outcome::kStopped);
 }
 
-TEST_P(CpuBackend, AnswersEmptyProblemsWithZeros) {
+TEST_P(Conformance, AnswersEmptyProblemsWithZeros) {
   const NormProblem problem{.batch = 0, .channels = 3, .positions = 4};
   reference::Values mean(3, 7.0), m2(3, 7.0), var(3, 1.0);
   std::vector<float> grad_weight(3, 7.0f), grad_bias(3, 7.0f);
@@ -247,7 +160,7 @@ TEST_P(CpuBackend, AnswersEmptyProblemsWithZeros) {
 }
 
 // Gradients of the parameters alone write nothing else.
-TEST_P(CpuBackend, LeavesOutWhatIsNotWanted) {
+TEST_P(Conformance, LeavesOutWhatIsNotWanted) {
   for (const NormProblem& problem :
        {NormProblem{.batch = 4, .channels = 8, .positions = 50},
         NormProblem{.batch = 20, .channels = 8, .positions = 1},

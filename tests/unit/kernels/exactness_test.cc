@@ -5,8 +5,7 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/cpu/cpu_backend.h"
-#include "kernels/tbb_executor.h"
+#include "tests/unit/kernels/backends.h"
 #include "tests/unit/kernels/problem_cases.h"
 
 namespace normd {
@@ -17,7 +16,9 @@ struct Distribution {
   double deviation;
 };
 
-class Exactness : public ::testing::TestWithParam<Distribution> {
+constexpr Distribution kDistributions[] = {{0, 1}, {1e4, 1e-2}, {1e6, 1}, {100, 1e-3}};
+
+class Exactness : public BackendTest {
  protected:
   static std::vector<NormProblem> Problems() {
     std::vector<NormProblem> problems;
@@ -41,75 +42,70 @@ class Exactness : public ::testing::TestWithParam<Distribution> {
         {.batch = 50, .channels = 769, .positions = 1, .reduction = Reduction::kPerSampleGroup});
     return problems;
   }
-
-  TbbExecutor executor_{2};
-  std::unique_ptr<Backend> backend_ = MakeCpuBackend(executor_, {});
 };
 
-INSTANTIATE_TEST_SUITE_P(Offsets, Exactness,
-                         ::testing::Values(Distribution{0, 1}, Distribution{1e4, 1e-2},
-                                           Distribution{1e6, 1}, Distribution{100, 1e-3}));
+NORMD_FOR_EVERY_BACKEND(Exactness);
 
 TEST_P(Exactness, ForwardIsWithinOneHundredThousandth) {
-  for (const NormProblem& problem : Problems()) {
-    SCOPED_TRACE(Describe(problem));
-    const auto x =
-        RandomValues(problem.dtype, problem.size(), GetParam().mean, GetParam().deviation, 1);
-    const TestTensor x_memory(problem.dtype, x);
-    TestTensor y(problem.dtype, problem.size());
-    reference::Values mean(problem.num_sets()), m2(problem.num_sets());
-    ASSERT_EQ(
-        backend_->ForwardByBatch(
-            problem, {.x = x_memory.data(), .y = y.data(), .moments = {mean.data(), m2.data()}},
-            Place::kHost, {}),
-        Outcome::kOk);
-    const auto moments = reference::MomentsOf(problem, x);
-    const auto expected = reference::Forward(problem, x, {}, moments.mean,
-                                             reference::VarianceOf(problem, moments.m2));
-    double worst = 0;
-    const auto actual = y.values();
-    for (size_t i = 0; i < actual.size(); ++i) {
-      worst = std::max(worst, std::abs(actual[i] - expected.y[i]));
+  for (const auto& [mean, deviation] : kDistributions) {
+    for (const NormProblem& problem : Problems()) {
+      SCOPED_TRACE(Describe(problem));
+      const auto x = RandomValues(problem.dtype, problem.size(), mean, deviation, 1);
+      const TestTensor x_memory(problem.dtype, x);
+      TestTensor y(problem.dtype, problem.size());
+      reference::Values means(problem.num_sets()), m2(problem.num_sets());
+      ASSERT_EQ(
+          backend_->ForwardByBatch(
+              problem, {.x = x_memory.data(), .y = y.data(), .moments = {means.data(), m2.data()}},
+              Place::kHost, {}),
+          Outcome::kOk);
+      const auto moments = reference::MomentsOf(problem, x);
+      const auto expected = reference::Forward(problem, x, {}, moments.mean,
+                                               reference::VarianceOf(problem, moments.m2));
+      double worst = 0;
+      const auto actual = y.values();
+      for (size_t i = 0; i < actual.size(); ++i) {
+        worst = std::max(worst, std::abs(actual[i] - expected.y[i]));
+      }
+      EXPECT_LE(worst, 1e-5);
     }
-    EXPECT_LE(worst, 1e-5);
   }
 }
 
 TEST_P(Exactness, GradientIsWithinOneHundredThousandthOfItsSize) {
-  for (const NormProblem& problem : Problems()) {
-    SCOPED_TRACE(Describe(problem));
-    const auto x =
-        RandomValues(problem.dtype, problem.size(), GetParam().mean, GetParam().deviation, 1);
-    const auto grad_y = RandomValues(problem.dtype, problem.size(), 0, 1, 2);
-    const auto moments = reference::MomentsOf(problem, x);
-    const auto var = reference::VarianceOf(problem, moments.m2);
-    const TestTensor x_memory(problem.dtype, x);
-    const TestTensor grad_y_memory(problem.dtype, grad_y);
-    TestTensor grad_x(problem.dtype, problem.size());
-    ASSERT_EQ(backend_->Backward(problem,
-                                 {.x = x_memory.data(),
-                                  .grad_y = grad_y_memory.data(),
-                                  .grad_x = grad_x.data(),
-                                  .statistics = {moments.mean.data(), var.data()}},
-                                 Place::kHost, {}),
-              Outcome::kOk);
-    const auto expected =
-        reference::Backward(problem, x, grad_y, {}, moments.mean, var, true).grad_x;
-    double worst = 0, scale = 0;
-    const auto actual = grad_x.values();
-    for (size_t i = 0; i < actual.size(); ++i) {
-      worst = std::max(worst, std::abs(actual[i] - expected[i]));
-      scale = std::max(scale, std::abs(expected[i]));
+  for (const auto& [mean, deviation] : kDistributions) {
+    for (const NormProblem& problem : Problems()) {
+      SCOPED_TRACE(Describe(problem));
+      const auto x = RandomValues(problem.dtype, problem.size(), mean, deviation, 1);
+      const auto grad_y = RandomValues(problem.dtype, problem.size(), 0, 1, 2);
+      const auto moments = reference::MomentsOf(problem, x);
+      const auto var = reference::VarianceOf(problem, moments.m2);
+      const TestTensor x_memory(problem.dtype, x);
+      const TestTensor grad_y_memory(problem.dtype, grad_y);
+      TestTensor grad_x(problem.dtype, problem.size());
+      ASSERT_EQ(backend_->Backward(problem,
+                                   {.x = x_memory.data(),
+                                    .grad_y = grad_y_memory.data(),
+                                    .grad_x = grad_x.data(),
+                                    .statistics = {moments.mean.data(), var.data()}},
+                                   Place::kHost, {}),
+                Outcome::kOk);
+      const auto expected =
+          reference::Backward(problem, x, grad_y, {}, moments.mean, var, true).grad_x;
+      double worst = 0, scale = 0;
+      const auto actual = grad_x.values();
+      for (size_t i = 0; i < actual.size(); ++i) {
+        worst = std::max(worst, std::abs(actual[i] - expected[i]));
+        scale = std::max(scale, std::abs(expected[i]));
+      }
+      EXPECT_LE(worst, 1e-5 * scale);
     }
-    EXPECT_LE(worst, 1e-5 * scale);
   }
 }
 
 // A first value far from all others, values in order, two far clusters: the shift
 // follows the data.
-TEST(Moments, FollowValuesThatWander) {
-  TbbExecutor executor(1);
-  const auto backend = MakeCpuBackend(executor, {});
+TEST_P(Exactness, MomentsFollowValuesThatWander) {
   for (const auto format : {MemoryFormat::kContiguous, MemoryFormat::kChannelsLast}) {
     const NormProblem problem{.batch = 1, .channels = 3, .positions = 50000, .format = format};
     for (int kind = 0; kind < 3; ++kind) {
@@ -127,7 +123,7 @@ TEST(Moments, FollowValuesThatWander) {
       TestTensor y(problem.dtype, problem.size());
       reference::Values mean(3), m2(3);
       ASSERT_EQ(
-          backend->ForwardByBatch(
+          backend_->ForwardByBatch(
               problem, {.x = x_memory.data(), .y = y.data(), .moments = {mean.data(), m2.data()}},
               Place::kHost, {}),
           Outcome::kOk);

@@ -1,0 +1,293 @@
+#include "kernels/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <utility>
+
+#include "kernels/cuda/lane.h"
+
+namespace normd {
+namespace cuda {
+namespace {
+
+// Idle lanes that a device keeps, and with them their memory.
+constexpr size_t kIdleLanes = 8;
+
+// A device and its lanes. Thread-safe.
+class DeviceState {
+ public:
+  explicit DeviceState(std::unique_ptr<Device> device) : device_(std::move(device)) {}
+
+  Device& device() { return *device_; }
+  bool healthy() const { return healthy_.load(std::memory_order_relaxed); }
+  int64_t bytes_under_way() const { return bytes_under_way_.load(std::memory_order_relaxed); }
+
+  DeviceInfo info() const {
+    DeviceInfo info = device_->info();
+    info.healthy = healthy();
+    return info;
+  }
+
+  // Runs call(lane) on a lane with so many bytes. What fails marks the device.
+  template <class Call>
+  Outcome Run(size_t bytes, Call call) {
+    bytes_under_way_ += static_cast<int64_t>(bytes);
+    std::unique_ptr<Lane> lane = Take();
+    Outcome outcome = lane->Prepare(bytes);
+    if (outcome == Outcome::kOutOfMemory) {
+      // What idle lanes keep may be enough.
+      DropIdle();
+      outcome = lane->Prepare(bytes);
+    }
+    if (outcome == Outcome::kOk) outcome = call(*lane);
+    bytes_under_way_ -= static_cast<int64_t>(bytes);
+    if (outcome == Outcome::kDeviceFailed) healthy_.store(false, std::memory_order_relaxed);
+    if (outcome == Outcome::kOk || outcome == Outcome::kStopped) Put(std::move(lane));
+    return outcome;
+  }
+
+ private:
+  std::unique_ptr<Lane> Take() {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!idle_.empty()) {
+        std::unique_ptr<Lane> lane = std::move(idle_.back());
+        idle_.pop_back();
+        return lane;
+      }
+    }
+    return std::make_unique<Lane>(*device_);
+  }
+
+  void Put(std::unique_ptr<Lane> lane) {
+    const std::lock_guard lock(mutex_);
+    if (idle_.size() < kIdleLanes) idle_.push_back(std::move(lane));
+  }
+
+  void DropIdle() {
+    std::vector<std::unique_ptr<Lane>> dropped;
+    const std::lock_guard lock(mutex_);
+    dropped.swap(idle_);
+  }
+
+  const std::unique_ptr<Device> device_;
+  std::atomic<bool> healthy_ = true;
+  std::atomic<int64_t> bytes_under_way_ = 0;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Lane>> idle_;
+};
+
+// The parts of a call and where they lie on the device: what goes in, what comes out,
+// then scratch.
+class Layout {
+ public:
+  explicit Layout(Place place) : place_(place) {}
+
+  // `pointer` is to host memory until Bind(), to device memory then; a tensor's may be
+  // that already.
+  template <class T>
+  void Input(T*& pointer, size_t bytes, bool tensor) {
+    if (pointer == nullptr || (tensor && place_ == Place::kDevice)) return;
+    const size_t offset = in_.Add(pointer, bytes);
+    bindings_.push_back(
+        {[&pointer](std::byte* at) { pointer = reinterpret_cast<T*>(at); }, true, offset});
+  }
+  template <class T>
+  void Output(T*& pointer, size_t bytes, bool tensor) {
+    if (pointer == nullptr || (tensor && place_ == Place::kDevice)) return;
+    const size_t offset = out_.Add(pointer, bytes);
+    bindings_.push_back(
+        {[&pointer](std::byte* at) { pointer = reinterpret_cast<T*>(at); }, false, offset});
+  }
+
+  size_t bytes(size_t scratch) const { return in_.bytes() + out_.bytes() + scratch; }
+  const Parcel& in() const { return in_; }
+  const Parcel& out() const { return out_; }
+  std::byte* OutAt(std::byte* memory) const { return memory + in_.bytes(); }
+
+  // Sets the pointers to their places in `memory`; answers where scratch begins.
+  std::byte* Bind(std::byte* memory) const {
+    for (const Binding& binding : bindings_) {
+      binding.set(memory + binding.offset + (binding.is_input ? 0 : in_.bytes()));
+    }
+    return memory + in_.bytes() + out_.bytes();
+  }
+
+ private:
+  struct Binding {
+    std::function<void(std::byte*)> set;
+    bool is_input;
+    size_t offset;
+  };
+  Place place_;
+  Parcel in_;
+  Parcel out_;
+  std::vector<Binding> bindings_;
+};
+
+void ZeroDoubles(double* values, int64_t count) {
+  if (values != nullptr) std::fill_n(values, count, 0.0);
+}
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(std::vector<std::unique_ptr<Device>> devices) {
+    for (auto& device : devices) {
+      devices_.push_back(std::make_unique<DeviceState>(std::move(device)));
+    }
+  }
+
+  std::string_view name() const override { return "cuda"; }
+
+  std::vector<DeviceInfo> devices() const override {
+    std::vector<DeviceInfo> infos;
+    for (const auto& device : devices_) infos.push_back(device->info());
+    return infos;
+  }
+
+  bool Supports(Place place) const override {
+    return place == Place::kHost || devices_.size() == 1;
+  }
+
+  Outcome ForwardByBatch(const NormProblem& problem, const ForwardByBatchArgs& args, Place place,
+                         std::stop_token stop) override {
+    return Forward({.problem = problem,
+                    .x = args.x,
+                    .y = args.y,
+                    .weight = args.affine.weight,
+                    .bias = args.affine.bias,
+                    .moments = args.moments,
+                    .epilogue = args.epilogue},
+                   place, stop);
+  }
+
+  Outcome ForwardByStatistics(const NormProblem& problem, const ForwardByStatisticsArgs& args,
+                              Place place, std::stop_token stop) override {
+    return Forward({.problem = problem,
+                    .x = args.x,
+                    .y = args.y,
+                    .weight = args.affine.weight,
+                    .bias = args.affine.bias,
+                    .statistics = args.statistics,
+                    .epilogue = args.epilogue},
+                   place, stop);
+  }
+
+  Outcome Backward(const NormProblem& problem, const BackwardArgs& args, Place place,
+                   std::stop_token stop) override {
+    const size_t parameters = ParameterBytes(problem);
+    if (problem.size() == 0) {
+      for (void* gradient : {args.grad_weight, args.grad_bias}) {
+        if (gradient != nullptr) std::memset(gradient, 0, parameters);
+      }
+      return Outcome::kOk;
+    }
+    BackwardWork work{.problem = problem, .args = args};
+    const size_t tensor = TensorBytes(problem);
+    const size_t sets = SetBytes(problem);
+    BackwardArgs& on_device = work.args;
+    // Gradients by constant statistics have no use for x.
+    if (!args.statistics_of_batch && args.grad_weight == nullptr && args.grad_bias == nullptr) {
+      on_device.x = nullptr;
+    }
+    Layout layout(place);
+    layout.Input(on_device.weight, parameters, false);
+    layout.Input(on_device.statistics.mean, sets, false);
+    layout.Input(on_device.statistics.var, sets, false);
+    layout.Input(on_device.relu_mask, static_cast<size_t>(ReluMaskBytes(problem.size())), true);
+    layout.Input(on_device.x, tensor, true);
+    layout.Input(on_device.grad_y, tensor, true);
+    layout.Output(on_device.grad_weight, parameters, false);
+    layout.Output(on_device.grad_bias, parameters, false);
+    layout.Output(on_device.grad_x, tensor, true);
+    layout.Output(on_device.grad_residual, tensor, true);
+    return Run(layout, work, stop,
+               [](Stream& stream, const BackwardWork& with) { return stream.Backward(with); });
+  }
+
+ private:
+  static size_t TensorBytes(const NormProblem& problem) {
+    return static_cast<size_t>(problem.size()) * SizeOf(problem.dtype);
+  }
+  static size_t ParameterBytes(const NormProblem& problem) {
+    return static_cast<size_t>(problem.channels) * SizeOf(problem.parameter_dtype());
+  }
+  static size_t SetBytes(const NormProblem& problem) {
+    return static_cast<size_t>(problem.num_sets()) * sizeof(double);
+  }
+
+  Outcome Forward(ForwardWork work, Place place, const std::stop_token& stop) {
+    const NormProblem& problem = work.problem;
+    if (problem.size() == 0) {
+      ZeroDoubles(work.moments.mean, problem.num_sets());
+      ZeroDoubles(work.moments.m2, problem.num_sets());
+      return Outcome::kOk;
+    }
+    const size_t tensor = TensorBytes(problem);
+    const size_t parameters = ParameterBytes(problem);
+    const size_t sets = SetBytes(problem);
+    Layout layout(place);
+    layout.Input(work.weight, parameters, false);
+    layout.Input(work.bias, parameters, false);
+    layout.Input(work.statistics.mean, sets, false);
+    layout.Input(work.statistics.var, sets, false);
+    layout.Input(work.x, tensor, true);
+    layout.Input(work.epilogue.residual, tensor, true);
+    layout.Output(work.moments.mean, sets, false);
+    layout.Output(work.moments.m2, sets, false);
+    layout.Output(work.epilogue.relu_mask, static_cast<size_t>(ReluMaskBytes(problem.size())),
+                  true);
+    layout.Output(work.y, tensor, true);
+    return Run(layout, work, stop,
+               [](Stream& stream, const ForwardWork& with) { return stream.Forward(with); });
+  }
+
+  // The healthy device with the least to do; null: none is.
+  DeviceState* LeastLoaded() const {
+    DeviceState* best = nullptr;
+    for (const auto& device : devices_) {
+      if (!device->healthy()) continue;
+      if (best == nullptr || device->bytes_under_way() < best->bytes_under_way()) {
+        best = device.get();
+      }
+    }
+    return best;
+  }
+
+  template <class Work, class Enqueue>
+  Outcome Run(const Layout& layout, Work& work, const std::stop_token& stop, Enqueue enqueue) {
+    DeviceState* const device = LeastLoaded();
+    if (device == nullptr) return Outcome::kDeviceFailed;
+    if (stop.stop_requested()) return Outcome::kStopped;
+    const size_t scratch = device->device().ScratchBytes(work);
+    return device->Run(layout.bytes(scratch), [&](Lane& lane) {
+      std::byte* const memory = lane.memory();
+      work.scratch = layout.Bind(memory);
+      Outcome outcome = lane.In(layout.in(), memory, stop);
+      if (outcome == Outcome::kOk) outcome = enqueue(lane.stream(), work);
+      if (outcome != Outcome::kOk) return outcome;
+      return lane.Out(layout.out(), layout.OutAt(memory), stop);
+    });
+  }
+
+  std::vector<std::unique_ptr<DeviceState>> devices_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeBackend(std::vector<std::unique_ptr<Device>> devices) {
+  return std::make_unique<CudaBackend>(std::move(devices));
+}
+
+}  // namespace cuda
+
+std::unique_ptr<Backend> MakeCudaBackend(const CudaOptions& options, std::string* why) {
+  auto devices = cuda::OpenDevices(options.devices, why);
+  if (devices.empty()) return nullptr;
+  return cuda::MakeBackend(std::move(devices));
+}
+
+}  // namespace normd

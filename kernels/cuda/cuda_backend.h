@@ -1,0 +1,39 @@
+// The CUDA backend: the same problems on GPUs.
+//
+// A call is staged through pinned memory by a lane of its own (a stream, staging and
+// device memory, kept for the next call), so that the copies of one call run beside the
+// kernels of another, and a large tensor's first chunk is under way while its second is
+// gathered. Nothing is kept on the device between calls but memory.
+#ifndef NORMD_KERNELS_CUDA_CUDA_BACKEND_H_
+#define NORMD_KERNELS_CUDA_CUDA_BACKEND_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/cuda/device.h"
+
+namespace normd {
+
+struct CudaOptions {
+  std::vector<int> devices;  // by CUDA's numbers; empty: all
+};
+
+// Null, and `why` says so in a sentence, where there is no such device, no driver, or
+// no CUDA in this build.
+std::unique_ptr<Backend> MakeCudaBackend(const CudaOptions& options, std::string* why);
+
+namespace cuda {
+
+// A backend on these devices, one or more. A call goes to the healthy one with the
+// fewest bytes under way. Place::kDevice is supported where there is one device alone.
+std::unique_ptr<Backend> MakeBackend(std::vector<std::unique_ptr<Device>> devices);
+
+// The devices of this machine; empty, and `why` says so, where one cannot be had.
+std::vector<std::unique_ptr<Device>> OpenDevices(const std::vector<int>& numbers, std::string* why);
+
+}  // namespace cuda
+}  // namespace normd
+
+#endif  // NORMD_KERNELS_CUDA_CUDA_BACKEND_H_

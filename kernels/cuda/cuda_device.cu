@@ -1,0 +1,175 @@
+// The devices of this machine, by the CUDA runtime.
+#include <cuda_runtime.h>
+
+#include <string>
+#include <utility>
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/passes-inl.h"
+
+namespace normd::cuda {
+namespace {
+
+// An error of memory or of arguments is the call's; any other has spoiled the context.
+Outcome ToOutcome(cudaError_t error) {
+  if (error == cudaSuccess) return Outcome::kOk;
+  // Else the next call would report it again.
+  (void)cudaGetLastError();
+  return error == cudaErrorMemoryAllocation ? Outcome::kOutOfMemory : Outcome::kDeviceFailed;
+}
+
+struct CudaLaunch {
+  cudaStream_t stream;
+  Outcome* outcome;
+
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, int threads,
+                  int64_t shared_bytes, Arguments... arguments) const {
+    if (*outcome != Outcome::kOk) return;
+    constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+    if (blocks > kMostBlocks || blocks_y > 65535) {
+      *outcome = Outcome::kOutOfMemory;  // more sets than a grid has blocks
+      return;
+    }
+    kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y)),
+             static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes), stream>>>(
+        static_cast<Parameters>(arguments)...);
+    *outcome = ToOutcome(cudaGetLastError());
+  }
+};
+
+class CudaStream final : public Stream {
+ public:
+  explicit CudaStream(int device) : device_(device) {}
+  ~CudaStream() override {
+    (void)cudaSetDevice(device_);
+    for (cudaEvent_t mark : marks_) {
+      if (mark != nullptr) (void)cudaEventDestroy(mark);
+    }
+    if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
+  }
+
+  bool Open() {
+    if (cudaSetDevice(device_) != cudaSuccess) return false;
+    if (cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) != cudaSuccess) return false;
+    for (cudaEvent_t& mark : marks_) {
+      if (cudaEventCreateWithFlags(&mark, cudaEventDisableTiming) != cudaSuccess) return false;
+    }
+    return true;
+  }
+
+  Outcome CopyIn(void* device, const void* pinned, size_t bytes) override {
+    return Do([&] {
+      return cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, stream_);
+    });
+  }
+  Outcome CopyOut(void* pinned, const void* device, size_t bytes) override {
+    return Do([&] {
+      return cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, stream_);
+    });
+  }
+  Outcome Forward(const ForwardWork& work) override { return Enqueue(work); }
+  Outcome Backward(const BackwardWork& work) override { return Enqueue(work); }
+  Outcome Mark(int mark) override {
+    return Do([&] { return cudaEventRecord(marks_[mark], stream_); });
+  }
+  Outcome WaitFor(int mark) override {
+    return Do([&] { return cudaEventSynchronize(marks_[mark]); });
+  }
+  Outcome Wait() override {
+    return Do([&] { return cudaStreamSynchronize(stream_); });
+  }
+
+ private:
+  // The current device is the thread's; another call may have left another.
+  template <class Call>
+  Outcome Do(Call call) {
+    const cudaError_t error = cudaSetDevice(device_);
+    return ToOutcome(error == cudaSuccess ? call() : error);
+  }
+
+  template <class Work>
+  Outcome Enqueue(const Work& work) {
+    Outcome outcome = ToOutcome(cudaSetDevice(device_));
+    Run(CudaLaunch{stream_, &outcome}, work);
+    return outcome;
+  }
+
+  const int device_;
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t marks_[kMarks] = {};
+};
+
+class CudaDevice final : public Device {
+ public:
+  CudaDevice(int number, const cudaDeviceProp& properties)
+      : number_(number),
+        info_{.name = std::string(properties.name) + " (cuda:" + std::to_string(number) + ")",
+              .parallelism = properties.multiProcessorCount,
+              .memory_bytes = static_cast<int64_t>(properties.totalGlobalMem)} {}
+
+  DeviceInfo info() const override { return info_; }
+  Outcome Allocate(size_t bytes, void** memory) override {
+    const cudaError_t error = cudaSetDevice(number_);
+    return ToOutcome(error == cudaSuccess ? cudaMalloc(memory, bytes) : error);
+  }
+  void Free(void* memory) override {
+    (void)cudaSetDevice(number_);
+    (void)cudaFree(memory);
+  }
+  Outcome AllocatePinned(size_t bytes, void** memory) override {
+    const cudaError_t error = cudaSetDevice(number_);
+    return ToOutcome(error == cudaSuccess ? cudaMallocHost(memory, bytes) : error);
+  }
+  void FreePinned(void* memory) override {
+    (void)cudaSetDevice(number_);
+    (void)cudaFreeHost(memory);
+  }
+  std::unique_ptr<Stream> NewStream() override {
+    auto stream = std::make_unique<CudaStream>(number_);
+    if (!stream->Open()) return nullptr;
+    return stream;
+  }
+  size_t ScratchBytes(const ForwardWork& work) const override {
+    return ScratchBytesOf<CudaLaunch>(work);
+  }
+  size_t ScratchBytes(const BackwardWork& work) const override {
+    return ScratchBytesOf<CudaLaunch>(work);
+  }
+
+ private:
+  const int number_;
+  const DeviceInfo info_;
+};
+
+}  // namespace
+
+std::vector<std::unique_ptr<Device>> OpenDevices(const std::vector<int>& numbers,
+                                                 std::string* why) {
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    *why = std::string("no CUDA device can be used: ") + cudaGetErrorString(error);
+    return {};
+  }
+  std::vector<int> wanted = numbers;
+  if (wanted.empty()) {
+    for (int number = 0; number < count; ++number) wanted.push_back(number);
+  }
+  if (wanted.empty()) *why = "this machine has no CUDA device";
+  std::vector<std::unique_ptr<Device>> devices;
+  for (const int number : wanted) {
+    cudaDeviceProp properties;
+    const cudaError_t error = number < 0 || number >= count
+                                  ? cudaErrorInvalidDevice
+                                  : cudaGetDeviceProperties(&properties, number);
+    if (error != cudaSuccess) {
+      *why = "CUDA device " + std::to_string(number) + " cannot be used: " +
+             cudaGetErrorString(error) + "; there are " + std::to_string(count);
+      return {};
+    }
+    devices.push_back(std::make_unique<CudaDevice>(number, properties));
+  }
+  return devices;
+}
+
+}  // namespace normd::cuda

@@ -1,0 +1,136 @@
+#include "tests/unit/kernels/emulated_device.h"
+
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "tests/unit/kernels/emulated_gpu.h"
+// After the GPU that it runs on.
+#include "kernels/cuda/passes-inl.h"
+
+namespace normd {
+namespace {
+
+// Memory whose end is the end of a page, with no page after it: who reads or writes
+// past it dies.
+class GuardedMemory {
+ public:
+  void* Get(size_t bytes) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t rounded = (bytes + 15) / 16 * 16;
+    const size_t usable = (rounded + page - 1) / page * page;
+    void* const all = mmap(nullptr, usable + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED) return nullptr;
+    mprotect(all, usable, PROT_READ | PROT_WRITE);
+    void* const memory = static_cast<char*>(all) + (usable - rounded);
+    std::memset(memory, 0x5a, rounded);
+    const std::lock_guard lock(mutex_);
+    blocks_[memory] = {all, usable + page, bytes};
+    return memory;
+  }
+
+  // Bytes it had.
+  size_t Put(void* memory) {
+    const std::lock_guard lock(mutex_);
+    const auto at = blocks_.find(memory);
+    const Block block = at->second;
+    blocks_.erase(at);
+    munmap(block.all, block.mapped);
+    return block.bytes;
+  }
+
+ private:
+  struct Block {
+    void* all;
+    size_t mapped;
+    size_t bytes;
+  };
+  std::mutex mutex_;
+  std::map<void*, Block> blocks_;
+};
+
+class EmulatedStream final : public cuda::Stream {
+ public:
+  explicit EmulatedStream(EmulatedState& state) : state_(state) { ++state_.streams; }
+  ~EmulatedStream() override { --state_.streams; }
+
+  Outcome CopyIn(void* device, const void* pinned, size_t bytes) override {
+    std::memcpy(device, pinned, bytes);
+    return state();
+  }
+  Outcome CopyOut(void* pinned, const void* device, size_t bytes) override {
+    std::memcpy(pinned, device, bytes);
+    return state();
+  }
+  Outcome Forward(const cuda::ForwardWork& work) override { return Launch(work); }
+  Outcome Backward(const cuda::BackwardWork& work) override { return Launch(work); }
+  Outcome Mark(int) override { return state(); }
+  Outcome WaitFor(int) override { return state(); }
+  Outcome Wait() override { return state(); }
+
+ private:
+  Outcome state() const { return state_.fail ? Outcome::kDeviceFailed : Outcome::kOk; }
+
+  template <class Work>
+  Outcome Launch(const Work& work) {
+    ++state_.launches;
+    if (!state_.fail) cuda::Run(emulated::Launch{}, work);
+    return state();
+  }
+
+  EmulatedState& state_;
+};
+
+class EmulatedDevice final : public cuda::Device {
+ public:
+  explicit EmulatedDevice(std::shared_ptr<EmulatedState> state) : state_(std::move(state)) {}
+
+  DeviceInfo info() const override {
+    return {.name = "emulated", .memory_bytes = state_->memory_bytes};
+  }
+  Outcome Allocate(size_t bytes, void** memory) override {
+    const auto wanted = static_cast<int64_t>(bytes);
+    if (state_->bytes_in_use.fetch_add(wanted) + wanted > state_->memory_bytes) {
+      state_->bytes_in_use -= wanted;
+      return Outcome::kOutOfMemory;
+    }
+    *memory = memory_.Get(bytes);
+    return Outcome::kOk;
+  }
+  void Free(void* memory) override {
+    state_->bytes_in_use -= static_cast<int64_t>(memory_.Put(memory));
+  }
+  Outcome AllocatePinned(size_t bytes, void** memory) override {
+    *memory = memory_.Get(bytes);
+    state_->pinned_bytes += static_cast<int64_t>(bytes);
+    return Outcome::kOk;
+  }
+  void FreePinned(void* memory) override {
+    state_->pinned_bytes -= static_cast<int64_t>(memory_.Put(memory));
+  }
+  std::unique_ptr<cuda::Stream> NewStream() override {
+    return std::make_unique<EmulatedStream>(*state_);
+  }
+  size_t ScratchBytes(const cuda::ForwardWork& work) const override {
+    return cuda::ScratchBytesOf<emulated::Launch>(work);
+  }
+  size_t ScratchBytes(const cuda::BackwardWork& work) const override {
+    return cuda::ScratchBytesOf<emulated::Launch>(work);
+  }
+
+ private:
+  const std::shared_ptr<EmulatedState> state_;
+  GuardedMemory memory_;
+};
+
+}  // namespace
+
+std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state) {
+  return std::make_unique<EmulatedDevice>(std::move(state));
+}
+
+}  // namespace normd

@@ -1,0 +1,28 @@
+// A device that is not there: the CUDA backend's Device on the host's memory and the
+// emulated GPU, with faults on demand.
+#ifndef NORMD_TESTS_UNIT_KERNELS_EMULATED_DEVICE_H_
+#define NORMD_TESTS_UNIT_KERNELS_EMULATED_DEVICE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "kernels/cuda/device.h"
+
+namespace normd {
+
+// What a test may ask of it, and see; shared with the device, which the backend owns.
+struct EmulatedState {
+  std::atomic<int64_t> memory_bytes = int64_t{1} << 40;  // that there are
+  std::atomic<int64_t> bytes_in_use = 0;                 // of the device's
+  std::atomic<int64_t> pinned_bytes = 0;
+  std::atomic<int> streams = 0;
+  std::atomic<int> launches = 0;   // of whole calls
+  std::atomic<bool> fail = false;  // every launch from now on
+};
+
+std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state);
+
+}  // namespace normd
+
+#endif  // NORMD_TESTS_UNIT_KERNELS_EMULATED_DEVICE_H_
