@@ -373,49 +373,137 @@ void GradientOfColumns(const BackwardTensors& tensors, int64_t begin, const Matr
   WithGradient<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
 }
 
-// grad_weight and grad_bias, along the row.
-template <class E, class Input>
-void AddParameterGradients(const Input& input, const Row& row) {
+// The gradients of kRows rows side by side, so that what lies along a row (weight, and
+// the sums for its gradient) is loaded once for all of them.
+template <class E, int kRows, bool kMasked>
+class RowGradient {
+ public:
   using T = ComputeType<E>;
-  const Tag<E> d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  T* grad_weight = static_cast<T*>(row.grad_weight);
-  T* grad_bias = static_cast<T*>(row.grad_bias);
-  const auto shift = hn::Set(d, static_cast<T>(row.shift));
-  const auto invstd = hn::Set(d, static_cast<T>(row.invstd));
-  const auto lost = hn::Set(d, static_cast<T>(row.lost));
-  int64_t j = 0;
-  for (; j + lanes <= row.count; j += lanes) {
-    const auto dy = input.GradY(row.begin + j);
-    const auto normalized = hn::MulAdd(hn::Sub(input.X(row.begin + j), shift), invstd, lost);
-    hn::StoreU(hn::MulAdd(dy, normalized, hn::LoadU(d, grad_weight + j)), d, grad_weight + j);
-    hn::StoreU(hn::Add(dy, hn::LoadU(d, grad_bias + j)), d, grad_bias + j);
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  RowGradient(const BackwardTensors& tensors, const Row* rows)
+      : input_(tensors),
+        grad_x_(static_cast<E*>(tensors.grad_x)),
+        grad_residual_(static_cast<E*>(tensors.grad_residual)),
+        weight_(static_cast<const T*>(rows[0].weight)),
+        grad_weight_(static_cast<T*>(rows[0].grad_weight)),
+        grad_bias_(static_cast<T*>(rows[0].grad_bias)),
+        constant_(rows[0].constant),
+        ahead_(tensors.ahead * kRows),
+        count_(rows[0].count) {
+    stream_ = tensors.stream;
+    for (int r = 0; r < kRows; ++r) {
+      const Row& row = rows[r];
+      begin_[r] = row.begin;
+      shift_[r] = static_cast<T>(row.shift);
+      invstd_[r] = static_cast<T>(row.invstd);
+      lost_[r] = static_cast<T>(row.lost);
+      slope_[r] = static_cast<T>(row.slope);
+      offset_[r] = static_cast<T>(row.offset);
+      for (const E* out : {grad_x_, grad_residual_}) {
+        stream_ = stream_ && (out == nullptr || ElementsUntilAligned(out + row.begin) == 0);
+      }
+    }
   }
-  if (j < row.count) {
-    const size_t n = static_cast<size_t>(row.count - j);
-    const auto dy = input.PartialGradY(row.begin + j, n);
-    const auto normalized =
-        hn::MulAdd(hn::Sub(input.PartialX(row.begin + j, n), shift), invstd, lost);
-    StorePartial(d, hn::MulAdd(dy, normalized, LoadPartial(d, grad_weight + j, n)), grad_weight + j,
-                 n);
-    StorePartial(d, hn::Add(dy, LoadPartial(d, grad_bias + j, n)), grad_bias + j, n);
+
+  void Run() const {
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
+    int64_t j = 0;
+    for (; j + lanes <= count_; j += lanes) Step(j, Whole{});
+    if (j < count_) Step(j, Part{static_cast<size_t>(count_ - j)});
   }
-}
+
+ private:
+  // How elements are loaded and stored: a whole vector, or the first n.
+  struct Whole {
+    template <class From>
+    HWY_INLINE V Load(const From* from) const {
+      return LoadElements(D(), from);
+    }
+    template <class To>
+    HWY_INLINE void Store(V v, To* to, bool stream) const {
+      StoreElements(D(), v, to, stream);
+    }
+    HWY_INLINE V GradY(const GradientInput<E, kMasked>& input, int64_t i) const {
+      return input.GradY(i);
+    }
+  };
+  struct Part {
+    template <class From>
+    HWY_INLINE V Load(const From* from) const {
+      return LoadPartial(D(), from, n);
+    }
+    template <class To>
+    HWY_INLINE void Store(V v, To* to, bool) const {
+      StorePartial(D(), v, to, n);
+    }
+    HWY_INLINE V GradY(const GradientInput<E, kMasked>& input, int64_t i) const {
+      return input.PartialGradY(i, n);
+    }
+    size_t n;
+  };
+
+  template <class Access>
+  HWY_INLINE void Step(int64_t j, const Access access) const {
+    const D d;
+    const bool sums = grad_weight_ != nullptr;
+    const V weight = access.Load(weight_ + j);
+    V grad_weight = sums ? access.Load(grad_weight_ + j) : hn::Zero(d);
+    V grad_bias = sums ? access.Load(grad_bias_ + j) : hn::Zero(d);
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t i = begin_[r] + j;
+      const V dy = access.GradY(input_, i);
+      const V invstd = hn::Set(d, invstd_[r]);
+      if (ahead_ != 0) FetchAhead(input_.grad_y + i + ahead_);
+      V deviation = hn::Zero(d);
+      if (sums || !constant_) {
+        if (ahead_ != 0) FetchAhead(input_.x + i + ahead_);
+        deviation = hn::Sub(access.Load(input_.x + i), hn::Set(d, shift_[r]));
+      }
+      if (sums) {
+        const V normalized = hn::MulAdd(deviation, invstd, hn::Set(d, lost_[r]));
+        grad_weight = hn::MulAdd(dy, normalized, grad_weight);
+        grad_bias = hn::Add(grad_bias, dy);
+      }
+      if (grad_x_ != nullptr) {
+        V dx = hn::Mul(dy, hn::Mul(weight, invstd));
+        if (!constant_) {
+          dx = hn::Add(dx, hn::MulAdd(deviation, hn::Set(d, slope_[r]), hn::Set(d, offset_[r])));
+        }
+        access.Store(dx, grad_x_ + i, stream_);
+      }
+      if (grad_residual_ != nullptr) access.Store(dy, grad_residual_ + i, stream_);
+    }
+    if (sums) {
+      access.Store(grad_weight, grad_weight_ + j, false);
+      access.Store(grad_bias, grad_bias_ + j, false);
+    }
+  }
+
+  const GradientInput<E, kMasked> input_;
+  E* const grad_x_;
+  E* const grad_residual_;
+  const T* const weight_;
+  T* const grad_weight_;
+  T* const grad_bias_;
+  const bool constant_;
+  const int64_t ahead_;
+  const int64_t count_;
+  bool stream_;
+  int64_t begin_[kRows];
+  T shift_[kRows], invstd_[kRows], lost_[kRows], slope_[kRows], offset_[kRows];
+};
 
 template <class E>
-void GradientOfRow(const BackwardTensors& tensors, const Row& row) {
-  if (row.grad_weight != nullptr) {
-    WithInput<E>(tensors, [&](auto input) { AddParameterGradients<E>(input, row); });
-  }
-  if (tensors.grad_x == nullptr && tensors.grad_residual == nullptr) return;
-  Row coefficients = row;
-  coefficients.lost = 0;  // is in the offset
-  coefficients.bias = nullptr;
-  const RowCoefficients<ComputeType<E>> source(coefficients);
-  BackwardTensors applied = tensors;
-  if (row.constant) applied.x = nullptr;
-  WithGradient<E>(applied, [&](auto& op) {
-    WalkColumns(op, row.begin, {1, row.count, row.count}, source);
+void GradientOfRows(const BackwardTensors& tensors, const Row* rows, int64_t count) {
+  WithInput<E>(tensors, [&](auto input) {
+    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
+    if (count == kRowsTogether) {
+      RowGradient<E, kRowsTogether, kMasked>(tensors, rows).Run();
+    } else {
+      for (int64_t r = 0; r < count; ++r) RowGradient<E, 1, kMasked>(tensors, rows + r).Run();
+    }
   });
 }
 

@@ -73,39 +73,35 @@ struct ArrayCoefficients {
   const T* slope;
 };
 
-// LayerNorm's: scalars of a row, weight and bias along it.
+// LayerNorm's forward: scalars of a row, weight and bias along it.
 template <class T>
 struct RowCoefficients {
   explicit RowCoefficients(const Row& row)
       : shift(static_cast<T>(row.shift)),
         invstd(static_cast<T>(row.invstd)),
         lost(static_cast<T>(row.lost)),
-        slope(static_cast<T>(row.slope)),
-        offset(static_cast<T>(row.offset)),
         weight(static_cast<const T*>(row.weight)),
         bias(static_cast<const T*>(row.bias)) {}
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> Make(D d, hn::Vec<D> w, hn::Vec<D> b) const {
     return {hn::Set(d, shift), hn::Mul(w, hn::Set(d, invstd)), hn::MulAdd(w, hn::Set(d, lost), b),
-            hn::Set(d, slope)};
+            b};
   }
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> Load(D d, int64_t i) const {
-    return Make(d, hn::LoadU(d, weight + i),
-                bias == nullptr ? hn::Set(d, offset) : hn::LoadU(d, bias + i));
+    return Make(d, hn::LoadU(d, weight + i), hn::LoadU(d, bias + i));
   }
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> LoadPartial(D d, int64_t i, size_t n) const {
-    return Make(d, PartialVector(d, weight + i, n),
-                bias == nullptr ? hn::Set(d, offset) : PartialVector(d, bias + i, n));
+    return Make(d, PartialVector(d, weight + i, n), PartialVector(d, bias + i, n));
   }
 
-  const T shift, invstd, lost, slope, offset;
+  const T shift, invstd, lost;
   const T* weight;
-  const T* bias;  // null: offset
+  const T* bias;
 };
 
 template <class Op>
@@ -169,7 +165,7 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
   // time, a tile of columns after the other. The next tile is fetched by hand, since
   // pieces this short give the processor no pattern to follow.
   constexpr int64_t kTile = 512;
-  const bool wide = matrix.columns > 2 * kTile;
+  const bool wide = matrix.columns > 2 * kTile && matrix.rows > 1;
   const int64_t tile = wide ? kTile : matrix.columns;
   const int64_t together = wide ? 8 : 1;
   if (wide) op.FetchAheadBy(tile);
