@@ -251,11 +251,13 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
           if (layer.has_bias()) next.grad_bias = Accumulated(next.grad_bias, grad_bias);
           return Edited::kChanged;
         },
-        [call, spec = *spec, skip = request.skip_grad_input(),
-         wants_residual](absl::StatusOr<Changed> changed) {
+        [call, spec = *spec, skip = request.skip_grad_input(), wants_residual,
+         accumulated =
+             request.accumulate() && layer.has_weight()](absl::StatusOr<Changed> changed) {
           if (!changed.ok()) return call->Refuse(changed.status());
           call->answer.header.set_version(changed->version);
           call->answer.header.set_replayed(changed->replayed);
+          call->answer.changed = accumulated;
           call->Answer(spec, skip, wants_residual);
         });
     if (fresh) return;

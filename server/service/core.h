@@ -12,6 +12,8 @@
 #include "kernels/backend.h"
 #include "kernels/tbb_executor.h"
 #include "server/admission/memory_budget.h"
+#include "server/auth/audit_log.h"
+#include "server/auth/authenticator.h"
 #include "server/registry/registry.h"
 #include "server/registry/saved_contexts.h"
 #include "server/service/background.h"
@@ -47,6 +49,8 @@ struct Core {
   Checkpoints* checkpoints = nullptr;  // null: none are kept
   SavedCheckpoints* saved_checkpoints = nullptr;
   Background* background = nullptr;  // for what blocks on files
+  Authenticator* authenticator = nullptr;
+  AuditLog* audit_log = nullptr;
 };
 
 // How a handler answers: called once, on any thread.

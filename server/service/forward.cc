@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "server/auth/permissions.h"
 #include "server/error/error.h"
 #include "server/service/convert.h"
 #include "server/service/layers.h"
@@ -106,8 +107,8 @@ absl::StatusOr<std::string> Save(Core& core, SavedForward saved, const Payload& 
 
 }  // namespace
 
-void Forward(Core& core, const v1::ForwardRequest& request, Payload input, Payload residual,
-             std::stop_token stop, ForwardDone done) {
+void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
+             Payload residual, std::stop_token stop, ForwardDone done) {
   const absl::StatusOr<ChangeOptions> options = ToChangeOptions(request, Method::kForward);
   if (!options.ok()) return done(options.status());
   const auto wanted_mode = ToMode(request.mode());
@@ -143,6 +144,12 @@ void Forward(Core& core, const v1::ForwardRequest& request, Payload input, Paylo
     const Mode mode = wanted_mode->value_or(tip->mode);
     const auto pass = ToPass(tip->layer(), mode, *spec, "input");
     if (!pass.ok()) return call->Refuse(pass.status());
+    if (pass->folds || request.save_for_backward()) {
+      absl::Status allowed = CheckStronger(
+          caller, Role::kUser, request.name(),
+          pass->folds ? "a Forward in train mode" : "a Forward with save_for_backward");
+      if (!allowed.ok()) return call->Refuse(std::move(allowed));
+    }
     // A call that changes nothing sees what was acknowledged, one that folds
     // builds on what is about to be.
     const Snapshot state = pass->folds ? tip : (*instance)->published();
@@ -184,11 +191,12 @@ void Forward(Core& core, const v1::ForwardRequest& request, Payload input, Paylo
           FoldBatch(moments, next);
           return Edited::kChanged;
         },
-        [call, spec = *spec](absl::StatusOr<Changed> changed) {
+        [call, spec = *spec, folds = pass->folds](absl::StatusOr<Changed> changed) {
           if (!changed.ok()) return call->Refuse(changed.status());
           call->answer.header.set_version(changed->version);
           call->answer.header.set_replayed(changed->replayed);
           call->answer.header.set_num_batches_tracked(changed->num_batches_tracked);
+          call->answer.changed = folds;
           call->Answer(spec);
         });
     if (fresh) return;

@@ -7,6 +7,7 @@
 #include "absl/functional/any_invocable.h"
 #include "absl/status/statusor.h"
 #include "normd/v1/norm_service.pb.h"
+#include "server/auth/caller.h"
 #include "server/service/core.h"
 #include "server/service/tensor_answer.h"
 #include "server/wire/message.h"
@@ -18,9 +19,10 @@ using ForwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::Forw
 // Serves one Forward, from the unary call and the stream alike: `request` without
 // the tensors' data, which are `input` and `residual` (empty where the request has
 // none). All are used only until this returns; `done` is called then or later, when the
-// change is durable.
-void Forward(Core& core, const v1::ForwardRequest& request, Payload input, Payload residual,
-             std::stop_token stop, ForwardDone done);
+// change is durable. Any reader of the instance may make a Forward that changes nothing and
+// keeps nothing; the others are for its users.
+void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
+             Payload residual, std::stop_token stop, ForwardDone done);
 
 }  // namespace normd
 

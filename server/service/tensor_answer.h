@@ -19,6 +19,7 @@ template <class Response>
 struct TensorAnswer {
   Response header;  // without the tensors
   std::vector<AnswerTensor> tensors;
+  bool changed = false;  // whether the call changed the instance
 };
 
 // Pooled memory, claimed from the budget first.

@@ -21,9 +21,10 @@ class TensorCall final : public grpc::ServerUnaryReactor {
  public:
   TensorCall(Core& core, grpc::CallbackServerContext* context, const grpc::ByteBuffer* message,
              grpc::ByteBuffer* response)
-      : core_(core), rpc_(Method::kName, context), message_(message), response_(response) {}
+      : core_(core), rpc_(core, Method::kName, context), message_(message), response_(response) {}
 
   void Start() {
+    if (!rpc_.admitted().ok()) return Answer(rpc_.admitted());
     bytes_in_ = static_cast<int64_t>(message_->Length());
     if (bytes_in_ > core_.limits.max_message_bytes) {
       return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
@@ -51,17 +52,22 @@ class TensorCall final : public grpc::ServerUnaryReactor {
     }
     const absl::Status parsed = ParseMessage(*message_, fields, *core_.pool, request_);
     if (!parsed.ok()) return Answer(parsed);
-    Method::Call(core_, request_, payloads, stop_.get_token(),
+    finished_ = Tell(request_, Response());
+    if (absl::Status allowed = rpc_.Authorize(request_); !allowed.ok()) return Answer(allowed);
+    Method::Call(core_, rpc_.caller(), request_, payloads, stop_.get_token(),
                  [this](absl::StatusOr<TensorAnswer<Response>> answer) {
                    if (!answer.ok()) return Answer(answer.status());
+                   finished_ = Tell(request_, answer->header);
+                   finished_.changed = answer->changed;
                    *response_ = WriteMessage(answer->header, std::move(answer->tensors));
                    Answer(absl::OkStatus());
                  });
   }
 
   void Answer(const absl::Status& status) {
-    const auto bytes_out = status.ok() ? static_cast<int64_t>(response_->Length()) : 0;
-    Finish(rpc_.Finish(status, request_.name(), bytes_in_, bytes_out));
+    finished_.bytes_in = bytes_in_;
+    finished_.bytes_out = status.ok() ? static_cast<int64_t>(response_->Length()) : 0;
+    Finish(rpc_.Finish(status, finished_));
   }
 
   Core& core_;
@@ -70,6 +76,7 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   grpc::ByteBuffer* const response_;
   int64_t bytes_in_ = 0;
   typename Method::Request request_;
+  Finished finished_;
   std::stop_source stop_;
 };
 
@@ -79,9 +86,9 @@ struct ForwardMethod {
   static constexpr char kName[] = "Forward";
   static constexpr std::array kTensorFields = {Request::kInputFieldNumber,
                                                Request::kResidualFieldNumber};
-  static void Call(Core& core, const Request& request, std::array<Payload, 2>& payloads,
-                   std::stop_token stop, ForwardDone done) {
-    Forward(core, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),
+  static void Call(Core& core, const Caller& caller, const Request& request,
+                   std::array<Payload, 2>& payloads, std::stop_token stop, ForwardDone done) {
+    Forward(core, caller, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),
             std::move(done));
   }
 };
@@ -92,8 +99,8 @@ struct BackwardMethod {
   static constexpr char kName[] = "Backward";
   static constexpr std::array kTensorFields = {Request::kInputFieldNumber,
                                                Request::kGradOutputFieldNumber};
-  static void Call(Core& core, const Request& request, std::array<Payload, 2>& payloads,
-                   std::stop_token stop, BackwardDone done) {
+  static void Call(Core& core, const Caller&, const Request& request,
+                   std::array<Payload, 2>& payloads, std::stop_token stop, BackwardDone done) {
     Backward(core, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),
              std::move(done));
   }

@@ -107,8 +107,9 @@ struct ForwardMethod {
     return ended.ok() ? residual.End() : ended;
   }
   int64_t received() const { return input.received() + residual.received(); }
-  void Call(Core& core, std::stop_token stop, ForwardDone done) {
-    Forward(core, header, input.payload(), residual.payload(), std::move(stop), std::move(done));
+  void Call(Core& core, const Caller& caller, std::stop_token stop, ForwardDone done) {
+    Forward(core, caller, header, input.payload(), residual.payload(), std::move(stop),
+            std::move(done));
   }
   static void SetTensor(Answer& answer, AnswerTensor& tensor) {
     *answer.mutable_output() = std::move(tensor.header);
@@ -142,7 +143,7 @@ struct BackwardMethod {
     return ended.ok() ? input.End() : ended;
   }
   int64_t received() const { return grad_output.received() + input.received(); }
-  void Call(Core& core, std::stop_token stop, BackwardDone done) {
+  void Call(Core& core, const Caller&, std::stop_token stop, BackwardDone done) {
     Backward(core, header, input.payload(), grad_output.payload(), std::move(stop),
              std::move(done));
   }
@@ -170,8 +171,12 @@ class TensorStream final
     : public grpc::ServerBidiReactor<typename Method::Request, typename Method::Response> {
  public:
   TensorStream(Core& core, grpc::CallbackServerContext* context)
-      : core_(core), rpc_(Method::kName, context) {
-    this->StartRead(&request_);
+      : core_(core), rpc_(core, Method::kName, context) {
+    if (rpc_.admitted().ok()) {
+      this->StartRead(&request_);
+    } else {
+      End(rpc_.admitted());
+    }
   }
 
   void OnReadDone(bool ok) override {
@@ -199,6 +204,8 @@ class TensorStream final
       if (begun_) return HeaderOnce();
       begun_ = true;
       method_.header = std::move(*request_.mutable_header());
+      finished_ = Tell(method_.header, typename Method::Answer());
+      if (absl::Status allowed = rpc_.Authorize(method_.header); !allowed.ok()) return allowed;
       return method_.Begin(core_);
     }
     if (!begun_) return request_.part_case() == 0 ? NoHeader() : HeaderFirst();
@@ -210,9 +217,11 @@ class TensorStream final
     if (!begun_) return End(NoHeader());
     if (absl::Status whole = method_.End(); !whole.ok()) return End(whole);
     core_.executor->Enqueue([this] {
-      method_.Call(core_, stop_.get_token(),
+      method_.Call(core_, rpc_.caller(), stop_.get_token(),
                    [this](absl::StatusOr<TensorAnswer<typename Method::Answer>> answer) {
                      if (!answer.ok()) return End(answer.status());
+                     finished_ = Tell(method_.header, answer->header);
+                     finished_.changed = answer->changed;
                      tensors_ = std::move(answer->tensors);
                      // The answer's own order has the residual's gradient first; a
                      // stream's reader wants grad_input first.
@@ -243,7 +252,9 @@ class TensorStream final
   void End(const absl::Status& status) {
     if (ended_) return;
     ended_ = true;
-    this->Finish(rpc_.Finish(status, method_.header.name(), method_.received(), sent_));
+    finished_.bytes_in = method_.received();
+    finished_.bytes_out = sent_;
+    this->Finish(rpc_.Finish(status, finished_));
   }
 
   Core& core_;
@@ -256,6 +267,7 @@ class TensorStream final
   size_t offset_ = 0;  // and its bytes that were
   std::stop_source stop_;
   int64_t sent_ = 0;
+  Finished finished_;
   bool begun_ = false;
   bool ended_ = false;
 };
