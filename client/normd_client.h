@@ -431,6 +431,14 @@ struct ClientOptions {
   int64_t max_message_bytes = 0;
   // Bytes of tensor in one message of a stream.
   int64_t stream_chunk_bytes = 1 << 20;
+  // Files in PEM. With `tls_ca` the connection speaks TLS and believes the certificates
+  // that these roots vouch for (but on a Unix socket, which is never encrypted);
+  // `tls_cert` and `tls_key` are what it shows of itself.
+  std::string tls_ca = {};
+  std::string tls_cert = {};
+  std::string tls_key = {};
+  // File of the token that each call shows. Read once, as the others are.
+  std::string token_file = {};
   // Begins the user-agent that the server sees: "trainer/1.2".
   std::string user_agent = {};
 };
