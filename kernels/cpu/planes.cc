@@ -38,6 +38,15 @@ Range Part(int64_t n, int64_t parts, int64_t k, int64_t grain) {
   return {cut(k), cut(k + 1)};
 }
 
+// Elements in the order of memory, `skip` elements after the beginning of a plane. Their
+// coefficients are those of `planes` planes, over and over.
+struct Stretch {
+  int64_t size;
+  int64_t skip;
+  int64_t plane;
+  int64_t planes;
+};
+
 struct Geometry {
   // `tensors`: how many are read in each of both steps.
   Geometry(const NormProblem& problem, int64_t tensors) {
@@ -78,6 +87,9 @@ struct Geometry {
     return unit + 1 < units && chunks() == 1 ? unit_sets * run_length() : 0;
   }
 
+  // The whole tensor.
+  Stretch All(const NormProblem& problem) const { return {problem.size(), 0, plane, sets * subs}; }
+
   // Calls visit(planes) for each contiguous range of a chunk.
   template <class Visit>
   void ForEachRange(int64_t unit, int64_t chunk, Visit visit) const {
@@ -102,33 +114,34 @@ const void* At(const NormProblem& problem, const void* data, int64_t element) {
   return static_cast<const char*>(data) + element * static_cast<int64_t>(SizeOf(problem.dtype));
 }
 
-// Walks all elements in the order of memory, where nothing is to be summed first.
+// Walks them where nothing is to be summed first.
 template <class Visit>
-Outcome InOrder(const NormProblem& problem, const Geometry& geometry, int64_t bytes,
-                const Context& context, Visit visit) {
+Outcome InOrder(const Stretch& stretch, int64_t bytes, const Context& context, Visit visit) {
   struct Job {
     bool reduces() const { return false; }
     bool applies() const { return true; }
     void Reduce(int64_t, int64_t) {}
     void Finish(int64_t) {}
     void Apply(int64_t, int64_t part) {
-      const Range range = Part(size, parts, part, 64);
+      const Range range = Part(stretch.size, parts, part, 64);
+      const int64_t period = stretch.planes * stretch.plane;
       for (int64_t begin = range.begin; begin < range.end;) {
-        const int64_t within = begin % period;
+        const int64_t within = (stretch.skip + begin) % period;
         const int64_t count = std::min(range.end - begin, period - within);
         visit(Planes{.begin = begin,
                      .count = count,
-                     .plane_size = plane,
-                     .first_plane = within / plane,
-                     .skip = within % plane});
+                     .plane_size = stretch.plane,
+                     .first_plane = within / stretch.plane,
+                     .skip = within % stretch.plane});
         begin += count;
       }
     }
-    int64_t size, parts, period, plane;
+    Stretch stretch;
+    int64_t parts;
     Visit visit;
   };
   const int64_t parts = std::max<int64_t>(1, bytes / (2 * kChunkBytes));
-  Job job{problem.size(), parts, geometry.sets * geometry.run_length(), geometry.plane, visit};
+  Job job{stretch, parts, visit};
   return Run(job, {1, parts, bytes}, context);
 }
 
@@ -154,13 +167,13 @@ class ForwardJob {
     for (int64_t set = 0; set < geometry_.sets; ++set) {
       SetCoefficients(set, SetConstants(problem_, call_.statistics, set, /*of_batch=*/false));
     }
-    return InOrder(problem_, geometry_, bytes_, context, [this](const Planes& planes) {
+    return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
       kernels_.normalize_planes(tensors_, planes, arrays_.From(0));
     });
   }
 
   bool reduces() const { return true; }
-  bool applies() const { return true; }
+  bool applies() const { return call_.y != nullptr; }
 
   void Reduce(int64_t unit, int64_t chunk) {
     const Range sets = geometry_.SetsOf(unit);
@@ -237,7 +250,7 @@ class BackwardJob {
     if (!reduces()) {
       for (int64_t set = 0; set < geometry_.sets; ++set) SetCoefficients(set, 0, 0);
       if (!applies()) return Outcome::kOk;
-      return InOrder(problem_, geometry_, bytes_, context, [this](const Planes& planes) {
+      return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
         kernels_.gradient_of_planes(apply_tensors_, planes, arrays_.From(0));
       });
     }
@@ -372,6 +385,28 @@ class BackwardJob {
 
 Outcome ForwardByPlanes(const ForwardCall& call, const Context& context) {
   return ForwardJob(call).Execute(context);
+}
+
+Outcome RangeByPlanes(const RangeCall& call, const Context& context) {
+  const NormProblem& problem = call.problem;
+  const bool per_channel = problem.reduction == Reduction::kPerChannel;
+  const int64_t first = call.args.first / problem.positions;
+  const int64_t skip = call.args.first % problem.positions;
+  int64_t planes = (skip + call.args.count - 1) / problem.positions + 1;
+  if (per_channel) planes = std::min(planes, problem.channels);  // then they repeat
+  const Parameter weight(problem.dtype, call.args.affine.weight, 1);
+  const Parameter bias(problem.dtype, call.args.affine.bias, 0);
+  CoefficientArrays arrays(problem.dtype, planes, 3);
+  for (int64_t i = 0; i < planes; ++i) {
+    const int64_t c = (first + i) % problem.channels;
+    const int64_t set = per_channel ? c : (first + i) / (problem.channels / problem.groups);
+    SetForward(arrays, i, call.ConstantsOf(set), weight[c], bias[c]);
+  }
+  const ForwardKernels& kernels = ForwardKernelsFor(problem.dtype);
+  const ForwardTensors tensors = call.tensors();
+  return InOrder(
+      {call.args.count, skip, problem.positions, planes}, call.bytes(), context,
+      [&](const Planes& part) { kernels.normalize_planes(tensors, part, arrays.From(0)); });
 }
 
 Outcome BackwardByPlanes(const BackwardCall& call, const Context& context) {
