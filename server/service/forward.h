@@ -2,6 +2,7 @@
 #ifndef NORMD_SERVER_SERVICE_FORWARD_H_
 #define NORMD_SERVER_SERVICE_FORWARD_H_
 
+#include <optional>
 #include <stop_token>
 
 #include "absl/functional/any_invocable.h"
@@ -9,9 +10,19 @@
 #include "normd/v1/norm_service.pb.h"
 #include "server/service/core.h"
 #include "server/service/tensor_answer.h"
+#include "server/service/validate.h"
 #include "server/wire/message.h"
 
 namespace normd {
+
+// What a ForwardRequest says, checked but for the tensors' bytes.
+struct ForwardSpec {
+  ChangeOptions options;
+  std::optional<Mode> mode;
+  Activation activation = Activation::kNone;
+  TensorSpec input;  // and the residual's, where there is one
+};
+absl::StatusOr<ForwardSpec> ToForwardSpec(const v1::ForwardRequest& request);
 
 using ForwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::ForwardResponse>>)>;
 

@@ -42,8 +42,9 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   void Serve() {
     if (stop_.stop_requested()) return Answer(ToStatus(Outcome::kStopped));
     // The message itself, and what it is gathered into.
-    absl::StatusOr<MemoryClaim> claim = core_.memory->Claim(2 * bytes_in_);
+    auto claim = core_.memory->Claim(2 * bytes_in_);
     if (!claim.ok()) return Answer(claim.status());
+    claim_ = *std::move(claim);
     std::array<Payload, Method::kTensorFields.size()> payloads;
     std::array<TensorField, Method::kTensorFields.size()> fields;
     for (size_t i = 0; i < fields.size(); ++i) {
@@ -51,6 +52,17 @@ class TensorCall final : public grpc::ServerUnaryReactor {
     }
     const absl::Status parsed = ParseMessage(*message_, fields, *core_.pool, request_);
     if (!parsed.ok()) return Answer(parsed);
+    bool all_gathered = true;
+    for (Payload& payload : payloads) {
+      payload.gathered.claim = claim_.Split(static_cast<int64_t>(payload.gathered.buffer.size()));
+      all_gathered &= payload.gathered.buffer.size() == payload.size;
+    }
+    if (all_gathered && bytes_in_ > kLargestInline) {
+      // Nothing looks at the message any more. gRPC made it for this call alone; its
+      // interface has the const.
+      const_cast<grpc::ByteBuffer*>(message_)->Clear();
+      claim_ = MemoryClaim();
+    }
     Method::Call(core_, request_, payloads, stop_.get_token(),
                  [this](absl::StatusOr<TensorAnswer<Response>> answer) {
                    if (!answer.ok()) return Answer(answer.status());
@@ -69,6 +81,7 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   const grpc::ByteBuffer* const message_;
   grpc::ByteBuffer* const response_;
   int64_t bytes_in_ = 0;
+  MemoryClaim claim_;  // of the message
   typename Method::Request request_;
   std::stop_source stop_;
 };
