@@ -79,11 +79,28 @@ struct RunSums {
     Collect<k>(i, input.GradY(begin + i), mask);
   }
   template <int k>
+  HWY_INLINE void AddTwo(int64_t i) {
+    if constexpr (kPairsInterleave<E> && !kMasked) {
+      if (weight == nullptr) {
+        const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
+        const Pair<D> x = LoadPair(d, input.x + begin + i);
+        Collect<k>(gradient.a, x.a);
+        Collect<k + 1>(gradient.b, x.b);
+        return;
+      }
+    }
+    Add<k>(i);
+    Add<k + 1>(i + static_cast<int64_t>(hn::Lanes(d)));
+  }
+  template <int k>
   HWY_INLINE void Collect(int64_t i, V gradient) {
     if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
+    Collect<k>(gradient, input.X(begin + i));
+  }
+  template <int k>
+  HWY_INLINE void Collect(V gradient, V x) {
     dy.template At<k>() = hn::Add(dy.template At<k>(), gradient);
-    dy_d.template At<k>() =
-        hn::MulAdd(gradient, hn::Sub(input.X(begin + i), shift), dy_d.template At<k>());
+    dy_d.template At<k>() = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d.template At<k>());
   }
   template <int k, class M>
   HWY_INLINE void Collect(int64_t i, V gradient, M mask) {
@@ -225,12 +242,13 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
     }
     T* HWY_RESTRICT sum = static_cast<T*>(scratch);
     T* HWY_RESTRICT product = sum + columns;
-    constexpr int64_t kTogether = 8;
     const auto add = [&](int64_t row, int64_t count, int64_t j, auto keep) {
       const auto center = hn::LoadU(d, shift + j);
       auto s = hn::LoadU(d, sum + j), p = hn::LoadU(d, product + j);
       for (int64_t k = 0; k < count; ++k) {
         const int64_t i = begin + (row + k) * matrix.stride + j;
+        FetchAhead(input.grad_y + i + kRowsRead * matrix.stride);
+        FetchAhead(input.x + i + kRowsRead * matrix.stride);
         const auto g = input.GradY(i);
         s = hn::Add(s, keep(g));
         p = hn::Add(p, keep(hn::Mul(g, hn::Sub(input.X(i), center))));
@@ -242,8 +260,8 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       std::fill(sum, sum + columns, T{0});
       std::fill(product, product + columns, T{0});
       const int64_t end = std::min(block + kBlockRows, matrix.rows);
-      for (int64_t row = block; row < end; row += kTogether) {
-        const int64_t count = std::min(kTogether, end - row);
+      for (int64_t row = block; row < end; row += kRowsRead) {
+        const int64_t count = std::min(kRowsRead, end - row);
         int64_t j = 0;
         for (; j + lanes <= columns; j += lanes) add(row, count, j, [](auto v) { return v; });
         if (j < columns) {
@@ -318,26 +336,58 @@ class Gradient {
                                  const Outputs out, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    for (; i + lanes <= end; i += lanes) {
-      const VectorCoefficients<D> c = at(i);
-      if (ahead != 0) {
-        FetchAhead(input.grad_y + i + ahead);
-        if (kNeedsX) FetchAhead(input.x + i + ahead);
-      }
+    const auto gradient = [&](V dy, V x, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
+      if constexpr (!kNeedsX) return hn::Mul(dy, c.scale);
+      return hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(x, c.shift), c.slope, c.offset));
+    };
+    const auto fetch_ahead = [&](int64_t k) NORMD_INLINE_LAMBDA {
+      if (ahead == 0) return;
+      FetchAhead(input.grad_y + k + ahead);
+      if (kNeedsX) FetchAhead(input.x + k + ahead);
+    };
+    const auto x_at = [&](int64_t k)
+                          NORMD_INLINE_LAMBDA { return kNeedsX ? input.X(k) : hn::Zero(d); };
+    const auto at_one = [&]() NORMD_INLINE_LAMBDA {
       const V dy = input.GradY(i);
+      fetch_ahead(i);
       if (out.grad_x != nullptr) {
-        V dx;
-        if constexpr (kNeedsX) {
-          dx = hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(input.X(i), c.shift), c.slope, c.offset));
-        } else {
-          dx = hn::Mul(dy, c.scale);
-        }
-        StoreElements(d, dx, out.grad_x + i, out.stream);
+        StoreElements(d, gradient(dy, x_at(i), at(i)), out.grad_x + i, out.stream);
       }
       if (out.grad_residual != nullptr) {
         StoreElements(d, dy, out.grad_residual + i, out.stream_residual);
       }
+      i += lanes;
+    };
+    if constexpr (kPairsInterleave<E>) {
+      if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) at_one();
+      while (i + 2 * lanes <= end) {
+        fetch_ahead(i);
+        const VectorCoefficients<D> c = at(i);
+        if constexpr (At::kUniform && !kMasked) {
+          const Pair<D> dy = LoadPair(d, input.grad_y + i);
+          if (out.grad_x != nullptr) {
+            Pair<D> x{hn::Zero(d), hn::Zero(d)};
+            if (kNeedsX) x = LoadPair(d, input.x + i);
+            StorePair(d, Pair<D>{gradient(dy.a, x.a, c), gradient(dy.b, x.b, c)}, out.grad_x + i,
+                      out.stream);
+          }
+          if (out.grad_residual != nullptr) {
+            StorePair(d, dy, out.grad_residual + i, out.stream_residual);
+          }
+        } else {
+          const V first = input.GradY(i), second = input.GradY(i + lanes);
+          if (out.grad_x != nullptr) {
+            StoreTwo(d, gradient(first, x_at(i), c),
+                     gradient(second, x_at(i + lanes), at(i + lanes)), out.grad_x + i, out.stream);
+          }
+          if (out.grad_residual != nullptr) {
+            StoreTwo(d, first, second, out.grad_residual + i, out.stream_residual);
+          }
+        }
+        i += 2 * lanes;
+      }
     }
+    while (i + lanes <= end) at_one();
     return i;
   }
 

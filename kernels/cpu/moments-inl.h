@@ -42,7 +42,17 @@ struct MomentSums {
 
   template <int k>
   HWY_INLINE void Add(int64_t i) {
-    const V deviation = hn::Sub(LoadElements(d, x + i), shift);
+    Collect<k>(LoadElements(d, x + i));
+  }
+  template <int k>
+  HWY_INLINE void AddTwo(int64_t i) {
+    const Pair<D> values = LoadPair(d, x + i);
+    Collect<k>(values.a);
+    Collect<k + 1>(values.b);
+  }
+  template <int k>
+  HWY_INLINE void Collect(V value) {
+    const V deviation = hn::Sub(value, shift);
     sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
     square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
   }
@@ -177,6 +187,11 @@ void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMome
   }
 }
 
+// Rows of a matrix that are read side by side: enough to keep the columns' sums in
+// registers for a while. The next ones are fetched by hand, since a vector a row gives
+// the processor no pattern to follow.
+inline constexpr int64_t kRowsRead = 8;
+
 // Columns [j, j + Lanes) of `count` rows added to the sums of these columns.
 template <class E, class Keep>
 HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const ComputeType<E>* shift,
@@ -187,6 +202,8 @@ HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const Compute
   auto s1 = hn::Zero(d), q1 = hn::Zero(d);
   int64_t row = 0;
   for (; row + 2 <= count; row += 2) {
+    FetchAhead(x + (row + kRowsRead) * stride);
+    FetchAhead(x + (row + 1 + kRowsRead) * stride);
     const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
     const auto b = keep(hn::Sub(LoadElements(d, x + (row + 1) * stride), center));
     s0 = hn::Add(s0, a);
@@ -201,6 +218,78 @@ HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const Compute
   }
   hn::StoreU(hn::Add(s0, s1), d, sum);
   hn::StoreU(hn::Add(q0, q1), d, square);
+}
+
+// Values of the computing type as doubles, and back.
+template <class D64, class T>
+HWY_INLINE hn::Vec<D64> LoadDoubles(D64 d, const T* from) {
+  if constexpr (std::is_same_v<T, double>) {
+    return hn::LoadU(d, from);
+  } else {
+    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<float, D64>(), from));
+  }
+}
+template <class D64, class T>
+HWY_INLINE void StoreDoubles(D64 d, hn::Vec<D64> v, T* to) {
+  if constexpr (std::is_same_v<T, double>) {
+    hn::StoreU(v, d, to);
+  } else {
+    const hn::Rebind<float, D64> df;
+    hn::StoreU(hn::DemoteTo(df, v), df, to);
+  }
+}
+
+// ShiftNear() of each lane.
+template <class D64>
+HWY_INLINE hn::Vec<D64> ShiftsNear(D64 d, hn::Vec<D64> mean, hn::Vec<D64> deviation) {
+  const auto exponent = hn::BitCast(d, hn::Set(hn::RebindToUnsigned<D64>(), uint64_t{0x7ff} << 52));
+  const auto large = hn::Mul(hn::And(deviation, exponent), hn::Set(d, 0x1.8p52 / 8));
+  const auto rounded = hn::Sub(hn::Add(mean, large), large);
+  return hn::IfThenElse(hn::IsFinite(rounded), rounded, mean);
+}
+
+// MergeBlock() for columns, all of which have `done` rows in mean and m2, and `n` more in
+// sum and square. The same operations in each column, on whatever vectors it falls.
+template <class D64, class T>
+HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, T* shift, const T* sum,
+                               const T* square, double* mean, double* m2) {
+  const auto inverse = hn::Set(d, 1.0 / n);
+  const auto s = LoadDoubles(d, sum + j);
+  const auto q = LoadDoubles(d, square + j);
+  const auto center = LoadDoubles(d, shift + j);
+  const auto missed = hn::Mul(s, inverse);
+  const auto block_mean = hn::Add(center, missed);
+  // Not Max(): a NaN must stay one.
+  const auto m2_of_block = hn::Sub(q, hn::Mul(s, missed));
+  const auto block_m2 = hn::IfThenZeroElse(hn::Lt(m2_of_block, hn::Zero(d)), m2_of_block);
+  if (done == 0) {
+    hn::StoreU(block_mean, d, mean + j);
+    hn::StoreU(block_m2, d, m2 + j);
+  } else {
+    const double part = n / (done + n);
+    const auto before = hn::LoadU(d, mean + j);
+    const auto delta = hn::Sub(block_mean, before);
+    hn::StoreU(hn::MulAdd(delta, hn::Set(d, part), before), d, mean + j);
+    hn::StoreU(hn::MulAdd(hn::Mul(delta, delta), hn::Set(d, done * part),
+                          hn::Add(hn::LoadU(d, m2 + j), block_m2)),
+               d, m2 + j);
+  }
+  const auto variance = hn::Sub(hn::Mul(q, inverse), hn::Mul(missed, missed));
+  StoreDoubles(d, ShiftsNear(d, block_mean, hn::Sqrt(variance)), shift + j);
+}
+
+template <class T>
+void MergeColumns(int64_t columns, double done, double n, T* HWY_RESTRICT shift,
+                  const T* HWY_RESTRICT sum, const T* HWY_RESTRICT square,
+                  double* HWY_RESTRICT mean, double* HWY_RESTRICT m2) {
+  const hn::ScalableTag<double> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) {
+    MergeColumnsAt(d, j, done, n, shift, sum, square, mean, m2);
+  }
+  const hn::CappedTag<double, 1> one;
+  for (; j < columns; ++j) MergeColumnsAt(one, j, done, n, shift, sum, square, mean, m2);
 }
 
 template <class E>
@@ -224,9 +313,6 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   T* HWY_RESTRICT shift = static_cast<T*>(scratch);
   T* HWY_RESTRICT sum = shift + columns;
   T* HWY_RESTRICT square = sum + columns;
-  // How many rows are read side by side: enough to keep the sums in registers for a
-  // while, few enough for the prefetcher to follow.
-  constexpr int64_t kTogether = 8;
   const auto add = [&](int64_t begin, int64_t count) {
     const E* from = x + begin * stride;
     int64_t j = 0;
@@ -246,36 +332,22 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   };
 
   // The first shift: the mean of the first rows, shifted by the first of them.
-  const int64_t pilot = std::min(kTogether, matrix.rows);
+  const int64_t pilot = std::min(kRowsRead, matrix.rows);
   for (int64_t j = 0; j < columns; ++j) shift[j] = ScalarAt(x, j);
   clear();
   add(0, pilot);
-  for (int64_t j = 0; j < columns; ++j)
-    shift[j] = static_cast<T>(ShiftOfSums(shift[j], sum[j], square[j], static_cast<double>(pilot)));
+  MergeColumns(columns, 0, static_cast<double>(pilot), shift, sum, square, mean, m2);
   clear();
 
   double done = 0;
   for (int64_t begin = 0; begin < matrix.rows;) {
     const int64_t end = std::min(begin + kBlockRows, matrix.rows);
     const double n = static_cast<double>(end - begin);
-    for (; begin < end; begin += kTogether) add(begin, std::min(kTogether, end - begin));
+    for (; begin < end; begin += kRowsRead) add(begin, std::min(kRowsRead, end - begin));
     begin = end;
-    // PartialMoments::Merge(), all columns alike.
-    const double total = done + n;
-    const double part = n / total;
-    for (int64_t j = 0; j < columns; ++j) {
-      const double s = sum[j];
-      const double block_m2 = square[j] - s * (s / n);
-      const double block_mean = shift[j] + s / n;
-      const double before = done == 0 ? block_mean : mean[j];
-      const double delta = block_mean - before;
-      mean[j] = before + delta * part;
-      m2[j] =
-          (done == 0 ? 0 : m2[j]) + (block_m2 < 0 ? 0 : block_m2) + delta * delta * (done * part);
-      shift[j] = static_cast<T>(ShiftOfSums(shift[j], s, square[j], n));
-    }
+    MergeColumns(columns, done, n, shift, sum, square, mean, m2);
     clear();
-    done = total;
+    done += n;
   }
 }
 

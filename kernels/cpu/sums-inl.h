@@ -119,16 +119,15 @@ HWY_INLINE bool AreReadTogether(D d, int64_t sets, const Runs& runs) {
 
 // Adds elements [0, n), n >= Lanes(d), to `sums`, which has
 //   Add<k>(i)              the vector at i, to accumulator k of 4
+//   AddTwo<k>(i)           the two vectors from i on, to accumulators k and k + 1
 //   Add<k>(i, mask)        those of its lanes that are in the mask
 template <class D, class Sums>
 HWY_INLINE void AddRun(D d, int64_t n, Sums& sums) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    sums.template Add<0>(i);
-    sums.template Add<1>(i + lanes);
-    sums.template Add<2>(i + 2 * lanes);
-    sums.template Add<3>(i + 3 * lanes);
+    sums.template AddTwo<0>(i);
+    sums.template AddTwo<2>(i + 2 * lanes);
   }
   if (i + lanes <= n) sums.template Add<0>(i), i += lanes;
   if (i + lanes <= n) sums.template Add<1>(i), i += lanes;

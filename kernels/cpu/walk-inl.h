@@ -1,7 +1,7 @@
 // Walks over elements with the coefficients that each of them has. An operation
 // (Normalize, Gradient) is the same wherever its coefficients come from:
 //
-//   Op::Type                              float or double
+//   Op::Type, Op::D                       float or double, and its vectors' tag
 //   op.Begin(i)                           elements from i on follow, without gaps
 //   op.Vectors(i, end, at)                whole vectors from i on that end by `end`, with
 //                                         the coefficients at(i); returns where it stopped
@@ -36,6 +36,23 @@ HWY_INLINE hn::Vec<D> PartialVector(D d, const hn::TFromD<D>* from, size_t n) {
 template <class D>
 struct VectorCoefficients {
   hn::Vec<D> shift, scale, offset, slope;
+};
+
+// Where an operation gets its coefficients: the same for all elements, or by element.
+template <class D>
+struct Uniform {
+  static constexpr bool kUniform = true;
+  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const { return values; }
+  VectorCoefficients<D> values;
+};
+template <class D, class Source>
+struct Varying {
+  static constexpr bool kUniform = false;
+  HWY_INLINE VectorCoefficients<D> operator()(int64_t i) const {
+    return source.Load(D(), i - start);
+  }
+  const Source source;
+  const int64_t start;
 };
 
 // Coefficients as arrays; a forward's slope is never read.
@@ -147,7 +164,7 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
       plane_end += planes.plane_size;
       stop = i + lanes;
     }
-    i = op.Vectors(i, stop, [&](int64_t) NORMD_INLINE_LAMBDA { return values; });
+    i = op.Vectors(i, stop, Uniform<typename Op::D>{values});
   }
   if (i == plane_end) {
     ++plane;
@@ -180,7 +197,7 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
           const size_t head = static_cast<size_t>(j - left);
           op.Partial(start + left, head, source.LoadPartial(d, left, head));
         }
-        const auto at = [&](int64_t i) NORMD_INLINE_LAMBDA { return source.Load(d, i - start); };
+        const Varying<typename Op::D, Source> at{source, start};
         j = op.Vectors(start + j, start + right, at) - start;
         if (j < right) {
           const size_t rest = static_cast<size_t>(right - j);
