@@ -202,18 +202,6 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
 }
 
 template <class E>
-void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
-                const double* shift, GradientSums* sums) {
-  if (AreReadTogether(Tag<E>(), sets, runs)) {
-    SumsOfSetsTogether<E>(tensors, begin, sets, runs, shift, sums);
-    return;
-  }
-  for (int64_t set = 0; set < sets; ++set) {
-    sums[set] = WeightedSums<E>(tensors, begin + set * runs.length, runs, nullptr, shift[set]);
-  }
-}
-
-template <class E>
 GradientSums SumsOfRow(const BackwardTensors& tensors, const Row& row) {
   return WeightedSums<E>(tensors, row.begin, {1, row.count, 0},
                          static_cast<const ComputeType<E>*>(row.weight), row.shift);
@@ -273,6 +261,43 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
     }
   });
+}
+
+// As MomentsOfTinySets().
+template <class E>
+void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
+                    const double* shift, GradientSums* sums) {
+  using T = ComputeType<E>;
+  const int64_t columns = sets * runs.length;
+  std::vector<T> shifts(static_cast<size_t>(columns)), scratch(static_cast<size_t>(2 * columns));
+  std::vector<double> dy(static_cast<size_t>(columns)), dy_d(dy);
+  for (int64_t set = 0; set < sets; ++set) {
+    std::fill_n(shifts.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
+  }
+  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts.data(),
+                   scratch.data(), dy.data(), dy_d.data());
+  const hn::ScalableTag<double> d;
+  for (int64_t set = 0; set < sets; ++set) {
+    const int64_t first = set * runs.length;
+    sums[set] = {SumOfArray(d, dy.data() + first, runs.length),
+                 SumOfArray(d, dy_d.data() + first, runs.length)};
+  }
+}
+
+template <class E>
+void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
+                const double* shift, GradientSums* sums) {
+  if (AreTiny(Tag<E>(), sets, runs)) {
+    SumsOfTinySets<E>(tensors, begin, sets, runs, shift, sums);
+    return;
+  }
+  if (AreReadTogether(Tag<E>(), sets, runs)) {
+    SumsOfSetsTogether<E>(tensors, begin, sets, runs, shift, sums);
+    return;
+  }
+  for (int64_t set = 0; set < sets; ++set) {
+    sums[set] = WeightedSums<E>(tensors, begin + set * runs.length, runs, nullptr, shift[set]);
+  }
 }
 
 // The walk's operation. kMasked: there is a ReLU mask.

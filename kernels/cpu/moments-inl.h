@@ -144,6 +144,94 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs) {
   return total;
 }
 
+// Rows of a matrix that are read side by side: enough to keep the columns' sums in
+// registers for a while. The next ones are fetched by hand, since a vector a row gives
+// the processor no pattern to follow.
+inline constexpr int64_t kRowsRead = 8;
+
+// Columns [j, j + Lanes) of `count` rows added to the sums of these columns.
+template <class E, class Keep>
+HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const ComputeType<E>* shift,
+                        ComputeType<E>* sum, ComputeType<E>* square, Keep keep) {
+  const Tag<E> d;
+  const auto center = hn::LoadU(d, shift);
+  auto s0 = hn::LoadU(d, sum), q0 = hn::LoadU(d, square);
+  auto s1 = hn::Zero(d), q1 = hn::Zero(d);
+  int64_t row = 0;
+  for (; row + 2 <= count; row += 2) {
+    FetchAhead(x + (row + kRowsRead) * stride);
+    FetchAhead(x + (row + 1 + kRowsRead) * stride);
+    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
+    const auto b = keep(hn::Sub(LoadElements(d, x + (row + 1) * stride), center));
+    s0 = hn::Add(s0, a);
+    s1 = hn::Add(s1, b);
+    q0 = hn::MulAdd(a, a, q0);
+    q1 = hn::MulAdd(b, b, q1);
+  }
+  if (row < count) {
+    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
+    s0 = hn::Add(s0, a);
+    q0 = hn::MulAdd(a, a, q0);
+  }
+  hn::StoreU(hn::Add(s0, s1), d, sum);
+  hn::StoreU(hn::Add(q0, q1), d, square);
+}
+
+// Rows [begin, end) of `matrix`, which has a vector's columns or more, added to the sums of
+// each column.
+template <class E>
+HWY_INLINE void AddMatrix(const E* x, int64_t begin, int64_t end, const Matrix& matrix,
+                          const ComputeType<E>* shift, ComputeType<E>* HWY_RESTRICT sum,
+                          ComputeType<E>* HWY_RESTRICT square) {
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t columns = matrix.columns, stride = matrix.stride;
+  for (; begin < end; begin += kRowsRead) {
+    const int64_t count = std::min(kRowsRead, end - begin);
+    const E* from = x + begin * stride;
+    int64_t j = 0;
+    for (; j + lanes <= columns; j += lanes) {
+      AddRows(from + j, count, stride, shift + j, sum + j, square + j, [](auto v) { return v; });
+    }
+    if (j < columns) {
+      const auto fresh = hn::Not(hn::FirstN(d, static_cast<size_t>(j + lanes - columns)));
+      j = columns - lanes;
+      AddRows(from + j, count, stride, shift + j, sum + j, square + j,
+              [&](auto v) { return hn::IfThenElseZero(fresh, v); });
+    }
+  }
+}
+
+// Sets whose runs are a few vectors, as a matrix with a column for each position of each
+// set: a position's sums wait for the next run, and a set's are added up in the end.
+template <class E>
+void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const int64_t columns = sets * runs.length;
+  std::vector<T> shift(static_cast<size_t>(columns)), sum(shift), square(shift);
+  for (int64_t set = 0; set < sets; ++set) {
+    const int64_t first = set * runs.length;
+    std::fill_n(shift.begin() + first, runs.length, PilotShift(x + first, runs.length));
+    moments[set] = {};
+  }
+  for (int64_t block = 0; block < runs.count; block += kBlockRows) {
+    std::fill(sum.begin(), sum.end(), T{0});
+    std::fill(square.begin(), square.end(), T{0});
+    const int64_t end = std::min(block + kBlockRows, runs.count);
+    AddMatrix(x, block, end, Matrix{runs.count, columns, runs.stride}, shift.data(), sum.data(),
+              square.data());
+    for (int64_t set = 0; set < sets; ++set) {
+      const int64_t first = set * runs.length;
+      T center = shift[static_cast<size_t>(first)];
+      MergeBlock(static_cast<double>((end - block) * runs.length),
+                 SumOfArray(d, sum.data() + first, runs.length),
+                 SumOfArray(d, square.data() + first, runs.length), center, moments[set]);
+      std::fill_n(shift.begin() + first, runs.length, center);
+    }
+  }
+}
+
 template <class E>
 void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
   MomentSums<E> sums;
@@ -177,6 +265,10 @@ template <class E>
 void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMoments* moments) {
   const E* x = static_cast<const E*>(data);
   const Tag<E> d;
+  if (AreTiny(d, sets, runs)) {
+    MomentsOfTinySets(x, sets, runs, moments);
+    return;
+  }
   if (AreReadTogether(d, sets, runs)) {
     MomentsOfSetsTogether(x, sets, runs, moments);
     return;
@@ -185,39 +277,6 @@ void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMome
     const bool is_short = runs.length < static_cast<int64_t>(hn::Lanes(d));
     moments[set] = is_short ? MomentsOfShortRuns(x, runs) : MomentsOfLongRuns(x, runs);
   }
-}
-
-// Rows of a matrix that are read side by side: enough to keep the columns' sums in
-// registers for a while. The next ones are fetched by hand, since a vector a row gives
-// the processor no pattern to follow.
-inline constexpr int64_t kRowsRead = 8;
-
-// Columns [j, j + Lanes) of `count` rows added to the sums of these columns.
-template <class E, class Keep>
-HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const ComputeType<E>* shift,
-                        ComputeType<E>* sum, ComputeType<E>* square, Keep keep) {
-  const Tag<E> d;
-  const auto center = hn::LoadU(d, shift);
-  auto s0 = hn::LoadU(d, sum), q0 = hn::LoadU(d, square);
-  auto s1 = hn::Zero(d), q1 = hn::Zero(d);
-  int64_t row = 0;
-  for (; row + 2 <= count; row += 2) {
-    FetchAhead(x + (row + kRowsRead) * stride);
-    FetchAhead(x + (row + 1 + kRowsRead) * stride);
-    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
-    const auto b = keep(hn::Sub(LoadElements(d, x + (row + 1) * stride), center));
-    s0 = hn::Add(s0, a);
-    s1 = hn::Add(s1, b);
-    q0 = hn::MulAdd(a, a, q0);
-    q1 = hn::MulAdd(b, b, q1);
-  }
-  if (row < count) {
-    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
-    s0 = hn::Add(s0, a);
-    q0 = hn::MulAdd(a, a, q0);
-  }
-  hn::StoreU(hn::Add(s0, s1), d, sum);
-  hn::StoreU(hn::Add(q0, q1), d, square);
 }
 
 // Values of the computing type as doubles, and back.
@@ -313,19 +372,6 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   T* HWY_RESTRICT shift = static_cast<T*>(scratch);
   T* HWY_RESTRICT sum = shift + columns;
   T* HWY_RESTRICT square = sum + columns;
-  const auto add = [&](int64_t begin, int64_t count) {
-    const E* from = x + begin * stride;
-    int64_t j = 0;
-    for (; j + lanes <= columns; j += lanes) {
-      AddRows(from + j, count, stride, shift + j, sum + j, square + j, [](auto v) { return v; });
-    }
-    if (j < columns) {
-      const auto fresh = hn::Not(hn::FirstN(d, static_cast<size_t>(j + lanes - columns)));
-      j = columns - lanes;
-      AddRows(from + j, count, stride, shift + j, sum + j, square + j,
-              [&](auto v) { return hn::IfThenElseZero(fresh, v); });
-    }
-  };
   const auto clear = [&] {
     std::fill(sum, sum + columns, T{0});
     std::fill(square, square + columns, T{0});
@@ -335,7 +381,7 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   const int64_t pilot = std::min(kRowsRead, matrix.rows);
   for (int64_t j = 0; j < columns; ++j) shift[j] = ScalarAt(x, j);
   clear();
-  add(0, pilot);
+  AddMatrix(x, 0, pilot, matrix, shift, sum, square);
   MergeColumns(columns, 0, static_cast<double>(pilot), shift, sum, square, mean, m2);
   clear();
 
@@ -343,7 +389,7 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   for (int64_t begin = 0; begin < matrix.rows;) {
     const int64_t end = std::min(begin + kBlockRows, matrix.rows);
     const double n = static_cast<double>(end - begin);
-    for (; begin < end; begin += kRowsRead) add(begin, std::min(kRowsRead, end - begin));
+    AddMatrix(x, begin, end, matrix, shift, sum, square);
     begin = end;
     MergeColumns(columns, done, n, shift, sum, square, mean, m2);
     clear();

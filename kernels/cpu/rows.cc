@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kUnitBytes = int64_t{1} << 18;
 constexpr int64_t kLongestAheadBytes = int64_t{1} << 17;
+constexpr int64_t kShortestAheadBytes = int64_t{1} << 13;
 constexpr int64_t kMostBackwardUnits = 64;
 constexpr int64_t kRowsInFloat = 64;
 
@@ -41,8 +42,13 @@ struct Geometry {
   int64_t RowsTogether() const {
     return parameters == length && length * element_bytes <= kLongestAheadBytes ? kRowsTogether : 1;
   }
-  // To the next row, which is fetched while this one is written.
-  int64_t Ahead() const { return length * element_bytes <= kLongestAheadBytes ? length : 0; }
+  // To the next row, or a later one if rows are short, which is fetched while this one is
+  // written.
+  int64_t Ahead() const {
+    const int64_t row_bytes = length * element_bytes;
+    if (row_bytes > kLongestAheadBytes) return 0;
+    return (kShortestAheadBytes + row_bytes - 1) / row_bytes * length;
+  }
 
   int64_t units() const { return (rows + unit_rows - 1) / unit_rows; }
   int64_t FirstRow(int64_t unit) const { return unit * unit_rows; }
