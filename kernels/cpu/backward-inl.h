@@ -332,6 +332,14 @@ class Gradient {
     return Loop<true>(i, end, at, input_, out, ahead_);
   }
 
+  bool TakesTwo() const { return !stream_; }  // as in Normalize
+  template <class At>
+  HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
+    const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};
+    if (input_.x == nullptr) return LoopOfTwo<false>(i, end, stride, at, input_, out, ahead_);
+    return LoopOfTwo<true>(i, end, stride, at, input_, out, ahead_);
+  }
+
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
     const D d;
     const V dy = input_.PartialGradY(i, n);
@@ -413,6 +421,51 @@ class Gradient {
       }
     }
     while (i + lanes <= end) at_one();
+    return i;
+  }
+
+  template <bool kNeedsX, class At>
+  static HWY_INLINE int64_t LoopOfTwo(int64_t i, int64_t end, int64_t stride, const At& at,
+                                      const Input input, const Outputs out, const int64_t ahead) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    const auto gradient = [&](int64_t k, V dy, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
+      if (ahead != 0) {
+        FetchAhead(input.grad_y + k + ahead);
+        if (kNeedsX) FetchAhead(input.x + k + ahead);
+      }
+      if constexpr (!kNeedsX) return hn::Mul(dy, c.scale);
+      return hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(input.X(k), c.shift), c.slope, c.offset));
+    };
+    const auto step = [&]() NORMD_INLINE_LAMBDA {
+      const VectorCoefficients<D> c = at(i);
+      for (const int64_t k : {i, i + stride}) {
+        const V dy = input.GradY(k);
+        if (out.grad_x != nullptr) {
+          StoreElements(d, gradient(k, dy, c), out.grad_x + k, false);
+        }
+        if (out.grad_residual != nullptr) {
+          StoreElements(d, dy, out.grad_residual + k, false);
+        }
+      }
+      i += lanes;
+    };
+    if constexpr (kPairsInterleave<E>) {
+      for (; i + 2 * lanes <= end; i += 2 * lanes) {
+        const VectorCoefficients<D> a = at(i), b = at(i + lanes);
+        for (const int64_t k : {i, i + stride}) {
+          const V first = input.GradY(k), second = input.GradY(k + lanes);
+          if (out.grad_x != nullptr) {
+            StoreTwo(d, gradient(k, first, a), gradient(k + lanes, second, b), out.grad_x + k,
+                     false);
+          }
+          if (out.grad_residual != nullptr) {
+            StoreTwo(d, first, second, out.grad_residual + k, false);
+          }
+        }
+      }
+    }
+    while (i + lanes <= end) step();
     return i;
   }
 
