@@ -23,7 +23,7 @@ namespace normd::cpu {
 namespace {
 
 constexpr int64_t kTile = 4096;           // columns summed at once
-constexpr int64_t kFewestColumns = 128;   // after folding
+constexpr int64_t kFewestColumns = 512;   // after folding
 constexpr int64_t kWidestVector = 16;     // lanes
 constexpr int64_t kWidestFolded = 16384;  // columns
 constexpr int64_t kLargestChunkBytes = int64_t{1} << 20;
@@ -185,8 +185,8 @@ class ForwardJob {
   }
 
  private:
-  // Merges what the chunks found: first the chunks of each column, then the columns
-  // of each set.
+  // Merges what the chunks found: first the chunks of each column, then the columns of
+  // each channel, then the channels of each set.
   void WriteMoments(int64_t unit) {
     double* mean = mean_.Get<double>() + geometry_.PartialAt(unit, 0);
     double* m2 = m2_.Get<double>() + geometry_.PartialAt(unit, 0);
@@ -211,7 +211,12 @@ class ForwardJob {
         }
       }
     };
-    merge(geometry_.columns, count, mean, m2);
+    const int64_t fold = geometry_.columns / geometry_.base;
+    for (int64_t k = 1; k < fold; ++k) {
+      MergeMoments(geometry_.base, count * static_cast<double>(k), mean, m2, count,
+                   mean + k * geometry_.base, m2 + k * geometry_.base);
+    }
+    merge(geometry_.base, count * static_cast<double>(fold), mean, m2);
     if (geometry_.tail_columns != 0) {  // single values
       std::vector<double> value(static_cast<size_t>(geometry_.tail_columns));
       std::vector<double> zero(value.size());
@@ -340,9 +345,9 @@ class BackwardJob {
       for (int64_t j = 0; j < geometry_.columns; ++j) dy[j] += more_dy[j];
       for (int64_t j = 0; j < geometry_.columns; ++j) dy_d[j] += more_dy_d[j];
     }
-    for (int64_t j = geometry_.base; j < geometry_.columns; ++j) {
-      dy[j % geometry_.base] += dy[j];
-      dy_d[j % geometry_.base] += dy_d[j];
+    for (int64_t k = geometry_.base; k < geometry_.columns; k += geometry_.base) {
+      for (int64_t j = 0; j < geometry_.base; ++j) dy[j] += dy[k + j];
+      for (int64_t j = 0; j < geometry_.base; ++j) dy_d[j] += dy_d[k + j];
     }
     for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
       const SetConstants constants = ConstantsOf(unit, set);
