@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "kernels/backend.h"
 #include "kernels/tbb_executor.h"
+#include "server/admission/concurrency_limit.h"
 #include "server/admission/memory_budget.h"
 #include "server/registry/registry.h"
 #include "server/registry/saved_contexts.h"
@@ -39,6 +40,7 @@ struct Core {
   TbbExecutor* executor = nullptr;
   Backend* backend = nullptr;
   BufferPool* pool = nullptr;
+  ConcurrencyLimit* concurrency = nullptr;
   MemoryBudget* memory = nullptr;
   MemoryBudget* context_memory = nullptr;
   Persister* persister = nullptr;

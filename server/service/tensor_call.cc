@@ -29,6 +29,9 @@ class TensorCall final : public grpc::ServerUnaryReactor {
       return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
                                   core_.limits.max_message_bytes, "--max_message_bytes"));
     }
+    auto slot = core_.concurrency->Enter();
+    if (!slot.ok()) return Answer(slot.status());
+    slot_ = *std::move(slot);
     if (bytes_in_ <= kLargestInline) return Serve();
     core_.executor->Enqueue([this] { Serve(); });
   }
@@ -81,6 +84,7 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   const grpc::ByteBuffer* const message_;
   grpc::ByteBuffer* const response_;
   int64_t bytes_in_ = 0;
+  ConcurrencySlot slot_;
   MemoryClaim claim_;  // of the message
   typename Method::Request request_;
   std::stop_source stop_;

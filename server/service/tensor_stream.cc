@@ -326,7 +326,11 @@ class TensorStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc
         method_(core, stop_.get_token()) {}
 
   void Start() {
-    Act([] {});
+    auto slot = core_.concurrency->Enter();
+    Act([this, &slot]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+      status_ = slot.status();
+      if (slot.ok()) slot_ = *std::move(slot);
+    });
   }
 
   void OnReadDone(bool ok) override {
@@ -495,6 +499,7 @@ class TensorStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc
   grpc::CallbackServerContext* const context_;
   Rpc rpc_;
   std::stop_source stop_;
+  ConcurrencySlot slot_;
 
   // Of whoever works.
   Method method_;
