@@ -39,8 +39,9 @@ absl::StatusOr<ForwardPieces::Way> ForwardPieces::WayOf(Core& core, const Caller
                                                                       : Way::kWhole;
 }
 
-absl::StatusOr<ForwardPieces> ForwardPieces::Begin(Core& core, const v1::ForwardRequest& request,
-                                                   const ForwardSpec& spec) {
+absl::StatusOr<std::optional<ForwardPieces>> ForwardPieces::Begin(Core& core,
+                                                                  const v1::ForwardRequest& request,
+                                                                  const ForwardSpec& spec) {
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return instance.status();
   ForwardPieces pieces;
@@ -51,6 +52,7 @@ absl::StatusOr<ForwardPieces> ForwardPieces::Begin(Core& core, const v1::Forward
   const Mode mode = spec.mode.value_or(state.mode);
   const auto pass = ToPass(state.layer(), mode, spec.input, "input");
   if (!pass.ok()) return pass.status();
+  if (pass->folds || (pass->by_batch && !IsPerSample(*pass))) return std::nullopt;
   pieces.problem_ = pass->problem;
   pieces.activation_ = spec.activation;
   pieces.by_batch_ = pass->by_batch;
@@ -64,7 +66,7 @@ absl::StatusOr<ForwardPieces> ForwardPieces::Begin(Core& core, const v1::Forward
   pieces.header_.set_version(state.version);
   pieces.header_.set_num_batches_tracked(state.num_batches_tracked);
   *pieces.header_.mutable_output() = ToProto(spec.input);
-  return pieces;
+  return std::optional(std::move(pieces));
 }
 
 void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequest& request,

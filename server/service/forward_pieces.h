@@ -32,9 +32,11 @@ class ForwardPieces {
   static absl::StatusOr<Way> WayOf(Core& core, const Caller& caller,
                                    const v1::ForwardRequest& request, const ForwardSpec& spec);
 
-  // kAsItArrives: from the instance as it is now.
-  static absl::StatusOr<ForwardPieces> Begin(Core& core, const v1::ForwardRequest& request,
-                                             const ForwardSpec& spec);
+  // kAsItArrives: from the instance as it is now; nothing where it has changed so that the
+  // way is another.
+  static absl::StatusOr<std::optional<ForwardPieces>> Begin(Core& core,
+                                                            const v1::ForwardRequest& request,
+                                                            const ForwardSpec& spec);
 
   // kAfterStatistics: takes the statistics of `input`, folds them in, and calls `done` when
   // the change is durable. `input` is used until then. Where the mode has changed

@@ -119,12 +119,16 @@ class ForwardStream {
     if (!way.ok()) return way.status();
     way_ = *way;
     if (way_ == ForwardPieces::Way::kAsItArrives) {
-      if (absl::Status begun = input_.tensor.Begin(header.input(), "input"); !begun.ok()) {
-        return begun;
-      }
       auto pieces = ForwardPieces::Begin(core_, header, spec_);
       if (!pieces.ok()) return pieces.status();
       pieces_ = *std::move(pieces);
+      // Where the mode has changed just now, the unary call's way takes whatever it is.
+      if (!pieces_.has_value()) way_ = ForwardPieces::Way::kWhole;
+    }
+    if (pieces_.has_value()) {
+      if (absl::Status begun = input_.tensor.Begin(header.input(), "input"); !begun.ok()) {
+        return begun;
+      }
       answers.push_back(HeaderOf(pieces_->header()));
       return absl::OkStatus();
     }
