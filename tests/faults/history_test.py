@@ -148,7 +148,7 @@ class Wrong(Judged):
         self.right.model.apply("forward", 1)
         self.right.model.version -= 1
         self.right.call("get_state")
-        self.fails("get_state", "off by")
+        self.fails("num_batches_tracked")
 
     def test_a_change_that_nobody_made(self):
         self.right.call("forward", 1)
@@ -162,6 +162,11 @@ class Wrong(Judged):
         self.right.model.apply("forward", 2)
         self.right.call("get_state")
         self.fails("get_state", "running_mean")
+
+    def test_statistics_that_are_not_the_batch_s(self):
+        statistics = self.right.call("forward", 1).answer["statistics"]
+        statistics["var"] = statistics["var"] * (1 + 1e-9)
+        self.fails("var of the batch")
 
     def test_a_wrong_output(self):
         self.right.call("forward", 1).answer["output"][0, 0, 0, 0] += 1e-3
@@ -191,12 +196,11 @@ class Wrong(Judged):
 
     def test_a_restart_with_one_bit_off(self):
         self.right.call("forward", 1)
-        self.right.call("get_state")
         restart = self.right.restart()
         mean = restart.state["running_mean"].copy()
         mean.view("<u4")[2] ^= 1
         restart.state["running_mean"] = mean
-        self.fails("after restart 1", "some bit", restarts=[restart])
+        self.fails("after restart 1", "running_mean", restarts=[restart])
 
     def test_restarts_that_go_back(self):
         self.right.call("forward", 1)

@@ -3,31 +3,36 @@
 Clients call two instances from threads and retry each call, with its request id, until it is
 answered, through as many lives of the server as that takes. The record of all calls and of the
 states found after each restart must be linearizable, and nothing acknowledged may be missing
-(history.py). More kills than in the tests: NORMD_KILLS=300.
+(history.py). More kills than in the tests: run.sh --kills 300.
 """
 
 import os
 import random
+import subprocess
 import threading
 import time
 import unittest
 import uuid
 
 import grpc
+import numpy
 import torch
 from normd.v1 import instance_pb2, norm_service_pb2 as rpc
 
 from faults.history import Call, Restart, age_of_lost, check
 from faults.model import CHANNELS, Model, batch, new_state
 from harness.layer import batch_norm_2d
-from harness.server import Server
+from harness.server import Server, environment
 from harness.tensors import from_proto, named, state_dict, to_proto
 
 KILLS = int(os.environ.get("NORMD_KILLS", "20"))
 CLIENTS = 4
-TRAINED, MIXED = "trained", "mixed"  # forwards alone; every change and read there is
+# Train-mode forwards are the only change of the first two; the third gets every one there is.
+TRAINED, AVERAGED, MIXED = "trained", "averaged", "mixed"
+MOMENTUM = {TRAINED: 0.1, AVERAGED: None, MIXED: 0.1}  # None: the cumulative average
 KINDS = {
-    TRAINED: ["forward"],
+    TRAINED: ["forward"] * 9 + ["get_state"],
+    AVERAGED: ["forward"] * 9 + ["get_state"],
     MIXED: ["forward"] * 6 + ["eval", "get_state"] * 2 + ["set_state", "reset_running_stats",
                                                           "reset_parameters"],
 }
@@ -39,10 +44,13 @@ def send(stub, name, kind, seed, request_id):
         mode = (instance_pb2.MODE_TRAIN if kind == "forward" else instance_pb2.MODE_EVAL)
         response = stub.Forward(rpc.ForwardRequest(
             name=name, input=to_proto(torch.from_numpy(batch(seed))), mode=mode,
+            return_batch_statistics=kind == "forward",
             request_id=request_id if kind == "forward" else ""), timeout=20)
         answer = {"output": from_proto(response.output).numpy()}
         if kind == "forward":
             answer["num_batches_tracked"] = response.num_batches_tracked
+            answer["statistics"] = {"mean": numpy.array(response.batch_statistics.mean),
+                                    "var": numpy.array(response.batch_statistics.var)}
         return response, answer
     if kind == "get_state":
         response = stub.GetState(rpc.GetStateRequest(name=name), timeout=20)
@@ -71,6 +79,7 @@ class Lives:
     def __init__(self, server):
         self.server = server
         self.changed = threading.Condition()
+        self.random = random.Random(KILLS)
         self.epoch = 0
         self.stub = server.stub
         self.restarts = {name: [] for name in KINDS}
@@ -87,6 +96,13 @@ class Lives:
     def kill_and_start(self):
         killed_at = time.monotonic_ns()
         self.server.kill()
+        while self.random.random() < 0.25:  # now and then the next one dies while it starts
+            with open(self.server.log_file, "ab") as log:
+                starting = subprocess.Popen(self.server.command(), stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=log, env=environment())
+            time.sleep(self.random.uniform(0, 0.06))
+            starting.kill()
+            starting.wait()
         self.server.start()
         for name, restarts in self.restarts.items():
             found = self.server.stub.GetState(rpc.GetStateRequest(name=name))
@@ -131,9 +147,10 @@ class Client(threading.Thread):
                 self.lives.after(epoch)
                 continue
             replayed = getattr(response, "replayed", False)
-            # A replayed answer tells the version of the change; the rest is of now.
-            return Call(kind, begin, time.monotonic_ns(), response.version, seed,
-                        {} if replayed else answer, epoch, replayed)
+            if replayed:  # the output is by weight and bias of now
+                answer.pop("output", None)
+            return Call(kind, begin, time.monotonic_ns(), response.version, seed, answer, epoch,
+                        replayed)
 
 
 class Killed(unittest.TestCase):
@@ -144,16 +161,15 @@ class Killed(unittest.TestCase):
         server.start()
         for name in KINDS:
             server.stub.CreateInstance(rpc.CreateInstanceRequest(
-                name=name, config=batch_norm_2d(CHANNELS)))
+                name=name, config=batch_norm_2d(CHANNELS, momentum=MOMENTUM[name])))
         if "--durability=update" not in flags:
             time.sleep(1)  # until the instances are on disk
         lives = Lives(server)
         clients = [Client(lives, seed) for seed in range(CLIENTS)]
         for client in clients:
             client.start()
-        moments = random.Random(KILLS)
         for _ in range(KILLS):
-            time.sleep(moments.uniform(0.05, 0.6))
+            time.sleep(lives.random.uniform(0.05, 0.6))
             lives.kill_and_start()
         for client in clients:
             client.stopped.set()
@@ -169,22 +185,34 @@ class Killed(unittest.TestCase):
         server, calls, restarts = self.under_load("--durability=update")
         for name in KINDS:
             self.assertGreater(len(calls[name]), KILLS)
-            self.assertEqual(check(Model(), calls[name], restarts[name]), [], name)
-        state = values(server.stub.GetState(rpc.GetStateRequest(name=TRAINED)))
-        self.assertEqual(state["num_batches_tracked"], len(calls[TRAINED]))
-        print(f"\n{KILLS} kills, {sum(map(len, calls.values()))} calls, "
-              f"{sum(call.replayed for each in calls.values() for call in each)} of them answered "
+            found = server.stub.GetState(rpc.GetStateRequest(name=name))
+            # What there is in the end is judged like one more restart.
+            end = Restart(time.monotonic_ns(), found.version, values(found))
+            problems = check(Model(MOMENTUM[name]), calls[name], [*restarts[name], end])
+            self.assertEqual(problems, [], name)
+            # Each call had an id of its own, however often it was sent.
+            changes = sum(call.changes for call in calls[name])
+            self.assertEqual(found.version, 1 + changes)
+            if name != MIXED:
+                self.assertEqual(end.state["num_batches_tracked"], changes)
+        replayed = sum(call.replayed for each in calls.values() for call in each)
+        print(f"\n{KILLS} kills, {sum(map(len, calls.values()))} calls, {replayed} of them answered "
               "again after a kill: none lost")
+        if KILLS >= 20:
+            self.assertGreater(replayed, 0, "no kill came between a change and its answer")
 
     def test_with_interval_nothing_older_than_it_is_lost(self):
         interval_ns, commit_ns = 300_000_000, 1_000_000_000  # and the longest wait for the disk
         _, calls, restarts = self.under_load("--durability=interval", "--checkpoint_interval=300ms")
         for name in KINDS:
-            problems = check(Model(), calls[name], restarts[name],
+            problems = check(Model(MOMENTUM[name]), calls[name], restarts[name],
                              may_lose_ns=interval_ns + commit_ns)
             self.assertEqual(problems, [], name)
         oldest = max(age_of_lost(calls[name], restarts[name]) for name in KINDS)
-        print(f"\n{KILLS} kills: the oldest change lost was {oldest / 1e6:.0f} ms old")
+        print(f"\n{KILLS} kills, {sum(map(len, calls.values()))} calls: the oldest change lost was "
+              f"{oldest / 1e6:.0f} ms old")
+        if KILLS >= 20:
+            self.assertGreater(oldest, 0, "no kill came between a change and its commit")
 
 
 if __name__ == "__main__":

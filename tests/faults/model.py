@@ -1,4 +1,10 @@
-"""What a BatchNorm2d instance must be: plain numpy, float64, state rounded as it is kept."""
+"""What a BatchNorm2d instance must be: plain numpy, float64, state rounded as it is kept.
+
+A batch's statistics, summed in another order, differ in the last bit of a double, and now and then
+that turns a rounding to float32. So the client's record of a forward holds the statistics that the
+server answered; they are held to be right, and from them the state is known bit for bit. A batch
+has 8 values a channel: a power of two, so that var * count is the sum it was made from.
+"""
 
 import dataclasses
 
@@ -40,11 +46,14 @@ class Model:
         # States are replaced, never written to.
         return dataclasses.replace(self, state=dict(self.state))
 
-    def apply(self, kind, seed):
-        """The change that a call makes, and what it answers beside the version."""
+    def apply(self, kind, seed, statistics=None):
+        """The change that a call makes, and what it answers beside the version.
+
+        statistics   mean and biased variance that a forward answered; None: those of numpy
+        """
         self.version += 1
         if kind == "forward":
-            return self._forward(batch(seed))
+            return self._forward(batch(seed), statistics)
         if kind == "set_state":
             self.state = new_state(seed)
         elif kind == "reset_running_stats":
@@ -71,11 +80,14 @@ class Model:
         return ((x.astype("f8") - along(mean)) / numpy.sqrt(along(var) + self.eps)
                 * along(self.state["weight"]) + along(self.state["bias"]))
 
-    def _forward(self, x):
+    def _forward(self, x, statistics):
         values = x.astype("f8")
         mean, var = values.mean((0, 2, 3)), values.var((0, 2, 3))
         count = x.size // CHANNELS
         output = self._normalize(x, mean, var)
+        due = {"mean": mean, "var": var}
+        if statistics is not None:
+            mean, var = statistics["mean"], statistics["var"]
         tracked = self.state["num_batches_tracked"] + 1
         momentum = 1 / tracked if self.momentum is None else self.momentum
 
@@ -84,25 +96,25 @@ class Model:
         self.state |= {"running_mean": fold(self.state["running_mean"], mean),
                        "running_var": fold(self.state["running_var"], var * count / (count - 1)),
                        "num_batches_tracked": tracked}
-        return {"output": output, "num_batches_tracked": tracked}
+        return {"output": output, "num_batches_tracked": tracked, "statistics": due}
 
 
 def difference(answer, due):
-    """What of an answer is not as due: a name and values, or None.
+    """What of an answer is not as due: names and values, or nothing.
 
-    An output and the running statistics are due within a few float32 roundings; whether
-    states of one version are the same bit for bit is for history.py. What the answer does not
-    tell (that of a repeated call tells the version alone) is not compared.
+    State is due bit for bit, an output (computed in float32) and a batch's statistics within their
+    roundings. What the answer does not tell is not compared.
     """
-    for name, want in due.items():
-        if name not in answer:
-            continue
-        got = answer[name]
-        if name in ("output", "running_mean", "running_var"):
-            scale = max(1.0, float(abs(want).max()))
-            off = float(abs(numpy.asarray(got, "f8") - want).max())
-            if not off <= 1e-5 * scale:
-                return f"{name} is off by {off:.3g}"
-        elif not numpy.array_equal(got, want):
-            return f"{name} is {got}, due {want}"
-    return None
+    wrong = []
+    for name in due.keys() & answer.keys():
+        got, want = answer[name], due[name]
+        if name == "statistics":
+            wrong += [f"{key} of the batch is {got[key]}, due {want[key]}" for key in want
+                      if not numpy.allclose(got[key], want[key], rtol=1e-12, atol=1e-12)]
+        elif name == "output":
+            off = float(abs(got.astype("f8") - want).max())
+            if not off <= 1e-5 * max(1.0, float(abs(want).max())):
+                wrong.append(f"output is off by {off:.3g}")
+        elif numpy.asarray(got).tobytes() != numpy.asarray(want).tobytes():
+            wrong.append(f"{name} is {got}, due {want}")
+    return "; ".join(sorted(wrong))
