@@ -51,7 +51,9 @@ absl::StatusOr<Client> Client::Connect(std::string target, const ClientOptions& 
     return absl::InvalidArgumentError(
         "initial_backoff must be positive and max_backoff not less than it");
   }
-  return Client(std::make_shared<internal::Connection>(target, options));
+  const auto credentials = internal::ReadCredentials(target, options);
+  if (!credentials.ok()) return credentials.status();
+  return Client(std::make_shared<internal::Connection>(target, options, *credentials));
 }
 
 absl::StatusOr<CreateResult> Client::CreateInstance(std::string_view name,

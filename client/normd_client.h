@@ -412,10 +412,10 @@ ErrorDetail DetailOf(const absl::Status& status);
 
 // --- the client ---
 
-// UNAVAILABLE is retried, and RESOURCE_EXHAUSTED where the server says when to
-// come again; every change carries a request_id, so that no retry counts twice.
-// Waits double from `initial_backoff` to `max_backoff`, each shortened at random
-// by up to a half; never shorter than the server asks for.
+// UNAVAILABLE is retried, CANCELLED by a server that stops, and RESOURCE_EXHAUSTED where
+// the server says when to come again; every change carries a request_id, so that no retry counts
+// twice. Waits double from `initial_backoff` to `max_backoff`, each shortened at random by up to a
+// half; never shorter than the server asks for.
 struct RetryPolicy {
   absl::Duration initial_backoff = absl::Milliseconds(50);
   absl::Duration max_backoff = absl::Seconds(5);
@@ -431,6 +431,14 @@ struct ClientOptions {
   int64_t max_message_bytes = 0;
   // Bytes of tensor in one message of a stream.
   int64_t stream_chunk_bytes = 1 << 20;
+  // Files in PEM. With `tls_ca` the connection speaks TLS and believes the certificates
+  // that these roots vouch for (but on a Unix socket, which is never encrypted);
+  // `tls_cert` and `tls_key` are what it shows of itself.
+  std::string tls_ca = {};
+  std::string tls_cert = {};
+  std::string tls_key = {};
+  // File of the token that each call shows. Read once, as the others are.
+  std::string token_file = {};
   // Begins the user-agent that the server sees: "trainer/1.2".
   std::string user_agent = {};
 };

@@ -5,6 +5,8 @@
 #include <iostream>
 #include <utility>
 
+#include <arpa/inet.h>
+
 #include "absl/container/btree_map.h"
 #include "absl/flags/commandlineflag.h"
 #include "absl/flags/flag.h"
@@ -46,6 +48,8 @@ ABSL_FLAG(
     "Largest request in one message, in bytes, at most 1 GiB; larger tensors come in streams");
 ABSL_FLAG(int64_t, max_instances, 1'000'000, "Instances at most");
 ABSL_FLAG(int64_t, max_features, 1 << 20, "Channels of an instance at most");
+ABSL_FLAG(int64_t, max_concurrent_requests, 0,
+          "Forward and Backward calls, streams included, under way at once; 0: any number");
 ABSL_FLAG(int64_t, memory_budget, 0,
           "Bytes that requests under way may take together; 0: half of the machine's or control "
           "group's memory");
@@ -55,6 +59,38 @@ ABSL_FLAG(int64_t, context_budget, 0,
 ABSL_FLAG(absl::Duration, context_ttl, absl::Minutes(10), "How long a saved context is kept");
 ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(30),
           "How long calls under way may take after SIGTERM or SIGINT");
+ABSL_FLAG(std::string, tls_cert, "",
+          "File of the server's certificate and those that lead to its root, in PEM: all TCP "
+          "addresses speak TLS. Read again when it changes");
+ABSL_FLAG(std::string, tls_key, "", "File of the private key of --tls_cert, in PEM");
+ABSL_FLAG(std::string, tls_client_ca, "",
+          "File of root certificates, in PEM: only clients whose certificate they vouch for may "
+          "connect by TCP");
+ABSL_FLAG(std::string, auth_file, "",
+          "File that says which tokens and client certificates may do what (normctl token new "
+          "makes its lines); read again when it changes. Without it whoever can connect may do "
+          "all");
+ABSL_FLAG(bool, insecure, false,
+          "Serve on addresses that other machines reach though there is no TLS or nobody is asked "
+          "for credentials");
+ABSL_FLAG(std::string, audit_log, "",
+          "File to append a line of JSON to for every change and every refused call");
+ABSL_FLAG(absl::Duration, handshake_timeout, absl::Seconds(10),
+          "How long a new connection may take to complete its TLS and HTTP/2 handshakes");
+ABSL_FLAG(absl::Duration, keepalive_time, absl::Seconds(30),
+          "A connection that is silent for so long is asked whether it still lives");
+ABSL_FLAG(absl::Duration, keepalive_timeout, absl::Seconds(10),
+          "and closed when it does not answer for so long");
+ABSL_FLAG(absl::Duration, max_connection_idle, absl::Minutes(10),
+          "A connection without calls for so long is closed; clients connect again when they "
+          "need to");
+ABSL_FLAG(absl::Duration, max_connection_age, absl::Hours(1),
+          "A connection as old as this is closed once its calls are done, so that new "
+          "certificates and addresses come into force");
+ABSL_FLAG(absl::Duration, max_connection_age_grace, absl::Minutes(5),
+          "How long calls on such a connection may go on");
+ABSL_FLAG(int32_t, max_concurrent_streams, 1000, "Calls under way on one connection at most");
+ABSL_FLAG(int32_t, max_metadata_bytes, 8192, "Bytes of a call's metadata at most");
 ABSL_FLAG(std::string, log_level, "info",
           "trace, debug (a line a request), info, warn, error, off");
 ABSL_FLAG(std::string, log_format, "text", "text, or json (an object a line)");
@@ -98,6 +134,12 @@ absl::Status CheckAtLeast(absl::string_view flag, absl::Duration value, absl::Du
                  absl::StrCat(absl::FormatDuration(least), " or more, like 500ms, 30s, 10m"));
 }
 
+// What gRPC counts in 32-bit milliseconds.
+absl::Status CheckTimer(absl::string_view flag, absl::Duration value) {
+  if (value >= absl::Milliseconds(100) && value <= absl::Hours(24 * 24)) return absl::OkStatus();
+  return BadFlag(flag, absl::FormatDuration(value), "100ms to 576h, like 10s, 5m");
+}
+
 absl::Status CheckOneOf(absl::string_view flag, const std::string& value,
                         const std::vector<std::string>& allowed) {
   if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return absl::OkStatus();
@@ -115,6 +157,46 @@ absl::Status CheckListen(const std::vector<std::string>& addresses) {
     if (!unix_socket && !tcp) {
       return BadFlag("listen", address, "HOST:PORT with a port of 0 to 65535, or unix:/PATH");
     }
+  }
+  return absl::OkStatus();
+}
+
+// Whether only this machine reaches the address. A name counts by what it says, not by
+// what it resolves to today.
+bool IsLocal(absl::string_view address) {
+  if (absl::StartsWith(address, "unix:")) return true;
+  const absl::string_view host = address.substr(0, address.rfind(':'));
+  in_addr ipv4;
+  if (inet_pton(AF_INET, std::string(host).c_str(), &ipv4) == 1) {
+    return (ntohl(ipv4.s_addr) >> 24) == 127;
+  }
+  return host == "[::1]" || host == "::1" || host == "localhost";
+}
+
+absl::Status CheckSecurity(const Config& config) {
+  if (config.tls.cert.empty() != config.tls.key.empty()) {
+    return BadFlag(config.tls.cert.empty() ? "tls_cert" : "tls_key", "",
+                   "--tls_cert and --tls_key together");
+  }
+  const bool tls = !config.tls.cert.empty();
+  if (!tls && !config.tls.client_ca.empty()) {
+    return BadFlag("tls_client_ca", config.tls.client_ca,
+                   "nothing without --tls_cert and --tls_key");
+  }
+  const bool asks = !config.auth_file.empty() || !config.tls.client_ca.empty();
+  if (config.insecure || (tls && asks)) return absl::OkStatus();
+  for (const std::string& address : config.listen) {
+    if (IsLocal(address)) continue;
+    return BadFlag(
+        "listen", address,
+        absl::StrCat("127.0.0.0/8, [::1], localhost or unix:/PATH, since ",
+                     tls    ? "nobody is asked for credentials: give --auth_file (normctl token "
+                              "new makes its lines) or --tls_client_ca"
+                     : asks ? "there is no TLS: give --tls_cert and --tls_key"
+                            : "there is neither TLS nor anyone asked for credentials: give "
+                              "--tls_cert and --tls_key, and --auth_file (normctl token new makes "
+                              "its lines) or --tls_client_ca",
+                     "; or, where only those reach the address who may do all, --insecure"));
   }
   return absl::OkStatus();
 }
@@ -177,10 +259,25 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
   config.max_message_bytes = absl::GetFlag(FLAGS_max_message_bytes);
   config.max_instances = absl::GetFlag(FLAGS_max_instances);
   config.max_features = absl::GetFlag(FLAGS_max_features);
+  config.max_concurrent_requests = absl::GetFlag(FLAGS_max_concurrent_requests);
   config.memory_budget = absl::GetFlag(FLAGS_memory_budget);
   config.context_budget = absl::GetFlag(FLAGS_context_budget);
   config.context_ttl = absl::GetFlag(FLAGS_context_ttl);
   config.drain_timeout = absl::GetFlag(FLAGS_drain_timeout);
+  config.tls = {.cert = absl::GetFlag(FLAGS_tls_cert),
+                .key = absl::GetFlag(FLAGS_tls_key),
+                .client_ca = absl::GetFlag(FLAGS_tls_client_ca)};
+  config.auth_file = absl::GetFlag(FLAGS_auth_file);
+  config.insecure = absl::GetFlag(FLAGS_insecure);
+  config.audit_log = absl::GetFlag(FLAGS_audit_log);
+  config.handshake_timeout = absl::GetFlag(FLAGS_handshake_timeout);
+  config.keepalive_time = absl::GetFlag(FLAGS_keepalive_time);
+  config.keepalive_timeout = absl::GetFlag(FLAGS_keepalive_timeout);
+  config.max_connection_idle = absl::GetFlag(FLAGS_max_connection_idle);
+  config.max_connection_age = absl::GetFlag(FLAGS_max_connection_age);
+  config.max_connection_age_grace = absl::GetFlag(FLAGS_max_connection_age_grace);
+  config.max_concurrent_streams = absl::GetFlag(FLAGS_max_concurrent_streams);
+  config.max_metadata_bytes = absl::GetFlag(FLAGS_max_metadata_bytes);
   config.log_level = absl::GetFlag(FLAGS_log_level);
   const std::string durability = absl::GetFlag(FLAGS_durability);
   const std::string log_format = absl::GetFlag(FLAGS_log_format);
@@ -199,10 +296,21 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
                                int64_t{1} << 30),
            CheckRange<int64_t>("max_instances", config.max_instances, 1, 1'000'000'000),
            CheckRange<int64_t>("max_features", config.max_features, 1, 1 << 26),
+           CheckRange<int64_t>("max_concurrent_requests", config.max_concurrent_requests, 0,
+                               1'000'000),
            CheckRange<int64_t>("memory_budget", config.memory_budget, 0, kMost),
            CheckRange<int64_t>("context_budget", config.context_budget, 0, kMost),
            CheckAtLeast("context_ttl", config.context_ttl, absl::Milliseconds(1)),
            CheckAtLeast("drain_timeout", config.drain_timeout, absl::ZeroDuration()),
+           CheckTimer("handshake_timeout", config.handshake_timeout),
+           CheckTimer("keepalive_time", config.keepalive_time),
+           CheckTimer("keepalive_timeout", config.keepalive_timeout),
+           CheckTimer("max_connection_idle", config.max_connection_idle),
+           CheckTimer("max_connection_age", config.max_connection_age),
+           CheckTimer("max_connection_age_grace", config.max_connection_age_grace),
+           CheckRange("max_concurrent_streams", config.max_concurrent_streams, 1, 1'000'000),
+           CheckRange("max_metadata_bytes", config.max_metadata_bytes, 1024, 1 << 20),
+           CheckSecurity(config),
            CheckOneOf("log_level", config.log_level,
                       {"trace", "debug", "info", "warn", "error", "off"}),
            CheckOneOf("log_format", log_format, {"text", "json"}),

@@ -8,6 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "server/auth/tls.h"
 #include "server/state/persister.h"
 
 namespace normd {
@@ -27,10 +28,25 @@ struct Config {
   int64_t max_message_bytes = 0;
   int64_t max_instances = 0;
   int64_t max_features = 0;
+  int64_t max_concurrent_requests = 0;  // 0: any number
   int64_t memory_budget = 0;
   int64_t context_budget = 0;
   absl::Duration context_ttl;
   absl::Duration drain_timeout;
+  // Who may connect and what they may do.
+  TlsFiles tls;           // without a certificate: no TLS
+  std::string auth_file;  // empty: everyone may do all
+  bool insecure = false;
+  std::string audit_log;  // empty: none
+  // How long and how much one connection may ask for.
+  absl::Duration handshake_timeout;
+  absl::Duration keepalive_time;
+  absl::Duration keepalive_timeout;
+  absl::Duration max_connection_idle;
+  absl::Duration max_connection_age;
+  absl::Duration max_connection_age_grace;
+  int max_concurrent_streams = 0;
+  int max_metadata_bytes = 0;
   std::string log_level;
   LogFormat log_format = LogFormat::kText;
 };

@@ -13,8 +13,13 @@
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/grpcpp.h"
 #include "grpcpp/health_check_service_interface.h"
+#include "grpcpp/impl/server_builder_option.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/tbb_executor.h"
+#include "server/admission/call_gate.h"
+#include "server/auth/audit_log.h"
+#include "server/auth/authenticator.h"
+#include "server/auth/tls.h"
 #include "server/service/background.h"
 #include "server/service/core.h"
 #include "server/service/norm_service.h"
@@ -45,12 +50,22 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Config& config, Execu
   return MakeCpuBackend(executor, {.deterministic = config.deterministic});
 }
 
+// Takes away what registers itself with every builder of a program: reflection.
+class WithoutPlugins final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    plugins->clear();
+  }
+};
+
 class ServerImpl final : public Server {
  public:
   explicit ServerImpl(const Config& config)
       : config_(config),
         executor_(config.threads),
         pool_(static_cast<size_t>(config.memory_budget / 4)),
+        concurrency_(config.max_concurrent_requests),
         memory_(config.memory_budget, "--memory_budget"),
         context_memory_(config.context_budget, "--context_budget"),
         contexts_(&context_memory_, config.context_ttl) {}
@@ -63,6 +78,7 @@ class ServerImpl final : public Server {
     auto backend = MakeBackend(config_, executor_);
     if (!backend.ok()) return backend.status();
     backend_ = *std::move(backend);
+    if (absl::Status opened = OpenDoors(); !opened.ok()) return opened;
     if (absl::Status opened = OpenState(); !opened.ok()) return opened;
     background_.emplace(config_.checkpoint_interval, [this] { Tick(); });
     core_ = {.limits = {.max_message_bytes = config_.max_message_bytes,
@@ -76,6 +92,7 @@ class ServerImpl final : public Server {
              .executor = &executor_,
              .backend = backend_.get(),
              .pool = &pool_,
+             .concurrency = &concurrency_,
              .memory = &memory_,
              .context_memory = &context_memory_,
              .persister = persister_.get(),
@@ -83,7 +100,10 @@ class ServerImpl final : public Server {
              .contexts = &contexts_,
              .checkpoints = checkpoints_.get(),
              .saved_checkpoints = &saved_checkpoints_,
-             .background = &*background_};
+             .background = &*background_,
+             .gate = &gate_,
+             .authenticator = authenticator_.get(),
+             .audit_log = audit_log_.get()};
     service_ = MakeNormService(core_);
     return Listen();
   }
@@ -94,7 +114,12 @@ class ServerImpl final : public Server {
     spdlog::info("draining: no new calls; those under way have {}",
                  absl::FormatDuration(config_.drain_timeout));
     grpc_->GetHealthCheckService()->SetServingStatus(false);
-    grpc_->Shutdown(absl::ToChronoTime(absl::Now() + config_.drain_timeout));
+    if (!gate_.Close(absl::Now() + config_.drain_timeout)) {
+      spdlog::warn("calls still under way are cancelled: --drain_timeout={} is over",
+                   absl::FormatDuration(config_.drain_timeout));
+    }
+    // Whatever is left now is not to be waited for.
+    grpc_->Shutdown(absl::ToChronoTime(absl::Now()));
     grpc_->Wait();
     background_.reset();
     absl::Status kept = persister_->Flush();
@@ -107,6 +132,27 @@ class ServerImpl final : public Server {
   }
 
  private:
+  // Who may come in. Before the state, which takes longer to read than flags to mend.
+  absl::Status OpenDoors() {
+    if (!config_.tls.cert.empty()) {
+      auto tls = MakeTlsCredentials(config_.tls);
+      if (!tls.ok()) return tls.status();
+      tcp_credentials_ = *std::move(tls);
+    }
+    auto authenticator = Authenticator::Open(config_.auth_file);
+    if (!authenticator.ok()) return authenticator.status();
+    authenticator_ = *std::move(authenticator);
+    auto audit_log = AuditLog::Open(config_.audit_log);
+    if (!audit_log.ok()) return audit_log.status();
+    audit_log_ = *std::move(audit_log);
+    if (config_.insecure) {
+      spdlog::warn("--insecure: whoever reaches {} may read what is sent{}",
+                   absl::StrJoin(config_.listen, ", "),
+                   config_.auth_file.empty() ? ", and do all" : "");
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status OpenState() {
     auto directory = StateDirectory::Open(config_.state_dir);
     if (!directory.ok()) return directory.status();
@@ -164,6 +210,8 @@ class ServerImpl final : public Server {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
+    // Reflection knows no callers, so it is there only where nobody is asked.
+    if (!config_.auth_file.empty()) builder.SetOption(std::make_unique<WithoutPlugins>());
     builder.RegisterService(service_.get());
     // gRPC cuts a message here, before the service can name the flag; up to this
     // the service refuses it itself, with a message that says what to do.
@@ -172,9 +220,15 @@ class ServerImpl final : public Server {
     builder.SetMaxSendMessageSize(-1);
     // A second normd on the port is an error, not a silent share of its calls.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    LimitConnections(builder);
     std::vector<int> ports(config_.listen.size(), 0);
     for (size_t i = 0; i < config_.listen.size(); ++i) {
-      builder.AddListeningPort(config_.listen[i], grpc::InsecureServerCredentials(), &ports[i]);
+      const std::string& address = config_.listen[i];
+      // A Unix socket is guarded by its file's permissions, and nobody listens in between.
+      builder.AddListeningPort(
+          address,
+          absl::StartsWith(address, "unix:") ? grpc::InsecureServerCredentials() : tcp_credentials_,
+          &ports[i]);
     }
     grpc_ = builder.BuildAndStart();
     if (grpc_ == nullptr) {
@@ -192,6 +246,25 @@ class ServerImpl final : public Server {
     grpc_->GetHealthCheckService()->SetServingStatus(true);
     grpc_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
     return absl::OkStatus();
+  }
+
+  // Against connections that cost more than they are worth: those that are opened and never
+  // speak, whose other end is gone, or that ask for too much at once.
+  void LimitConnections(grpc::ServerBuilder& builder) const {
+    const auto set = [&](const char* argument, absl::Duration value) {
+      builder.AddChannelArgument(argument, static_cast<int>(absl::ToInt64Milliseconds(value)));
+    };
+    set(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, config_.handshake_timeout);
+    set(GRPC_ARG_KEEPALIVE_TIME_MS, config_.keepalive_time);
+    set(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, config_.keepalive_timeout);
+    set(GRPC_ARG_MAX_CONNECTION_IDLE_MS, config_.max_connection_idle);
+    set(GRPC_ARG_MAX_CONNECTION_AGE_MS, config_.max_connection_age);
+    set(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, config_.max_connection_age_grace);
+    // Without these, gRPC asks only connections with a call on them, and twice at most.
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, config_.max_concurrent_streams);
+    builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, config_.max_metadata_bytes);
   }
 
   // Runs on the background thread, every --checkpoint_interval.
@@ -216,9 +289,14 @@ class ServerImpl final : public Server {
 
   // In the order of dependence: each uses only those above it.
   const Config config_;
+  std::shared_ptr<grpc::ServerCredentials> tcp_credentials_ = grpc::InsecureServerCredentials();
+  std::unique_ptr<Authenticator> authenticator_;
+  std::unique_ptr<AuditLog> audit_log_;
   TbbExecutor executor_;
   std::unique_ptr<Backend> backend_;
   BufferPool pool_;
+  CallGate gate_;
+  ConcurrencyLimit concurrency_;
   MemoryBudget memory_;
   MemoryBudget context_memory_;
   std::unique_ptr<StateDirectory> directory_;

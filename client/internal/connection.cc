@@ -8,8 +8,9 @@
 namespace normd::inline client::internal {
 namespace {
 
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target,
-                                           const ClientOptions& options) {
+std::shared_ptr<grpc::Channel> MakeChannel(
+    const std::string& target, const ClientOptions& options,
+    const std::shared_ptr<grpc::ChannelCredentials>& credentials) {
   grpc::ChannelArguments arguments;
   // The server limits what it takes; an answer is as large as its question.
   arguments.SetMaxReceiveMessageSize(-1);
@@ -22,14 +23,16 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& target,
   // Retries are ours: gRPC's would not know which answers carry a retry delay.
   arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
   if (!options.user_agent.empty()) arguments.SetUserAgentPrefix(options.user_agent);
-  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+  return grpc::CreateCustomChannel(target, credentials, arguments);
 }
 
 }  // namespace
 
-Connection::Connection(const std::string& target, const ClientOptions& options)
+Connection::Connection(const std::string& target, const ClientOptions& options,
+                       const Credentials& credentials)
     : options_(options),
-      channel_(MakeChannel(target, options)),
+      authorization_(credentials.authorization),
+      channel_(MakeChannel(target, options, credentials.channel)),
       stub_(v1::NormService::NewStub(channel_)),
       generic_stub_(channel_),
       max_message_bytes_(options.max_message_bytes) {}
@@ -43,6 +46,7 @@ absl::Status Connection::Run(absl::Time deadline,
   return CallWithRetries(options_.retry, deadline, [&] {
     grpc::ClientContext context;
     context.set_deadline(absl::ToChronoTime(deadline));
+    if (!authorization_.empty()) context.AddMetadata("authorization", authorization_);
     const grpc::Status status = attempt(&context);
     return ToAbsl(status, context);
   });

@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "client/internal/credentials.h"
 #include "client/normd_client.h"
 #include "normd/v1/norm_service.grpc.pb.h"
 
@@ -23,7 +24,8 @@ namespace normd::inline client::internal {
 // Thread-safe.
 class Connection {
  public:
-  Connection(const std::string& target, const ClientOptions& options);
+  Connection(const std::string& target, const ClientOptions& options,
+             const Credentials& credentials);
 
   const ClientOptions& options() const { return options_; }
   // For calls whose messages are put together by hand.
@@ -60,6 +62,7 @@ class Connection {
 
  private:
   const ClientOptions options_;
+  const std::string authorization_;  // of each call; empty: none
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<v1::NormService::StubInterface> stub_;
   grpc::GenericStub generic_stub_;

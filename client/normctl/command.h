@@ -49,6 +49,7 @@ absl::Span<const Command> LearningCommands();    // zero-grad, step
 absl::Span<const Command> StateCommands();       // state get, state set, reset-...
 absl::Span<const Command> CheckpointCommands();  // checkpoint save, load, list
 absl::Span<const Command> ServerCommands();      // info, health
+absl::Span<const Command> TokenCommands();       // token new
 absl::Span<const Command> BenchCommands();       // bench
 absl::Span<const Command> ShellCommands();       // completion, version
 

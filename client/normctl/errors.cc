@@ -15,10 +15,11 @@ std::string Hint(const absl::Status& status, const ErrorDetail& detail, const st
   }
   switch (status.code()) {
     case absl::StatusCode::kUnavailable:
-      return absl::StrCat("No answer from a server at ", server,
-                          ". Start one with:\n  normd --listen=", server,
-                          " --state_dir=./normd-state\n",
-                          "or name another with --server=HOST:PORT or NORMD_SERVER.");
+      return absl::StrCat(
+          "No answer from a server at ", server, ". Start one with:\n  normd --listen=", server,
+          " --state_dir=./normd-state\n",
+          "or name another with --server=HOST:PORT or NORMD_SERVER; if it speaks TLS, "
+          "give --tls_ca=FILE.");
     case absl::StatusCode::kDeadlineExceeded:
       return "Give it longer with --timeout=DURATION, or see how the server is with: normctl info";
     case absl::StatusCode::kNotFound:
@@ -38,6 +39,8 @@ std::string Hint(const absl::Status& status, const ErrorDetail& detail, const st
       }
       return "";
     case absl::StatusCode::kDataLoss: return "See which are sound with: normctl checkpoint list";
+    case absl::StatusCode::kUnauthenticated:
+      return "Give a token with --token_file=FILE, or a certificate with --tls_cert and --tls_key.";
     case absl::StatusCode::kUnimplemented:
       return "The server does not know this call: compare normctl version and normctl info.";
     default: return "";

@@ -20,8 +20,8 @@ namespace normd::normctl {
 namespace {
 
 constexpr absl::Span<const Command> (*kTables[])() = {
-    InstanceCommands,   ComputeCommands, LearningCommands, StateCommands,
-    CheckpointCommands, ServerCommands,  BenchCommands,    ShellCommands,
+    InstanceCommands, ComputeCommands, LearningCommands, StateCommands, CheckpointCommands,
+    ServerCommands,   TokenCommands,   BenchCommands,    ShellCommands,
 };
 
 // Enough to outlast a server's restart, and not so many that a wrong address takes
@@ -40,12 +40,17 @@ std::string WithUnderscores(const std::string& argument) {
 // Commands of two words, by the first.
 std::string SummaryOf(const std::string& group) {
   if (group == "state") return "An instance's tensors: get, set";
+  if (group == "token") return "Tokens that let callers in: new";
   if (group == "checkpoint") return "Checkpoints of all instances: save, load, list";
   return "";
 }
 
 struct Options {
   std::string server = "127.0.0.1:50051";
+  std::string tls_ca;
+  std::string tls_cert;
+  std::string tls_key;
+  std::string token_file;
   bool json = false;
   absl::Duration timeout = absl::Seconds(60);
 };
@@ -61,6 +66,18 @@ class Parser {
         ->envname("NORMD_SERVER")
         ->capture_default_str()
         ->type_name("HOST:PORT|unix:PATH");
+    // Not the server's own NORMD_TLS_CERT, which is in the environment of a container.
+    const auto add_file = [&](const char* flag, std::string& value, const char* twin,
+                              const char* help) {
+      root_.add_option(flag, value, help)->envname(twin)->type_name("FILE");
+    };
+    add_file("--tls_ca", options_.tls_ca, "NORMD_CLIENT_TLS_CA",
+             "Speak TLS, and believe the certificates that these roots (PEM) vouch for");
+    add_file("--tls_cert", options_.tls_cert, "NORMD_CLIENT_TLS_CERT",
+             "Certificate to show to the server, in PEM");
+    add_file("--tls_key", options_.tls_key, "NORMD_CLIENT_TLS_KEY", "Its private key, in PEM");
+    add_file("--token_file", options_.token_file, "NORMD_CLIENT_TOKEN_FILE",
+             "Token to show to the server, as token new wrote it");
     root_.add_flag("--json", options_.json, "Print JSON, errors too");
     AddDuration(root_, "--timeout", &options_.timeout, "For a call with all its retries");
     root_.footer(
@@ -174,6 +191,10 @@ absl::StatusOr<Report> RunAction(const Parser& parser, Progress& progress) {
   auto client =
       Client::Connect(options.server, {.timeout = options.timeout,
                                        .retry = {.max_attempts = kAttempts},
+                                       .tls_ca = options.tls_ca,
+                                       .tls_cert = options.tls_cert,
+                                       .tls_key = options.tls_key,
+                                       .token_file = options.token_file,
                                        .user_agent = absl::StrCat("normctl/", NORMD_VERSION)});
   if (!client.ok()) return UsageError(client.status().message());
   Session session = {.client = *client, .root = parser.root(), .progress = progress};

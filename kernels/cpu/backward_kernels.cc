@@ -19,7 +19,7 @@ inline constexpr BackwardKernels kBackwardKernels = {
     .sums_of_row = SumsOfRow<E>,
     .gradient_of_planes = GradientOfPlanes<E>,
     .gradient_of_columns = GradientOfColumns<E>,
-    .gradient_of_row = GradientOfRow<E>,
+    .gradient_of_rows = GradientOfRows<E>,
 };
 
 const BackwardKernels* BackwardTable(DType dtype) {

@@ -74,6 +74,8 @@ struct Row {
   bool constant = false;  // constant statistics: dx = dy * (weight * invstd)
 };
 
+inline constexpr int64_t kRowsTogether = 2;
+
 struct ForwardTensors {
   const void* x = nullptr;
   void* y = nullptr;
@@ -125,7 +127,8 @@ struct BackwardKernels {
                              const Coefficients& coefficients);
   void (*gradient_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                               const Coefficients& coefficients);
-  void (*gradient_of_row)(const BackwardTensors& tensors, const Row& row);
+  // `count` rows, kRowsTogether at most, with the same parameters.
+  void (*gradient_of_rows)(const BackwardTensors& tensors, const Row* rows, int64_t count);
 };
 
 // Of this machine's best instruction set.

@@ -17,6 +17,8 @@ namespace normd::cpu {
 namespace {
 
 constexpr int64_t kUnitBytes = int64_t{1} << 18;
+constexpr int64_t kLongestAheadBytes = int64_t{1} << 17;
+constexpr int64_t kShortestAheadBytes = int64_t{1} << 13;
 constexpr int64_t kMostBackwardUnits = 64;
 constexpr int64_t kRowsInFloat = 64;
 
@@ -34,6 +36,18 @@ struct Geometry {
   void CutForBackward() {
     unit_rows = std::max(unit_rows, std::min<int64_t>(rows, 16));
     unit_rows = std::max(unit_rows, (rows + kMostBackwardUnits - 1) / kMostBackwardUnits);
+  }
+
+  // Rows whose parameters are the same and which fit the cache together.
+  int64_t RowsTogether() const {
+    return parameters == length && length * element_bytes <= kLongestAheadBytes ? kRowsTogether : 1;
+  }
+  // To the next row, or a later one if rows are short, which is fetched while this one is
+  // written.
+  int64_t Ahead() const {
+    const int64_t row_bytes = length * element_bytes;
+    if (row_bytes > kLongestAheadBytes) return 0;
+    return (kShortestAheadBytes + row_bytes - 1) / row_bytes * length;
   }
 
   int64_t units() const { return (rows + unit_rows - 1) / unit_rows; }
@@ -76,6 +90,18 @@ class Expanded {
   Scratch memory_;
 };
 
+// `count` elements of a row of `set`, whose parameters begin at `parameter`.
+Row RowOf(const SetConstants& set, int64_t begin, int64_t count, int64_t parameter,
+          const Expanded& weight, const Expanded& bias) {
+  return {.begin = begin,
+          .count = count,
+          .shift = set.shift,
+          .invstd = set.invstd,
+          .lost = -set.residual * set.invstd,
+          .weight = weight.From(parameter),
+          .bias = bias.From(parameter)};
+}
+
 class ForwardJob {
  public:
   explicit ForwardJob(const ForwardCall& call)
@@ -87,6 +113,7 @@ class ForwardJob {
         bias_(problem_, geometry_, call.affine.bias, 0) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
+    tensors_.ahead = geometry_.Ahead();
   }
 
   Outcome Execute(const Context& context) {
@@ -101,14 +128,9 @@ class ForwardJob {
   void Apply(int64_t unit, int64_t) {
     for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
       const SetConstants set = ConstantsOf(row);
-      const int64_t parameter = geometry_.ParameterOf(row);
-      kernels_.normalize_row(tensors_, {.begin = row * geometry_.length,
-                                        .count = geometry_.length,
-                                        .shift = set.shift,
-                                        .invstd = set.invstd,
-                                        .lost = -set.residual * set.invstd,
-                                        .weight = weight_.From(parameter),
-                                        .bias = bias_.From(parameter)});
+      if (call_.y == nullptr) continue;
+      kernels_.normalize_row(tensors_, RowOf(set, row * geometry_.length, geometry_.length,
+                                             geometry_.ParameterOf(row), weight_, bias_));
     }
   }
 
@@ -151,6 +173,7 @@ class BackwardJob {
     geometry_.CutForBackward();
     bytes_ = call.bytes();
     tensors_ = call.tensors();
+    tensors_.ahead = geometry_.Ahead();
   }
 
   Outcome Execute(const Context& context) {
@@ -185,38 +208,50 @@ class BackwardJob {
     };
 
     int64_t pending = 0;
-    for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
-      const SetConstants set(problem_, args_.statistics, row, args_.statistics_of_batch);
-      const int64_t parameter = geometry_.ParameterOf(row);
-      Row of_row{.begin = row * geometry_.length,
-                 .count = geometry_.length,
-                 .shift = set.shift,
-                 .invstd = set.invstd,
-                 .lost = -set.residual * set.invstd,
-                 .weight = weight_.From(parameter)};
-      BackwardTensors tensors = tensors_;
-      if (args_.statistics_of_batch && args_.grad_x != nullptr) {
-        const GradientSums g = kernels_.sums_of_row(tensors, of_row);
-        const SetGradient gradient(problem_, set, g.dy, GradWeight(set, g));
-        of_row.slope = gradient.slope;
-        of_row.offset = gradient.offset;
+    Row rows[kRowsTogether];
+    const int64_t together = geometry_.RowsTogether();
+    for (int64_t first = geometry_.FirstRow(unit); first < geometry_.LastRow(unit);
+         first += together) {
+      const int64_t count = std::min(together, geometry_.LastRow(unit) - first);
+      const int64_t parameter = geometry_.ParameterOf(first);
+      for (int64_t r = 0; r < count; ++r) {
+        rows[r] = RowOf(first + r);
+        if (wants_parameters()) {
+          rows[r].grad_weight = sums.Get(static_cast<size_t>(parameter * width));
+          rows[r].grad_bias =
+              sums.Get(static_cast<size_t>((geometry_.parameters + parameter) * width));
+        }
       }
-      if (wants_parameters()) {
-        of_row.grad_weight = sums.Get(static_cast<size_t>(parameter * width));
-        of_row.grad_bias =
-            sums.Get(static_cast<size_t>((geometry_.parameters + parameter) * width));
-      }
-      of_row.constant = !args_.statistics_of_batch;
-      kernels_.gradient_of_row(tensors, of_row);
-      if (wants_parameters() && ++pending == kRowsInFloat) {
+      kernels_.gradient_of_rows(tensors_, rows, count);
+      pending += count;
+      if (wants_parameters() && pending >= kRowsInFloat) {
         flush();
         pending = 0;
       }
     }
-    if (pending != 0) flush();
+    if (wants_parameters() && pending != 0) flush();
   }
 
  private:
+  // With the sums over it taken.
+  Row RowOf(int64_t row) const {
+    const SetConstants set(problem_, args_.statistics, row, args_.statistics_of_batch);
+    Row of_row{.begin = row * geometry_.length,
+               .count = geometry_.length,
+               .shift = set.shift,
+               .invstd = set.invstd,
+               .lost = -set.residual * set.invstd,
+               .weight = weight_.From(geometry_.ParameterOf(row)),
+               .constant = !args_.statistics_of_batch};
+    if (args_.statistics_of_batch && args_.grad_x != nullptr) {
+      const GradientSums g = kernels_.sums_of_row(tensors_, of_row);
+      const SetGradient gradient(problem_, set, g.dy, GradWeight(set, g));
+      of_row.slope = gradient.slope;
+      of_row.offset = gradient.offset;
+    }
+    return of_row;
+  }
+
   bool wants_parameters() const {
     return args_.grad_weight != nullptr || args_.grad_bias != nullptr;
   }
@@ -255,6 +290,38 @@ class BackwardJob {
 
 Outcome ForwardByRows(const ForwardCall& call, const Context& context) {
   return ForwardJob(call).Execute(context);
+}
+
+Outcome RangeByRows(const RangeCall& call, const Context& context) {
+  struct Job {
+    bool reduces() const { return false; }
+    bool applies() const { return true; }
+    void Reduce(int64_t, int64_t) {}
+    void Finish(int64_t) {}
+    void Apply(int64_t unit, int64_t) {
+      const int64_t row = first_row + unit;
+      const int64_t begin = std::max(call.args.first, row * geometry.length);
+      const int64_t end = std::min(call.args.first + call.args.count, (row + 1) * geometry.length);
+      kernels.normalize_row(
+          tensors, RowOf(call.ConstantsOf(row), begin - call.args.first, end - begin,
+                         geometry.ParameterOf(row) + begin - row * geometry.length, weight, bias));
+    }
+    const RangeCall& call;
+    const ForwardKernels& kernels;
+    const ForwardTensors tensors;
+    const Geometry& geometry;
+    const Expanded& weight;
+    const Expanded& bias;
+    int64_t first_row;
+  };
+  const Geometry geometry(call.problem);
+  const Expanded weight(call.problem, geometry, call.args.affine.weight, 1);
+  const Expanded bias(call.problem, geometry, call.args.affine.bias, 0);
+  const int64_t first_row = call.args.first / geometry.length;
+  const int64_t last_row = (call.args.first + call.args.count - 1) / geometry.length;
+  Job job{call,     ForwardKernelsFor(call.problem.dtype), call.tensors(), geometry, weight, bias,
+          first_row};
+  return Run(job, {last_row - first_row + 1, 1, call.bytes()}, context);
 }
 
 Outcome BackwardByRows(const BackwardCall& call, const Context& context) {

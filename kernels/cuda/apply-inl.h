@@ -18,7 +18,7 @@ struct ForwardOp {
   NORMD_DEVICE Coefficients At(const SetCoefficients<T>& set, int64_t channel) const {
     const T w = weight == nullptr ? T{1} : weight[channel];
     const T b = bias == nullptr ? T{0} : bias[channel];
-    return {set.shift, set.invstd * w, set.lost * w + b};
+    return {set.shift, set.invstd * w, MultiplyAdd(set.lost, w, b)};
   }
 
   // `of(k)`: the coefficients of element i + k.
@@ -30,7 +30,7 @@ struct ForwardOp {
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       const Coefficients c = of(k);
-      T value = (from[k] - c.shift) * c.scale + c.offset;
+      T value = MultiplyAdd(from[k] - c.shift, c.scale, c.offset);
       if (residual != nullptr) value += added[k];
       if (relu) {
         const bool passes = !(value <= T{0});
@@ -159,15 +159,16 @@ struct ElementPlace {
   int64_t channel, set;
 };
 
-// Any problem. Thread (octet), and on by the size of the grid.
+// Any problem, or its elements from `first` on. Thread (octet), and on by the size of the
+// grid.
 template <class Op>
-NORMD_KERNEL void ApplyFlat(Op op, NormProblem problem,
+NORMD_KERNEL void ApplyFlat(Op op, NormProblem problem, int64_t first,
                             const SetCoefficients<typename Op::T>* sets) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * kOctet;
   int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kOctet;
   for (; i < op.size; i += step) {
     const int high = op.size - i < kOctet ? static_cast<int>(op.size - i) : kOctet;
-    ElementPlace place(problem, i);
+    ElementPlace place(problem, first + i);
     if (place.rest + high <= place.inner) {
       const auto all = op.At(sets[place.set], place.channel);
       op.Apply(i, high, [&](int) { return all; });
@@ -239,6 +240,7 @@ NORMD_KERNEL void ResidentForward(ForwardOp<E> op, NormProblem problem, Runs run
   total = MergeOverBlock(total, 1, merging);
   auto* const coefficients = reinterpret_cast<SetCoefficients<T>*>(merging);
   if (threadIdx.x == 0) FinishSet(problem, total, set, moments, coefficients);
+  if (op.y == nullptr) return;
   __syncthreads();
   const SetCoefficients<T> of_set = *coefficients;
 

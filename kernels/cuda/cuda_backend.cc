@@ -155,6 +155,7 @@ class CudaBackend final : public Backend {
   Outcome ForwardByBatch(const NormProblem& problem, const ForwardByBatchArgs& args, Place place,
                          std::stop_token stop) override {
     return Forward({.problem = problem,
+                    .count = problem.size(),
                     .x = args.x,
                     .y = args.y,
                     .weight = args.affine.weight,
@@ -167,6 +168,7 @@ class CudaBackend final : public Backend {
   Outcome ForwardByStatistics(const NormProblem& problem, const ForwardByStatisticsArgs& args,
                               Place place, std::stop_token stop) override {
     return Forward({.problem = problem,
+                    .count = problem.size(),
                     .x = args.x,
                     .y = args.y,
                     .weight = args.affine.weight,
@@ -174,6 +176,31 @@ class CudaBackend final : public Backend {
                     .statistics = args.statistics,
                     .epilogue = args.epilogue},
                    place, stop);
+  }
+
+  Outcome ForwardRange(const NormProblem& problem, const ForwardRangeArgs& args, Place place,
+                       std::stop_token stop) override {
+    if (args.count == 0) return Outcome::kOk;
+    ForwardWork work{.problem = problem,
+                     .first = args.first,
+                     .count = args.count,
+                     .x = args.x,
+                     .y = args.y,
+                     .weight = args.affine.weight,
+                     .bias = args.affine.bias,
+                     .statistics = args.statistics,
+                     .statistics_of_batch = args.statistics_of_batch,
+                     .epilogue = args.epilogue};
+    if (problem.reduction == Reduction::kPerSampleGroup) {
+      // Only the samples that it touches, and their statistics.
+      const int64_t sample = problem.channels * problem.positions;
+      const int64_t before = args.first / sample;
+      work.first -= before * sample;
+      work.problem.batch = (work.first + args.count + sample - 1) / sample;
+      if (work.statistics.mean != nullptr) work.statistics.mean += before * problem.groups;
+      work.statistics.var += before * problem.groups;
+    }
+    return Forward(work, place, stop);
   }
 
   Outcome Backward(const NormProblem& problem, const BackwardArgs& args, Place place,
@@ -226,9 +253,11 @@ class CudaBackend final : public Backend {
       ZeroDoubles(work.moments.m2, problem.num_sets());
       return Outcome::kOk;
     }
-    const size_t tensor = TensorBytes(problem);
+    const size_t tensor = static_cast<size_t>(work.count) * SizeOf(problem.dtype);
+    const auto mask = static_cast<size_t>(ReluMaskBytes(work.count));
     const size_t parameters = ParameterBytes(problem);
     const size_t sets = SetBytes(problem);
+    if (work.y == nullptr) work.epilogue = {};
     Layout layout(place);
     layout.Input(work.weight, parameters, false);
     layout.Input(work.bias, parameters, false);
@@ -238,8 +267,7 @@ class CudaBackend final : public Backend {
     layout.Input(work.epilogue.residual, tensor, true);
     layout.Output(work.moments.mean, sets, false);
     layout.Output(work.moments.m2, sets, false);
-    layout.Output(work.epilogue.relu_mask, static_cast<size_t>(ReluMaskBytes(problem.size())),
-                  true);
+    layout.Output(work.epilogue.relu_mask, mask, true);
     layout.Output(work.y, tensor, true);
     return Run(layout, work, stop,
                [](Stream& stream, const ForwardWork& with) { return stream.Forward(with); });

@@ -15,19 +15,24 @@ namespace normd::cuda {
 // Every pointer is to device memory. Null where the call has no such thing.
 struct ForwardWork {
   NormProblem problem;  // not empty
+  // What is normalized: all of it, or with given statistics a range of elements, which
+  // x, y, residual and mask then are.
+  int64_t first = 0;
+  int64_t count = 0;
   const void* x = nullptr;
-  void* y = nullptr;
+  void* y = nullptr;  // null: only the moments are wanted
   const void* weight = nullptr;
   const void* bias = nullptr;
-  Moments moments;        // to be written, or
-  Statistics statistics;  // to be used
-  Epilogue epilogue;
+  Moments moments = {};        // to be written, or
+  Statistics statistics = {};  // to be used
+  bool statistics_of_batch = false;
+  Epilogue epilogue = {};
   void* scratch = nullptr;  // Device::ScratchBytes(), 256-byte aligned
 };
 
 struct BackwardWork {
   NormProblem problem;  // not empty
-  BackwardArgs args;
+  BackwardArgs args = {};
   void* scratch = nullptr;
 };
 

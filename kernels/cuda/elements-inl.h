@@ -74,6 +74,18 @@ struct BHalf {
 };
 #endif
 
+// a * b + c, rounded once on a GPU, in every kernel alike: left to the compiler, parts
+// of a tensor might come out otherwise than the whole.
+#if defined(__CUDACC__)
+NORMD_DEVICE float MultiplyAdd(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+NORMD_DEVICE double MultiplyAdd(double a, double b, double c) { return __fma_rn(a, b, c); }
+#else
+template <class T>
+T MultiplyAdd(T a, T b, T c) {
+  return a * b + c;
+}
+#endif
+
 // Eight neighbours, the first of which has an index that is a multiple of 8.
 template <class E>
 struct alignas(16) Octet {

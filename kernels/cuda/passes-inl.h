@@ -82,7 +82,7 @@ class Passes {
     const NormProblem& problem = work.problem;
     const bool by_batch = work.moments.mean != nullptr;
     const Plan plan = PlanFor(problem, /*by_plane=*/false);
-    const ForwardOp<E> op{.size = problem.size(),
+    const ForwardOp<E> op{.size = work.count,
                           .x = work.x,
                           .y = work.y,
                           .residual = work.epilogue.residual,
@@ -106,9 +106,9 @@ class Passes {
               scratch.sets);
     } else {
       launch_(PrepareSets<T>, CeilDiv(problem.num_sets(), kThreads), 1, kThreads, 0, problem,
-              work.statistics, /*of_batch=*/false, scratch.sets);
+              work.statistics, work.statistics_of_batch, scratch.sets);
     }
-    Apply(op, problem, scratch.sets);
+    if (op.y != nullptr) Apply(op, problem, work.first, scratch.sets);
   }
 
   void Backward(const BackwardWork& work) const {
@@ -154,7 +154,7 @@ class Passes {
                           .relu_mask = args.relu_mask,
                           .weight = weight,
                           .of_batch = args.statistics_of_batch},
-            problem, scratch.sets);
+            problem, 0, scratch.sets);
     }
   }
 
@@ -247,10 +247,12 @@ class Passes {
   }
 
   template <class Op>
-  void Apply(const Op& op, const NormProblem& problem, const SetCoefficients<T>* sets) const {
+  void Apply(const Op& op, const NormProblem& problem, int64_t first,
+             const SetCoefficients<T>* sets) const {
+    const bool whole = op.size == problem.size();
     const bool per_channel = problem.reduction == Reduction::kPerChannel;
     const bool one_set = per_channel || problem.channels / problem.groups % kOctet == 0;
-    if (ChannelsAreNeighbours(problem) && problem.channels % kOctet == 0 && one_set) {
+    if (whole && ChannelsAreNeighbours(problem) && problem.channels % kOctet == 0 && one_set) {
       const bool row_sets = !per_channel && problem.positions == 1;
       const Columns cut = per_channel || row_sets
                               ? CutColumns(1, problem.batch * problem.positions, problem.channels)
@@ -260,9 +262,9 @@ class Passes {
               row_sets, sets);
       return;
     }
-    const int64_t octets = CeilDiv(problem.size(), kOctet);
+    const int64_t octets = CeilDiv(op.size, kOctet);
     launch_(ApplyFlat<Op>, std::min(CeilDiv(octets, kThreads), 2 * kFullGrid), 1, kThreads, 0, op,
-            problem, sets);
+            problem, first, sets);
   }
 
   const Launch& launch_;

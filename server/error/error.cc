@@ -64,6 +64,20 @@ absl::Status LimitExceeded(absl::string_view field, absl::string_view what, int6
   return status;
 }
 
+absl::Status PermissionDenied(absl::string_view who, absl::string_view field,
+                              absl::string_view value, absl::string_view needed) {
+  v1::ErrorDetail detail;
+  detail.set_field(std::string(field));
+  detail.set_value(Shown(value));
+  detail.set_allowed(std::string(needed));
+  auto status = absl::PermissionDeniedError(
+      absl::StrCat(who, " may not do this",
+                   field.empty() ? "" : absl::StrCat(" with ", field, " \"", detail.value(), "\""),
+                   ": ", needed));
+  SetDetail(status, detail);
+  return status;
+}
+
 absl::Status Retryable(absl::StatusCode code, absl::string_view message, absl::Duration delay) {
   v1::ErrorDetail detail;
   detail.set_retry_delay_ms(absl::ToInt64Milliseconds(delay));

@@ -25,6 +25,11 @@ absl::Status LimitExceeded(absl::string_view field, absl::string_view what, int6
                            absl::string_view flag,
                            absl::Duration retry_delay = absl::ZeroDuration());
 
+// PERMISSION_DENIED: `who` lacks what `needed` says ("Step takes the role user").
+// `field` and `value` are the request's, empty where it is not about one.
+absl::Status PermissionDenied(absl::string_view who, absl::string_view field,
+                              absl::string_view value, absl::string_view needed);
+
 // UNAVAILABLE or the like, with the delay after which a retry makes sense.
 absl::Status Retryable(absl::StatusCode code, absl::string_view message, absl::Duration delay);
 

@@ -11,7 +11,11 @@
 #include "absl/time/time.h"
 #include "kernels/backend.h"
 #include "kernels/tbb_executor.h"
+#include "server/admission/call_gate.h"
+#include "server/admission/concurrency_limit.h"
 #include "server/admission/memory_budget.h"
+#include "server/auth/audit_log.h"
+#include "server/auth/authenticator.h"
 #include "server/registry/registry.h"
 #include "server/registry/saved_contexts.h"
 #include "server/service/background.h"
@@ -39,6 +43,7 @@ struct Core {
   TbbExecutor* executor = nullptr;
   Backend* backend = nullptr;
   BufferPool* pool = nullptr;
+  ConcurrencyLimit* concurrency = nullptr;
   MemoryBudget* memory = nullptr;
   MemoryBudget* context_memory = nullptr;
   Persister* persister = nullptr;
@@ -47,6 +52,9 @@ struct Core {
   Checkpoints* checkpoints = nullptr;  // null: none are kept
   SavedCheckpoints* saved_checkpoints = nullptr;
   Background* background = nullptr;  // for what blocks on files
+  CallGate* gate = nullptr;
+  Authenticator* authenticator = nullptr;
+  AuditLog* audit_log = nullptr;
 };
 
 // How a handler answers: called once, on any thread.

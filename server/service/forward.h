@@ -2,16 +2,32 @@
 #ifndef NORMD_SERVER_SERVICE_FORWARD_H_
 #define NORMD_SERVER_SERVICE_FORWARD_H_
 
+#include <optional>
 #include <stop_token>
 
 #include "absl/functional/any_invocable.h"
 #include "absl/status/statusor.h"
 #include "normd/v1/norm_service.pb.h"
+#include "server/auth/caller.h"
 #include "server/service/core.h"
 #include "server/service/tensor_answer.h"
+#include "server/service/validate.h"
 #include "server/wire/message.h"
 
 namespace normd {
+
+// What a ForwardRequest says, checked but for the tensors' bytes.
+struct ForwardSpec {
+  ChangeOptions options;
+  std::optional<Mode> mode;
+  Activation activation = Activation::kNone;
+  TensorSpec input;  // and the residual's, where there is one
+};
+absl::StatusOr<ForwardSpec> ToForwardSpec(const v1::ForwardRequest& request);
+
+// A Forward that changes nothing and keeps nothing is for any reader of the instance, the
+// others for its users: PERMISSION_DENIED.
+absl::Status CheckMayForward(const Caller& caller, const v1::ForwardRequest& request, bool folds);
 
 using ForwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::ForwardResponse>>)>;
 
@@ -19,8 +35,8 @@ using ForwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::Forw
 // the tensors' data, which are `input` and `residual` (empty where the request has
 // none). All are used only until this returns; `done` is called then or later, when the
 // change is durable.
-void Forward(Core& core, const v1::ForwardRequest& request, Payload input, Payload residual,
-             std::stop_token stop, ForwardDone done);
+void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
+             Payload residual, std::stop_token stop, ForwardDone done);
 
 }  // namespace normd
 

@@ -5,6 +5,7 @@
 #define NORMD_SERVER_SERVICE_HANDLERS_H_
 
 #include "normd/v1/norm_service.pb.h"
+#include "server/auth/caller.h"
 #include "server/service/core.h"
 
 namespace normd {
@@ -14,7 +15,8 @@ void CreateInstance(Core& core, const v1::CreateInstanceRequest& request,
                     v1::CreateInstanceResponse& response, Done done);
 void GetInstance(Core& core, const v1::GetInstanceRequest& request,
                  v1::GetInstanceResponse& response, Done done);
-void ListInstances(Core& core, const v1::ListInstancesRequest& request,
+// Those that the caller may see.
+void ListInstances(Core& core, const Caller& caller, const v1::ListInstancesRequest& request,
                    v1::ListInstancesResponse& response, Done done);
 void DeleteInstance(Core& core, const v1::DeleteInstanceRequest& request,
                     v1::DeleteInstanceResponse& response, Done done);

@@ -41,7 +41,7 @@ void GetInstance(Core& core, const v1::GetInstanceRequest& request,
   done(absl::OkStatus());
 }
 
-void ListInstances(Core& core, const v1::ListInstancesRequest& request,
+void ListInstances(Core& core, const Caller& caller, const v1::ListInstancesRequest& request,
                    v1::ListInstancesResponse& response, Done done) {
   const auto page_size = ToPageSize(request.page_size());
   if (!page_size.ok()) return done(page_size.status());
@@ -54,13 +54,19 @@ void ListInstances(Core& core, const v1::ListInstancesRequest& request,
                              "next_page_token of the page before, or nothing"));
   }
   bool more = false;
-  const auto page =
-      core.registry->List(request.name_prefix(), after, static_cast<size_t>(*page_size), &more);
-  for (const Snapshot& state : page) *response.add_instances() = ToProto(*state);
-  if (more) {
-    response.set_next_page_token(absl::WebSafeBase64Escape(page.back()->identity->name));
+  std::string last;
+  for (const std::string& prefix : caller.Visible(Role::kReader, request.name_prefix())) {
+    const auto room = static_cast<size_t>(*page_size - response.instances_size());
+    // Without room it still tells whether there are more.
+    for (const Snapshot& state : core.registry->List(prefix, after, room, &more)) {
+      *response.add_instances() = ToProto(*state);
+      last = state->identity->name;
+    }
+    if (more) break;
   }
-  response.set_total_count(core.registry->size());
+  if (more) response.set_next_page_token(absl::WebSafeBase64Escape(last));
+  // Who does not see all is not told how many there are.
+  if (caller.MayOnAll(Role::kReader)) response.set_total_count(core.registry->size());
   done(absl::OkStatus());
 }
 

@@ -1,5 +1,8 @@
 #include "server/service/norm_service.h"
 
+#include <type_traits>
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "normd/v1/norm_service.grpc.pb.h"
 #include "server/error/error.h"
@@ -11,32 +14,22 @@
 namespace normd {
 namespace {
 
-// The instance that a request names, for the log.
-template <class Request>
-std::string InstanceOf(const Request& request) {
-  if constexpr (requires { request.name(); }) {
-    return request.name();
-  } else {
-    return "-";
-  }
-}
-
 // One call without tensors, from its message to its answer. The message comes raw:
 // gRPC's own parsing answers a malformed one with UNIMPLEMENTED and no reason.
 // Deletes itself when gRPC is done.
 template <class Request, class Response>
 class UnaryCall final : public grpc::ServerUnaryReactor {
  public:
-  using Handler = void (*)(Core&, const Request&, Response&, Done);
-
-  UnaryCall(const char* method, grpc::CallbackServerContext* context,
+  UnaryCall(Core& core, const char* method, grpc::CallbackServerContext* context,
             const grpc::ByteBuffer* message, grpc::ByteBuffer* answer)
-      : rpc_(method, context),
+      : rpc_(core, method, context),
         bytes_in_(static_cast<int64_t>(message->Length())),
         message_(*message),
         answer_(answer) {}
 
+  template <class Handler>
   void Start(Core& core, Handler handler) {
+    if (!rpc_.admitted().ok()) return Answer(rpc_.admitted());
     if (bytes_in_ > core.limits.max_message_bytes) {
       return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
                                   core.limits.max_message_bytes, "--max_message_bytes"));
@@ -45,7 +38,13 @@ class UnaryCall final : public grpc::ServerUnaryReactor {
       return Answer(InvalidField("request", absl::StrCat(bytes_in_, " bytes that are none"),
                                  absl::StrCat("a serialized ", request_.GetTypeName())));
     }
-    handler(core, request_, response_, [this](const absl::Status& status) { Answer(status); });
+    if (absl::Status allowed = rpc_.Authorize(request_); !allowed.ok()) return Answer(allowed);
+    Done done = [this](const absl::Status& status) { Answer(status); };
+    if constexpr (std::is_invocable_v<Handler, Core&, const Request&, Response&, Done>) {
+      handler(core, request_, response_, std::move(done));
+    } else {
+      handler(core, rpc_.caller(), request_, response_, std::move(done));
+    }
   }
 
   void OnDone() override { delete this; }
@@ -56,8 +55,10 @@ class UnaryCall final : public grpc::ServerUnaryReactor {
       bool own = false;
       grpc::SerializationTraits<Response>::Serialize(response_, answer_, &own);
     }
-    const auto bytes_out = static_cast<int64_t>(status.ok() ? answer_->Length() : 0);
-    Finish(rpc_.Finish(status, InstanceOf(request_), bytes_in_, bytes_out));
+    Finished finished = Tell(request_, response_);
+    finished.bytes_in = bytes_in_;
+    finished.bytes_out = static_cast<int64_t>(status.ok() ? answer_->Length() : 0);
+    Finish(rpc_.Finish(status, finished));
   }
 
   Rpc rpc_;
@@ -73,15 +74,28 @@ grpc::ServerUnaryReactor* ServeUnary(Core& core, const char* method,
                                      grpc::CallbackServerContext* context,
                                      const grpc::ByteBuffer* message, grpc::ByteBuffer* answer,
                                      void (*handler)(Core&, const Request&, Response&, Done)) {
-  auto* call = new UnaryCall<Request, Response>(method, context, message, answer);
+  auto* call = new UnaryCall<Request, Response>(core, method, context, message, answer);
   call->Start(core, handler);
   return call;
 }
 
-// The callback service with these methods raw.
+// Likewise, for a handler whose answer depends on who asks.
+template <class Request, class Response>
+grpc::ServerUnaryReactor* ServeUnary(Core& core, const char* method,
+                                     grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* message, grpc::ByteBuffer* answer,
+                                     void (*handler)(Core&, const Caller&, const Request&,
+                                                     Response&, Done)) {
+  auto* call = new UnaryCall<Request, Response>(core, method, context, message, answer);
+  call->Start(core, handler);
+  return call;
+}
+
+// The service with these methods raw. All must be named: what is left would be of the
+// synchronous kind.
 template <template <class> class... Methods>
 struct WithRawMethods {
-  using type = v1::NormService::CallbackService;
+  using type = v1::NormService::Service;
 };
 template <template <class> class First, template <class> class... Rest>
 struct WithRawMethods<First, Rest...> {
@@ -94,6 +108,7 @@ using Base = WithRawMethods<
     V1::WithRawCallbackMethod_ListInstances, V1::WithRawCallbackMethod_DeleteInstance,
     V1::WithRawCallbackMethod_Train, V1::WithRawCallbackMethod_Eval,
     V1::WithRawCallbackMethod_Forward, V1::WithRawCallbackMethod_Backward,
+    V1::WithRawCallbackMethod_ForwardStream, V1::WithRawCallbackMethod_BackwardStream,
     V1::WithRawCallbackMethod_FoldConvolution, V1::WithRawCallbackMethod_ZeroGrad,
     V1::WithRawCallbackMethod_Step, V1::WithRawCallbackMethod_GetState,
     V1::WithRawCallbackMethod_SetState, V1::WithRawCallbackMethod_ResetRunningStats,
@@ -115,12 +130,10 @@ class NormServiceImpl final : public Base {
                                      grpc::ByteBuffer* response) override {
     return ServeBackward(core_, context, request, response);
   }
-  grpc::ServerBidiReactor<v1::ForwardStreamRequest, v1::ForwardStreamResponse>* ForwardStream(
-      grpc::CallbackServerContext* context) override {
+  RawStream* ForwardStream(grpc::CallbackServerContext* context) override {
     return ServeForwardStream(core_, context);
   }
-  grpc::ServerBidiReactor<v1::BackwardStreamRequest, v1::BackwardStreamResponse>* BackwardStream(
-      grpc::CallbackServerContext* context) override {
+  RawStream* BackwardStream(grpc::CallbackServerContext* context) override {
     return ServeBackwardStream(core_, context);
   }
 

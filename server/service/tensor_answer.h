@@ -19,13 +19,10 @@ template <class Response>
 struct TensorAnswer {
   Response header;  // without the tensors
   std::vector<AnswerTensor> tensors;
+  bool changed = false;  // whether the call changed the instance
 };
 
 // Pooled memory, claimed from the budget first.
-struct ClaimedBuffer {
-  Buffer buffer;
-  MemoryClaim claim;
-};
 absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes);
 
 // `memory` as the tensor field `number` of an answer, of `spec`'s type and shape.
@@ -36,6 +33,8 @@ absl::Status ToStatus(Outcome outcome);
 
 // Values of a float32 or float64 array as the kernels' double statistics.
 std::vector<double> ToDoubles(const Values& values);
+// Room for the moments of a batch.
+BatchMoments MomentsFor(const NormProblem& problem);
 // Biased variance of a batch.
 std::vector<double> BiasedVariance(const BatchMoments& moments);
 

@@ -21,14 +21,18 @@ class TensorCall final : public grpc::ServerUnaryReactor {
  public:
   TensorCall(Core& core, grpc::CallbackServerContext* context, const grpc::ByteBuffer* message,
              grpc::ByteBuffer* response)
-      : core_(core), rpc_(Method::kName, context), message_(message), response_(response) {}
+      : core_(core), rpc_(core, Method::kName, context), message_(message), response_(response) {}
 
   void Start() {
+    if (!rpc_.admitted().ok()) return Answer(rpc_.admitted());
     bytes_in_ = static_cast<int64_t>(message_->Length());
     if (bytes_in_ > core_.limits.max_message_bytes) {
       return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
                                   core_.limits.max_message_bytes, "--max_message_bytes"));
     }
+    auto slot = core_.concurrency->Enter();
+    if (!slot.ok()) return Answer(slot.status());
+    slot_ = *std::move(slot);
     if (bytes_in_ <= kLargestInline) return Serve();
     core_.executor->Enqueue([this] { Serve(); });
   }
@@ -42,8 +46,9 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   void Serve() {
     if (stop_.stop_requested()) return Answer(ToStatus(Outcome::kStopped));
     // The message itself, and what it is gathered into.
-    absl::StatusOr<MemoryClaim> claim = core_.memory->Claim(2 * bytes_in_);
+    auto claim = core_.memory->Claim(2 * bytes_in_);
     if (!claim.ok()) return Answer(claim.status());
+    claim_ = *std::move(claim);
     std::array<Payload, Method::kTensorFields.size()> payloads;
     std::array<TensorField, Method::kTensorFields.size()> fields;
     for (size_t i = 0; i < fields.size(); ++i) {
@@ -51,17 +56,33 @@ class TensorCall final : public grpc::ServerUnaryReactor {
     }
     const absl::Status parsed = ParseMessage(*message_, fields, *core_.pool, request_);
     if (!parsed.ok()) return Answer(parsed);
-    Method::Call(core_, request_, payloads, stop_.get_token(),
+    finished_ = Tell(request_, Response());
+    if (absl::Status allowed = rpc_.Authorize(request_); !allowed.ok()) return Answer(allowed);
+    bool all_gathered = true;
+    for (Payload& payload : payloads) {
+      payload.gathered.claim = claim_.Split(static_cast<int64_t>(payload.gathered.buffer.size()));
+      all_gathered &= payload.gathered.buffer.size() == payload.size;
+    }
+    if (all_gathered && bytes_in_ > kLargestInline) {
+      // Nothing looks at the message any more. gRPC made it for this call alone; its
+      // interface has the const.
+      const_cast<grpc::ByteBuffer*>(message_)->Clear();
+      claim_ = MemoryClaim();
+    }
+    Method::Call(core_, rpc_.caller(), request_, payloads, stop_.get_token(),
                  [this](absl::StatusOr<TensorAnswer<Response>> answer) {
                    if (!answer.ok()) return Answer(answer.status());
+                   finished_ = Tell(request_, answer->header);
+                   finished_.changed = answer->changed;
                    *response_ = WriteMessage(answer->header, std::move(answer->tensors));
                    Answer(absl::OkStatus());
                  });
   }
 
   void Answer(const absl::Status& status) {
-    const auto bytes_out = status.ok() ? static_cast<int64_t>(response_->Length()) : 0;
-    Finish(rpc_.Finish(status, request_.name(), bytes_in_, bytes_out));
+    finished_.bytes_in = bytes_in_;
+    finished_.bytes_out = status.ok() ? static_cast<int64_t>(response_->Length()) : 0;
+    Finish(rpc_.Finish(status, finished_));
   }
 
   Core& core_;
@@ -69,7 +90,10 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   const grpc::ByteBuffer* const message_;
   grpc::ByteBuffer* const response_;
   int64_t bytes_in_ = 0;
+  ConcurrencySlot slot_;
+  MemoryClaim claim_;  // of the message
   typename Method::Request request_;
+  Finished finished_;
   std::stop_source stop_;
 };
 
@@ -79,9 +103,9 @@ struct ForwardMethod {
   static constexpr char kName[] = "Forward";
   static constexpr std::array kTensorFields = {Request::kInputFieldNumber,
                                                Request::kResidualFieldNumber};
-  static void Call(Core& core, const Request& request, std::array<Payload, 2>& payloads,
-                   std::stop_token stop, ForwardDone done) {
-    Forward(core, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),
+  static void Call(Core& core, const Caller& caller, const Request& request,
+                   std::array<Payload, 2>& payloads, std::stop_token stop, ForwardDone done) {
+    Forward(core, caller, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),
             std::move(done));
   }
 };
@@ -92,8 +116,8 @@ struct BackwardMethod {
   static constexpr char kName[] = "Backward";
   static constexpr std::array kTensorFields = {Request::kInputFieldNumber,
                                                Request::kGradOutputFieldNumber};
-  static void Call(Core& core, const Request& request, std::array<Payload, 2>& payloads,
-                   std::stop_token stop, BackwardDone done) {
+  static void Call(Core& core, const Caller&, const Request& request,
+                   std::array<Payload, 2>& payloads, std::stop_token stop, BackwardDone done) {
     Backward(core, request, std::move(payloads[0]), std::move(payloads[1]), std::move(stop),
              std::move(done));
   }

@@ -6,7 +6,7 @@ import numpy as np
 from google.protobuf import wrappers_pb2
 
 from normd import tensors
-from normd.connection import Connection
+from normd.connection import Connection, tls_credentials, token_metadata
 from normd.results import BackwardResult, BatchStatistics, ForwardResult, State
 from normd.v1 import instance_pb2, norm_service_pb2 as pb, tensor_pb2
 
@@ -42,13 +42,32 @@ class Client:
 
     target   "host:port" or "unix:/path"
     timeout  seconds for a call with its retries; each call takes its own, too
+    tls_ca   file of roots in PEM: speak TLS, and believe what they vouch for
+    tls_cert, tls_key  files in PEM that are shown to the server
+    token_file  file of the token that each call shows; read once, as the others are
+    credentials, metadata  grpc's own, instead or besides
 
     Every changing call sends a request_id, so that a retry after a lost answer
     is not applied twice. Calls raise NormdError.
     """
 
-    def __init__(self, target="127.0.0.1:50051", *, timeout=60.0, credentials=None, metadata=()):
-        self._connection = Connection(target, timeout, credentials, tuple(metadata))
+    def __init__(
+        self,
+        target="127.0.0.1:50051",
+        *,
+        timeout=60.0,
+        tls_ca=None,
+        tls_cert=None,
+        tls_key=None,
+        token_file=None,
+        credentials=None,
+        metadata=(),
+    ):
+        if credentials is None:
+            credentials = tls_credentials(tls_ca, tls_cert, tls_key)
+        self._connection = Connection(
+            target, timeout, credentials, tuple(metadata) + token_metadata(token_file)
+        )
         self._max_message_bytes = None
 
     def close(self):

@@ -1,5 +1,6 @@
 """Channel, deadlines and retries: everything between Client and the stubs."""
 
+import pathlib
 import random
 import time
 
@@ -23,11 +24,33 @@ _LONGEST_BACKOFF_S = 5.0
 def _retry_delay(error, attempt):
     """Seconds to wait before another try; None: do not retry."""
     hint = error.detail.retry_delay_ms / 1000
-    if error.code is not grpc.StatusCode.UNAVAILABLE:
+    # Nobody here cancels a call: a server that stops did.
+    if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or not hint:
             return None
     backoff = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2**attempt)
     return max(hint, backoff * random.uniform(0.5, 1.0))
+
+
+def tls_credentials(tls_ca, tls_cert, tls_key):
+    """Of the files in PEM; None where there is no tls_ca."""
+    if (tls_cert is None) != (tls_key is None) or (tls_ca is None and tls_cert is not None):
+        raise ValueError("tls_cert and tls_key go together, and beside tls_ca")
+    if tls_ca is None:
+        return None
+    ca, key, cert = (
+        None if path is None else pathlib.Path(path).read_bytes()
+        for path in (tls_ca, tls_key, tls_cert)
+    )
+    return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def token_metadata(token_file):
+    """What each call shows of the token in the file."""
+    if token_file is None:
+        return ()
+    token = pathlib.Path(token_file).read_text(encoding="ascii").strip()
+    return (("authorization", f"Bearer {token}"),)
 
 
 class Connection:
