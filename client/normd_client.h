@@ -381,7 +381,8 @@ struct ServerInfo {
     absl::Duration context_ttl;
   };
   std::string version;
-  std::string backend;  // "cpu", "cuda"
+  std::string backend;         // "cpu", "cuda"
+  std::string backend_reason;  // where normd chose "cpu": why not "cuda"
   std::vector<Device> devices;
   Limits limits;
   absl::Time start_time;

@@ -32,6 +32,8 @@ ABSL_FLAG(std::string, state_dir, "normd-state",
           "Directory for the instances' state and the checkpoints; made where it is missing");
 ABSL_FLAG(std::string, backend, "auto",
           "What computes: auto (cuda where there is a device), cpu, cuda");
+ABSL_FLAG(std::string, cuda_devices, "",
+          "GPUs that compute, by CUDA's numbers, separated by commas: 0,1; empty: all");
 ABSL_FLAG(int32_t, threads, 0, "Threads that compute; 0: one for each core");
 ABSL_FLAG(bool, deterministic, false,
           "Results that do not depend on the number of threads, bit for bit");
@@ -146,6 +148,18 @@ absl::Status CheckOneOf(absl::string_view flag, const std::string& value,
   return BadFlag(flag, value, absl::StrJoin(allowed, ", "));
 }
 
+absl::Status ReadCudaDevices(const std::string& text, std::vector<int>& devices) {
+  for (const absl::string_view part : absl::StrSplit(text, ',', absl::SkipWhitespace())) {
+    int number = -1;
+    if (!absl::SimpleAtoi(part, &number) || number < 0 || number > 1023 ||
+        std::find(devices.begin(), devices.end(), number) != devices.end()) {
+      return BadFlag("cuda_devices", text, "numbers of 0 to 1023, each once, like 0,1");
+    }
+    devices.push_back(number);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckListen(const std::vector<std::string>& addresses) {
   for (const std::string& address : addresses) {
     const size_t colon = address.rfind(':');
@@ -252,6 +266,7 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
   config.port_file = absl::GetFlag(FLAGS_port_file);
   config.state_dir = absl::GetFlag(FLAGS_state_dir);
   config.backend = absl::GetFlag(FLAGS_backend);
+  const std::string cuda_devices = absl::GetFlag(FLAGS_cuda_devices);
   config.threads = absl::GetFlag(FLAGS_threads);
   config.deterministic = absl::GetFlag(FLAGS_deterministic);
   config.checkpoint_interval = absl::GetFlag(FLAGS_checkpoint_interval);
@@ -288,6 +303,7 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
            CheckListen(config.listen),
            config.state_dir.empty() ? BadFlag("state_dir", "", "a directory") : absl::OkStatus(),
            CheckOneOf("backend", config.backend, {"auto", "cpu", "cuda"}),
+           ReadCudaDevices(cuda_devices, config.cuda_devices),
            CheckRange("threads", config.threads, 0, 1024),
            CheckOneOf("durability", durability, {"interval", "update", "none"}),
            CheckAtLeast("checkpoint_interval", config.checkpoint_interval, absl::Milliseconds(100)),

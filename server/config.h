@@ -20,6 +20,7 @@ struct Config {
   std::string port_file;            // empty: none
   std::string state_dir;            // empty with Durability::kNone only
   std::string backend;              // "auto", "cpu", "cuda"
+  std::vector<int> cuda_devices;    // empty: all
   int threads = 0;                  // 0: all cores
   bool deterministic = false;
   Durability durability = Durability::kInterval;

@@ -1,6 +1,7 @@
 #include "server/server.h"
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/impl/server_builder_option.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cuda/cuda_backend.h"
 #include "kernels/tbb_executor.h"
 #include "server/admission/call_gate.h"
 #include "server/auth/audit_log.h"
@@ -42,14 +44,6 @@ const char* NameOf(Durability durability) {
   return "";
 }
 
-absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Config& config, Executor& executor) {
-  if (config.backend == "cuda") {
-    return absl::FailedPreconditionError(
-        "--backend=cuda, but this build has no CUDA backend; use --backend=cpu or auto");
-  }
-  return MakeCpuBackend(executor, {.deterministic = config.deterministic});
-}
-
 // Takes away what registers itself with every builder of a program: reflection.
 class WithoutPlugins final : public grpc::ServerBuilderOption {
  public:
@@ -75,9 +69,7 @@ class ServerImpl final : public Server {
   }
 
   absl::Status Start() {
-    auto backend = MakeBackend(config_, executor_);
-    if (!backend.ok()) return backend.status();
-    backend_ = *std::move(backend);
+    if (absl::Status made = MakeBackend(); !made.ok()) return made;
     if (absl::Status opened = OpenDoors(); !opened.ok()) return opened;
     if (absl::Status opened = OpenState(); !opened.ok()) return opened;
     background_.emplace(config_.checkpoint_interval, [this] { Tick(); });
@@ -91,6 +83,7 @@ class ServerImpl final : public Server {
              .start_time = absl::Now(),
              .executor = &executor_,
              .backend = backend_.get(),
+             .backend_reason = backend_reason_,
              .pool = &pool_,
              .concurrency = &concurrency_,
              .memory = &memory_,
@@ -127,11 +120,43 @@ class ServerImpl final : public Server {
       const auto saved = SaveIfChanged("shutdown");
       if (kept.ok()) kept = saved;
     }
+    health_ = nullptr;
     grpc_.reset();
     return kept;
   }
 
  private:
+  absl::Status MakeBackend() {
+    if (config_.backend != "cpu") {
+      const CudaOptions options{
+          .devices = config_.cuda_devices,
+          .on_failure = [this](const DeviceInfo& failed, int left) { DeviceFailed(failed, left); }};
+      backend_ = MakeCudaBackend(options, &backend_reason_);
+      if (backend_ != nullptr) {
+        for (const DeviceInfo& device : backend_->devices()) {
+          spdlog::info("computing on {}", device.name);
+        }
+        return absl::OkStatus();
+      }
+      if (config_.backend == "cuda") {
+        return absl::FailedPreconditionError(
+            absl::StrCat("--backend=cuda, but ", backend_reason_, "; use --backend=cpu or auto"));
+      }
+      spdlog::info("computing on the CPU: {}", backend_reason_);
+    }
+    backend_ = MakeCpuBackend(executor_, {.deterministic = config_.deterministic});
+    return absl::OkStatus();
+  }
+
+  // What a device that failed has in memory is lost to this process: with the last one,
+  // whoever watches health should start another.
+  void DeviceFailed(const DeviceInfo& failed, int left) {
+    spdlog::error("{} failed and is not used any more; {} left", failed.name, left);
+    if (left > 0) return;
+    no_device_left_ = true;
+    if (grpc::HealthCheckServiceInterface* health = health_) health->SetServingStatus(false);
+  }
+
   // Who may come in. Before the state, which takes longer to read than flags to mend.
   absl::Status OpenDoors() {
     if (!config_.tls.cert.empty()) {
@@ -245,6 +270,9 @@ class ServerImpl final : public Server {
     }
     grpc_->GetHealthCheckService()->SetServingStatus(true);
     grpc_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
+    // A device may have failed since the first call came in.
+    health_ = grpc_->GetHealthCheckService();
+    if (no_device_left_) grpc_->GetHealthCheckService()->SetServingStatus(false);
     return absl::OkStatus();
   }
 
@@ -293,7 +321,10 @@ class ServerImpl final : public Server {
   std::unique_ptr<Authenticator> authenticator_;
   std::unique_ptr<AuditLog> audit_log_;
   TbbExecutor executor_;
+  std::atomic<bool> no_device_left_ = false;
+  std::atomic<grpc::HealthCheckServiceInterface*> health_ = nullptr;  // null: not there yet
   std::unique_ptr<Backend> backend_;
+  std::string backend_reason_;  // why it is not another, where --backend does not say
   BufferPool pool_;
   CallGate gate_;
   ConcurrencyLimit concurrency_;

@@ -16,7 +16,7 @@ if [[ ${1:-} == --tidy ]]; then
   shift
 fi
 
-mapfile -d '' cpp < <(git ls-files -z -- '*.cc' '*.h')
+mapfile -d '' cpp < <(git ls-files -z -- '*.cc' '*.h' '*.cu')
 mapfile -d '' scripts < <(git ls-files -z -- '*.sh' '.ci/run')
 
 clang-format-14 --dry-run -Werror "${cpp[@]}"

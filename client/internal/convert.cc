@@ -278,6 +278,7 @@ ServerInfo FromWire(const v1::GetServerInfoResponse& wire) {
   ServerInfo info;
   info.version = wire.version();
   info.backend = wire.backend();
+  info.backend_reason = wire.backend_reason();
   for (const v1::Device& device : wire.devices()) {
     info.devices.push_back(
         {device.name(), device.parallelism(), device.memory_bytes(), device.healthy()});

@@ -31,7 +31,10 @@ class DeviceState {
     return info;
   }
 
-  // Runs call(lane) on a lane with so many bytes. What fails marks the device.
+  // Whether it was healthy until now.
+  bool MarkFailed() { return healthy_.exchange(false, std::memory_order_relaxed); }
+
+  // Runs call(lane) on a lane with so many bytes.
   template <class Call>
   Outcome Run(size_t bytes, Call call) {
     bytes_under_way_ += static_cast<int64_t>(bytes);
@@ -44,7 +47,6 @@ class DeviceState {
     }
     if (outcome == Outcome::kOk) outcome = call(*lane);
     bytes_under_way_ -= static_cast<int64_t>(bytes);
-    if (outcome == Outcome::kDeviceFailed) healthy_.store(false, std::memory_order_relaxed);
     if (outcome == Outcome::kOk || outcome == Outcome::kStopped) Put(std::move(lane));
     return outcome;
   }
@@ -134,7 +136,8 @@ void ZeroDoubles(double* values, int64_t count) {
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(std::vector<std::unique_ptr<Device>> devices) {
+  CudaBackend(std::vector<std::unique_ptr<Device>> devices, const CudaOptions& options)
+      : on_failure_(options.on_failure) {
     for (auto& device : devices) {
       devices_.push_back(std::make_unique<DeviceState>(std::move(device)));
     }
@@ -291,7 +294,7 @@ class CudaBackend final : public Backend {
     if (device == nullptr) return Outcome::kDeviceFailed;
     if (stop.stop_requested()) return Outcome::kStopped;
     const size_t scratch = device->device().ScratchBytes(work);
-    return device->Run(layout.bytes(scratch), [&](Lane& lane) {
+    const Outcome outcome = device->Run(layout.bytes(scratch), [&](Lane& lane) {
       std::byte* const memory = lane.memory();
       work.scratch = layout.Bind(memory);
       Outcome outcome = lane.In(layout.in(), memory, stop);
@@ -299,15 +302,23 @@ class CudaBackend final : public Backend {
       if (outcome != Outcome::kOk) return outcome;
       return lane.Out(layout.out(), layout.OutAt(memory), stop);
     });
+    if (outcome == Outcome::kDeviceFailed && device->MarkFailed() && on_failure_ != nullptr) {
+      on_failure_(device->info(), static_cast<int>(std::count_if(
+                                      devices_.begin(), devices_.end(),
+                                      [](const auto& other) { return other->healthy(); })));
+    }
+    return outcome;
   }
 
+  const std::function<void(const DeviceInfo&, int)> on_failure_;
   std::vector<std::unique_ptr<DeviceState>> devices_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeBackend(std::vector<std::unique_ptr<Device>> devices) {
-  return std::make_unique<CudaBackend>(std::move(devices));
+std::unique_ptr<Backend> MakeBackend(std::vector<std::unique_ptr<Device>> devices,
+                                     const CudaOptions& options) {
+  return std::make_unique<CudaBackend>(std::move(devices), options);
 }
 
 }  // namespace cuda
@@ -315,7 +326,7 @@ std::unique_ptr<Backend> MakeBackend(std::vector<std::unique_ptr<Device>> device
 std::unique_ptr<Backend> MakeCudaBackend(const CudaOptions& options, std::string* why) {
   auto devices = cuda::OpenDevices(options.devices, why);
   if (devices.empty()) return nullptr;
-  return cuda::MakeBackend(std::move(devices));
+  return cuda::MakeBackend(std::move(devices), options);
 }
 
 }  // namespace normd

@@ -7,6 +7,7 @@
 #ifndef NORMD_KERNELS_CUDA_CUDA_BACKEND_H_
 #define NORMD_KERNELS_CUDA_CUDA_BACKEND_H_
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +19,9 @@ namespace normd {
 
 struct CudaOptions {
   std::vector<int> devices;  // by CUDA's numbers; empty: all
+  // Called once for each device that fails, by the thread whose call found out, with
+  // the number of devices that are left. May be empty.
+  std::function<void(const DeviceInfo& failed, int left)> on_failure;
 };
 
 // Null, and `why` says so in a sentence, where there is no such device, no driver, or
@@ -28,7 +32,9 @@ namespace cuda {
 
 // A backend on these devices, one or more. A call goes to the healthy one with the
 // fewest bytes under way. Place::kDevice is supported where there is one device alone.
-std::unique_ptr<Backend> MakeBackend(std::vector<std::unique_ptr<Device>> devices);
+// options.devices are these, whatever it says.
+std::unique_ptr<Backend> MakeBackend(std::vector<std::unique_ptr<Device>> devices,
+                                     const CudaOptions& options = {});
 
 // The devices of this machine; empty, and `why` says so, where one cannot be had.
 std::vector<std::unique_ptr<Device>> OpenDevices(const std::vector<int>& numbers, std::string* why);

@@ -1,8 +1,8 @@
 // The devices of this machine, by the CUDA runtime.
-#include <cuda_runtime.h>
-
 #include <string>
 #include <utility>
+
+#include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/passes-inl.h"
@@ -59,14 +59,12 @@ class CudaStream final : public Stream {
   }
 
   Outcome CopyIn(void* device, const void* pinned, size_t bytes) override {
-    return Do([&] {
-      return cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, stream_);
-    });
+    return Do(
+        [&] { return cudaMemcpyAsync(device, pinned, bytes, cudaMemcpyHostToDevice, stream_); });
   }
   Outcome CopyOut(void* pinned, const void* device, size_t bytes) override {
-    return Do([&] {
-      return cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, stream_);
-    });
+    return Do(
+        [&] { return cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, stream_); });
   }
   Outcome Forward(const ForwardWork& work) override { return Enqueue(work); }
   Outcome Backward(const BackwardWork& work) override { return Enqueue(work); }
@@ -142,6 +140,15 @@ class CudaDevice final : public Device {
   const DeviceInfo info_;
 };
 
+// Whether this build has kernels for the device, too.
+cudaError_t Probe(int number, cudaDeviceProp& properties) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaSetDevice(number);
+  if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, number);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, PrepareSets<float>);
+  return error;
+}
+
 }  // namespace
 
 std::vector<std::unique_ptr<Device>> OpenDevices(const std::vector<int>& numbers,
@@ -159,12 +166,12 @@ std::vector<std::unique_ptr<Device>> OpenDevices(const std::vector<int>& numbers
   std::vector<std::unique_ptr<Device>> devices;
   for (const int number : wanted) {
     cudaDeviceProp properties;
-    const cudaError_t error = number < 0 || number >= count
-                                  ? cudaErrorInvalidDevice
-                                  : cudaGetDeviceProperties(&properties, number);
+    const cudaError_t error =
+        number < 0 || number >= count ? cudaErrorInvalidDevice : Probe(number, properties);
     if (error != cudaSuccess) {
-      *why = "CUDA device " + std::to_string(number) + " cannot be used: " +
-             cudaGetErrorString(error) + "; there are " + std::to_string(count);
+      *why = "CUDA device " + std::to_string(number) +
+             " cannot be used: " + cudaGetErrorString(error) + "; there are " +
+             std::to_string(count);
       return {};
     }
     devices.push_back(std::make_unique<CudaDevice>(number, properties));

@@ -42,6 +42,7 @@ struct Core {
   absl::Time start_time;
   TbbExecutor* executor = nullptr;
   Backend* backend = nullptr;
+  std::string backend_reason;  // why not cuda, where that was for normd to choose
   BufferPool* pool = nullptr;
   ConcurrencyLimit* concurrency = nullptr;
   MemoryBudget* memory = nullptr;

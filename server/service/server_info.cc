@@ -7,6 +7,7 @@ void GetServerInfo(Core& core, const v1::GetServerInfoRequest&, v1::GetServerInf
                    Done done) {
   response.set_version(kVersion);
   response.set_backend(std::string(core.backend->name()));
+  response.set_backend_reason(core.backend_reason);
   for (const DeviceInfo& info : core.backend->devices()) {
     v1::Device& device = *response.add_devices();
     device.set_name(info.name);

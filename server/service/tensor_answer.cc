@@ -33,7 +33,8 @@ absl::Status ToStatus(Outcome outcome) {
     case Outcome::kOutOfMemory:
       return Retryable(absl::StatusCode::kResourceExhausted, "the device has no memory left",
                        absl::Seconds(1));
-    case Outcome::kDeviceFailed: return absl::InternalError("the device failed");
+    case Outcome::kDeviceFailed:
+      return absl::InternalError("the device failed, and takes no more calls; see normd's log");
   }
   return absl::InternalError("unknown outcome");
 }

@@ -165,6 +165,7 @@ class ServerInfo(ServerTestCase):
         info = self.stub.GetServerInfo(rpc.GetServerInfoRequest())
         self.assertRegex(info.version, r"^\d+\.\d+\.\d+$")
         self.assertEqual(info.backend, "cpu")
+        self.assertEqual(info.backend_reason, "")  # as asked
         self.assertEqual(len(info.devices), 1)
         self.assertTrue(info.devices[0].name)
         self.assertEqual(info.devices[0].parallelism, 2)

@@ -477,7 +477,8 @@ class Start(LifecycleCase):
     def test_help_tells_every_flag(self):
         done = run_normd("--help")
         self.assertEqual(done.returncode, 0, done.stdout)
-        for flag in ("listen", "port_file", "state_dir", "backend", "threads", "deterministic",
+        for flag in ("listen", "port_file", "state_dir", "backend", "cuda_devices",
+                     "threads", "deterministic",
                      "durability", "checkpoint_interval", "keep_checkpoints", "max_message_bytes",
                      "max_instances", "max_features", "memory_budget", "context_budget",
                      "context_ttl", "drain_timeout", "log_level", "log_format"):
@@ -485,6 +486,7 @@ class Start(LifecycleCase):
 
     def test_a_bad_flag_is_named(self):
         for flag in ("--listen=nonsense", "--listen=127.0.0.1:99999", "--listen=", "--backend=tpu",
+                     "--cuda_devices=-1", "--cuda_devices=0,0", "--cuda_devices=first",
                      "--threads=-1", "--threads=many", "--durability=sometimes",
                      "--checkpoint_interval=-1s", "--checkpoint_interval=soon",
                      "--keep_checkpoints=0", "--keep_checkpoints=-3", "--max_message_bytes=0",
@@ -495,6 +497,20 @@ class Start(LifecycleCase):
             with self.subTest(flag):
                 self.fails("--listen=127.0.0.1:0", self.state_flag(), flag,
                            saying=flag.split("=")[0].lstrip("-"))
+
+    # CUDA_VISIBLE_DEVICES hides the GPUs of a machine that has some.
+    def test_cuda_without_a_device_says_why(self):
+        self.fails("--listen=127.0.0.1:0", self.state_flag(), "--backend=cuda",
+                   env={"CUDA_VISIBLE_DEVICES": ""}, saying=("--backend=cuda", "CUDA", "--backend=cpu"))
+
+    def test_auto_without_a_device_computes_on_the_cpu_and_says_why(self):
+        server = self.server("--backend=auto")
+        server.env = {"CUDA_VISIBLE_DEVICES": ""}
+        server.start()
+        info = server.stub.GetServerInfo(rpc.GetServerInfoRequest())
+        self.assertEqual(info.backend, "cpu")
+        self.assertIn("CUDA", info.backend_reason)
+        server.stop()
 
     def test_unknown_flags_and_arguments_are_refused(self):
         self.fails("--no_such_flag=1", saying="no_such_flag")

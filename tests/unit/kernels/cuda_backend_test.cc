@@ -21,7 +21,11 @@ struct Machine {
       states.push_back(std::make_shared<EmulatedState>());
       devices.push_back(MakeEmulatedDevice(states.back()));
     }
-    backend = cuda::MakeBackend(std::move(devices));
+    backend = cuda::MakeBackend(std::move(devices),
+                                {.on_failure = [this](const DeviceInfo& failed, int left) {
+                                  EXPECT_FALSE(failed.healthy);
+                                  left_after_failures.push_back(left);
+                                }});
   }
 
   Outcome Normalize(const NormProblem& problem, std::stop_token stop = {}) {
@@ -34,6 +38,7 @@ struct Machine {
   }
 
   std::vector<std::shared_ptr<EmulatedState>> states;
+  std::vector<int> left_after_failures;
   std::unique_ptr<Backend> backend;
 };
 
@@ -97,6 +102,7 @@ TEST(CudaBackend, IsUnhealthyAfterADeviceFailed) {
   const int launches = machine.states[0]->launches;
   EXPECT_EQ(machine.Normalize(kSmall), Outcome::kDeviceFailed);
   EXPECT_EQ(machine.states[0]->launches, launches);
+  EXPECT_EQ(machine.left_after_failures, std::vector<int>{0});
 }
 
 TEST(CudaBackend, GoesOnWithTheDevicesThatWork) {
@@ -105,6 +111,7 @@ TEST(CudaBackend, GoesOnWithTheDevicesThatWork) {
   EXPECT_EQ(machine.Normalize(kSmall), Outcome::kDeviceFailed);
   for (int i = 0; i < 3; ++i) EXPECT_EQ(machine.Normalize(kSmall), Outcome::kOk);
   EXPECT_EQ(machine.states[1]->launches, 3);
+  EXPECT_EQ(machine.left_after_failures, std::vector<int>{1});
   EXPECT_FALSE(machine.backend->Supports(Place::kDevice));
 }
 
