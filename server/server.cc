@@ -13,8 +13,10 @@
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/grpcpp.h"
 #include "grpcpp/health_check_service_interface.h"
+#include "grpcpp/impl/server_builder_option.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/tbb_executor.h"
+#include "server/admission/call_gate.h"
 #include "server/auth/audit_log.h"
 #include "server/auth/authenticator.h"
 #include "server/auth/tls.h"
@@ -47,6 +49,15 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Config& config, Execu
   }
   return MakeCpuBackend(executor, {.deterministic = config.deterministic});
 }
+
+// Takes away what registers itself with every builder of a program: reflection.
+class WithoutPlugins final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    plugins->clear();
+  }
+};
 
 class ServerImpl final : public Server {
  public:
@@ -88,6 +99,7 @@ class ServerImpl final : public Server {
              .checkpoints = checkpoints_.get(),
              .saved_checkpoints = &saved_checkpoints_,
              .background = &*background_,
+             .gate = &gate_,
              .authenticator = authenticator_.get(),
              .audit_log = audit_log_.get()};
     service_ = MakeNormService(core_);
@@ -100,7 +112,12 @@ class ServerImpl final : public Server {
     spdlog::info("draining: no new calls; those under way have {}",
                  absl::FormatDuration(config_.drain_timeout));
     grpc_->GetHealthCheckService()->SetServingStatus(false);
-    grpc_->Shutdown(absl::ToChronoTime(absl::Now() + config_.drain_timeout));
+    if (!gate_.Close(absl::Now() + config_.drain_timeout)) {
+      spdlog::warn("calls still under way are cancelled: --drain_timeout={} is over",
+                   absl::FormatDuration(config_.drain_timeout));
+    }
+    // Whatever is left now is not to be waited for.
+    grpc_->Shutdown(absl::ToChronoTime(absl::Now()));
     grpc_->Wait();
     background_.reset();
     absl::Status kept = persister_->Flush();
@@ -189,9 +206,10 @@ class ServerImpl final : public Server {
 
   absl::Status Listen() {
     grpc::EnableDefaultHealthCheckService(true);
-    // Reflection knows no callers, so it is there only where nobody is asked.
-    if (config_.auth_file.empty()) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
+    // Reflection knows no callers, so it is there only where nobody is asked.
+    if (!config_.auth_file.empty()) builder.SetOption(std::make_unique<WithoutPlugins>());
     builder.RegisterService(service_.get());
     // gRPC cuts a message here, before the service can name the flag; up to this
     // the service refuses it itself, with a message that says what to do.
@@ -275,6 +293,7 @@ class ServerImpl final : public Server {
   TbbExecutor executor_;
   std::unique_ptr<Backend> backend_;
   BufferPool pool_;
+  CallGate gate_;
   MemoryBudget memory_;
   MemoryBudget context_memory_;
   std::unique_ptr<StateDirectory> directory_;

@@ -21,8 +21,8 @@ class Server {
   // The addresses served on, with the ports that were chosen for port 0.
   virtual const std::vector<std::string>& addresses() const = 0;
 
-  // Flips health to NOT_SERVING, takes no new calls, lets those under way finish
-  // for --drain_timeout and cancels what is left, then makes everything durable
+  // Flips health to NOT_SERVING, answers new calls UNAVAILABLE, lets those under way
+  // finish for --drain_timeout and cancels what is left, then makes everything durable
   // and writes a last checkpoint. Call once.
   virtual absl::Status Drain() = 0;
 };

@@ -12,7 +12,9 @@ std::optional<absl::Duration> RetryDelay(const RetryPolicy& policy, const absl::
                                          int attempt, double jitter) {
   if (policy.max_attempts > 0 && attempt + 1 >= policy.max_attempts) return std::nullopt;
   const absl::Duration asked = DetailOf(status).retry_delay;
-  const bool worth = absl::IsUnavailable(status) ||
+  // Nobody here cancels a call: it was the server, that gave up waiting for it to finish
+  // before it stopped.
+  const bool worth = absl::IsUnavailable(status) || absl::IsCancelled(status) ||
                      (absl::IsResourceExhausted(status) && asked > absl::ZeroDuration());
   if (!worth) return std::nullopt;
   const absl::Duration backoff =

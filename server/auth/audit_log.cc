@@ -26,8 +26,8 @@ absl::StatusOr<std::unique_ptr<AuditLog>> AuditLog::Open(const std::string& path
   if (path.empty()) return absl::WrapUnique(new AuditLog(nullptr));
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
   if (file < 0) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "cannot write --audit_log=", path, ": ", std::strerror(errno), "; give another file"));
+    return absl::FailedPreconditionError(absl::StrCat("cannot write --audit_log=", path, ": ",
+                                                      std::strerror(errno), "; give another file"));
   }
   close(file);
   auto logger = std::make_shared<spdlog::logger>(

@@ -41,9 +41,8 @@ std::optional<Role> ToRole(absl::string_view word) {
 bool ValidCredential(absl::string_view credential) {
   if (absl::ConsumePrefix(&credential, kToken)) {
     return credential.size() == kDigestDigits &&
-           std::all_of(credential.begin(), credential.end(), [](char c) {
-             return absl::ascii_isxdigit(static_cast<unsigned char>(c));
-           });
+           std::all_of(credential.begin(), credential.end(),
+                       [](char c) { return absl::ascii_isxdigit(static_cast<unsigned char>(c)); });
   }
   return (absl::ConsumePrefix(&credential, kCommonName) ||
           absl::ConsumePrefix(&credential, kAlternativeName)) &&
@@ -115,8 +114,7 @@ std::shared_ptr<const Caller> AuthFile::FindToken(absl::string_view token) const
 }
 
 std::shared_ptr<const Caller> AuthFile::FindCertificate(
-    const std::vector<std::string>& common_names,
-    const std::vector<std::string>& alt_names) const {
+    const std::vector<std::string>& common_names, const std::vector<std::string>& alt_names) const {
   std::string name;
   std::vector<Grant> grants;
   const auto add = [&](absl::string_view kind, const std::vector<std::string>& values) {

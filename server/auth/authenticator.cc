@@ -39,8 +39,9 @@ int64_t Nanoseconds(const timespec& time) { return time.tv_sec * 1'000'000'000 +
 
 absl::Status Unauthenticated(absl::string_view why) {
   return absl::UnauthenticatedError(absl::StrCat(
-      why, "; send the metadata \"authorization: Bearer TOKEN\" with a token of the server's "
-           "--auth_file, or a client certificate that it names"));
+      why,
+      "; send the metadata \"authorization: Bearer TOKEN\" with a token of the server's "
+      "--auth_file, or a client certificate that it names"));
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ absl::Status Unusable(absl::string_view flag, absl::string_view path, absl::stri
   std::array<char, 256> reason = {};
   ERR_error_string_n(ERR_get_error(), reason.data(), reason.size());
   ERR_clear_error();
-  return absl::FailedPreconditionError(absl::StrCat("cannot use ", flag, "=", path, ": ",
-                                                    reason.data(), "; allowed: ", allowed));
+  return absl::FailedPreconditionError(
+      absl::StrCat("cannot use ", flag, "=", path, ": ", reason.data(), "; allowed: ", allowed));
 }
 
 // gRPC would only log what is wrong, and then refuse every connection.
@@ -45,8 +45,7 @@ absl::Status Check(const TlsFiles& files) {
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeTlsCredentials(
-    const TlsFiles& files) {
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeTlsCredentials(const TlsFiles& files) {
   if (absl::Status sound = Check(files); !sound.ok()) return sound;
   namespace tls = grpc::experimental;
   tls::TlsServerCredentialsOptions options(std::make_shared<tls::FileWatcherCertificateProvider>(

@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "kernels/backend.h"
 #include "kernels/tbb_executor.h"
+#include "server/admission/call_gate.h"
 #include "server/admission/memory_budget.h"
 #include "server/auth/audit_log.h"
 #include "server/auth/authenticator.h"
@@ -49,6 +50,7 @@ struct Core {
   Checkpoints* checkpoints = nullptr;  // null: none are kept
   SavedCheckpoints* saved_checkpoints = nullptr;
   Background* background = nullptr;  // for what blocks on files
+  CallGate* gate = nullptr;
   Authenticator* authenticator = nullptr;
   AuditLog* audit_log = nullptr;
 };

@@ -26,6 +26,13 @@ Rpc::Rpc(Core& core, const char* method, grpc::CallbackServerContext* context)
   }
   caller_ = *std::move(caller);
   admitted_ = CheckRole(*caller_, permission_);
+  if (!admitted_.ok()) return;
+  admitted_ = core.gate->Enter();
+  inside_ = admitted_.ok();
+}
+
+Rpc::~Rpc() {
+  if (inside_) core_.gate->Leave();
 }
 
 grpc::Status Rpc::Finish(const absl::Status& status, const Finished& finished) {

@@ -36,9 +36,12 @@ class Rpc {
  public:
   // Makes out who calls. `method` is its name in normd.v1.NormService.
   Rpc(Core& core, const char* method, grpc::CallbackServerContext* context);
+  ~Rpc();
+  Rpc(const Rpc&) = delete;
+  Rpc& operator=(const Rpc&) = delete;
 
-  // UNAUTHENTICATED, or PERMISSION_DENIED for a caller who may make no such call on
-  // anything.
+  // UNAUTHENTICATED, PERMISSION_DENIED for a caller who may make no such call on
+  // anything, or UNAVAILABLE while the server shuts down.
   const absl::Status& admitted() const { return admitted_; }
 
   // Whether the caller may make this call on what the request names; PERMISSION_DENIED
@@ -73,6 +76,7 @@ class Rpc {
   const Permission* const permission_;    // null: the method has no row
   std::shared_ptr<const Caller> caller_;  // null: nobody was made out
   absl::Status admitted_;
+  bool inside_ = false;  // of the gate
 };
 
 // What request and answer tell of the call.

@@ -44,14 +44,17 @@ class ServerFailed(AssertionError):
 class Server:
     """One normd on a free port and a state directory of its own.
 
-    `flags` are passed as they are. The state directory lives until close(), so
+    `flags` are passed as they are; `credentials` are the channel's, where the server speaks
+    TLS. The state directory lives until close(), so
     that start() after stop() or kill() finds what was left.
     """
 
-    def __init__(self, *flags, state_dir=None, env=None, listen="127.0.0.1:0"):
+    def __init__(self, *flags, state_dir=None, env=None, listen="127.0.0.1:0",
+                 credentials=None):
         self.flags = list(flags)
         self.env = env or {}
         self.listen = listen
+        self.credentials = credentials
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="normd-test-"))
         self.state_dir = pathlib.Path(state_dir) if state_dir else self.directory / "state"
         self.port_file = self.directory / "port"
@@ -91,8 +94,11 @@ class Server:
         self.stub = norm_service_pb2_grpc.NormServiceStub(self.channel)
         return self
 
-    def connect(self):
+    def connect(self, credentials=None):
         """Another channel of its own connection."""
+        credentials = credentials or self.credentials
+        if credentials is not None:
+            return grpc.secure_channel(self.address, credentials, options=CHANNEL_OPTIONS)
         return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
 
     def signal(self, number=signal.SIGTERM):

@@ -24,7 +24,8 @@ _LONGEST_BACKOFF_S = 5.0
 def _retry_delay(error, attempt):
     """Seconds to wait before another try; None: do not retry."""
     hint = error.detail.retry_delay_ms / 1000
-    if error.code is not grpc.StatusCode.UNAVAILABLE:
+    # Nobody here cancels a call: a server that stops did.
+    if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or not hint:
             return None
     backoff = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2**attempt)
