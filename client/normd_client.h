@@ -412,11 +412,10 @@ ErrorDetail DetailOf(const absl::Status& status);
 
 // --- the client ---
 
-// UNAVAILABLE is retried, CANCELLED (by a server that stops), and RESOURCE_EXHAUSTED
-// where the server says when to come again; every change carries a request_id, so that
-// no retry counts twice.
-// Waits double from `initial_backoff` to `max_backoff`, each shortened at random
-// by up to a half; never shorter than the server asks for.
+// UNAVAILABLE is retried, CANCELLED by a server that stops, and RESOURCE_EXHAUSTED where
+// the server says when to come again; every change carries a request_id, so that no retry counts
+// twice. Waits double from `initial_backoff` to `max_backoff`, each shortened at random by up to a
+// half; never shorter than the server asks for.
 struct RetryPolicy {
   absl::Duration initial_backoff = absl::Milliseconds(50);
   absl::Duration max_backoff = absl::Seconds(5);

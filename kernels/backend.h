@@ -65,7 +65,7 @@ constexpr int64_t ReluMaskBytes(int64_t size) { return (size + 63) / 64 * 8 + 8;
 
 struct ForwardByBatchArgs {
   const void* x = nullptr;
-  void* y = nullptr;  // may be x or the residual
+  void* y = nullptr;  // may be x or the residual; null: only the moments are wanted
   Affine affine = {};
   Moments moments = {};  // written; required
   Epilogue epilogue = {};
@@ -76,6 +76,20 @@ struct ForwardByStatisticsArgs {
   void* y = nullptr;  // may be x or the residual
   Affine affine = {};
   Statistics statistics = {};
+  Epilogue epilogue = {};
+};
+
+// `count` elements, in the order of memory, from element `first` of a tensor that
+// need not be there as a whole: x, y, residual and relu_mask are the range's own.
+struct ForwardRangeArgs {
+  int64_t first = 0;  // 0 <= first <= first + count <= problem.size()
+  int64_t count = 0;
+  const void* x = nullptr;
+  void* y = nullptr;  // may be x or the residual
+  Affine affine = {};
+  Statistics statistics = {};  // of all sets of the problem
+  // Whether these are the whole tensor's own, as ForwardByBatch found them.
+  bool statistics_of_batch = false;
   Epilogue epilogue = {};
 };
 
@@ -137,6 +151,12 @@ class Backend {
   virtual Outcome ForwardByStatistics(const NormProblem& problem,
                                       const ForwardByStatisticsArgs& args, Place place,
                                       std::stop_token stop) = 0;
+
+  // The same for a part of x. However a tensor is cut, the parts are what
+  // ForwardByStatistics makes of the whole, bit for bit, and with
+  // statistics_of_batch what ForwardByBatch makes of it.
+  virtual Outcome ForwardRange(const NormProblem& problem, const ForwardRangeArgs& args,
+                               Place place, std::stop_token stop) = 0;
 
   // Gradients of either, x^ being the normalized x:
   //   grad_bias   = sum(grad_y)          grad_weight = sum(grad_y * x^)    a channel

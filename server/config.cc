@@ -48,6 +48,8 @@ ABSL_FLAG(
     "Largest request in one message, in bytes, at most 1 GiB; larger tensors come in streams");
 ABSL_FLAG(int64_t, max_instances, 1'000'000, "Instances at most");
 ABSL_FLAG(int64_t, max_features, 1 << 20, "Channels of an instance at most");
+ABSL_FLAG(int64_t, max_concurrent_requests, 0,
+          "Forward and Backward calls, streams included, under way at once; 0: any number");
 ABSL_FLAG(int64_t, memory_budget, 0,
           "Bytes that requests under way may take together; 0: half of the machine's or control "
           "group's memory");
@@ -257,6 +259,7 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
   config.max_message_bytes = absl::GetFlag(FLAGS_max_message_bytes);
   config.max_instances = absl::GetFlag(FLAGS_max_instances);
   config.max_features = absl::GetFlag(FLAGS_max_features);
+  config.max_concurrent_requests = absl::GetFlag(FLAGS_max_concurrent_requests);
   config.memory_budget = absl::GetFlag(FLAGS_memory_budget);
   config.context_budget = absl::GetFlag(FLAGS_context_budget);
   config.context_ttl = absl::GetFlag(FLAGS_context_ttl);
@@ -293,6 +296,8 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
                                int64_t{1} << 30),
            CheckRange<int64_t>("max_instances", config.max_instances, 1, 1'000'000'000),
            CheckRange<int64_t>("max_features", config.max_features, 1, 1 << 26),
+           CheckRange<int64_t>("max_concurrent_requests", config.max_concurrent_requests, 0,
+                               1'000'000),
            CheckRange<int64_t>("memory_budget", config.memory_budget, 0, kMost),
            CheckRange<int64_t>("context_budget", config.context_budget, 0, kMost),
            CheckAtLeast("context_ttl", config.context_ttl, absl::Milliseconds(1)),

@@ -65,6 +65,7 @@ class ServerImpl final : public Server {
       : config_(config),
         executor_(config.threads),
         pool_(static_cast<size_t>(config.memory_budget / 4)),
+        concurrency_(config.max_concurrent_requests),
         memory_(config.memory_budget, "--memory_budget"),
         context_memory_(config.context_budget, "--context_budget"),
         contexts_(&context_memory_, config.context_ttl) {}
@@ -91,6 +92,7 @@ class ServerImpl final : public Server {
              .executor = &executor_,
              .backend = backend_.get(),
              .pool = &pool_,
+             .concurrency = &concurrency_,
              .memory = &memory_,
              .context_memory = &context_memory_,
              .persister = persister_.get(),
@@ -294,6 +296,7 @@ class ServerImpl final : public Server {
   std::unique_ptr<Backend> backend_;
   BufferPool pool_;
   CallGate gate_;
+  ConcurrencyLimit concurrency_;
   MemoryBudget memory_;
   MemoryBudget context_memory_;
   std::unique_ptr<StateDirectory> directory_;

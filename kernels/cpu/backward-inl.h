@@ -79,11 +79,28 @@ struct RunSums {
     Collect<k>(i, input.GradY(begin + i), mask);
   }
   template <int k>
+  HWY_INLINE void AddTwo(int64_t i) {
+    if constexpr (kPairsInterleave<E> && !kMasked) {
+      if (weight == nullptr) {
+        const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
+        const Pair<D> x = LoadPair(d, input.x + begin + i);
+        Collect<k>(gradient.a, x.a);
+        Collect<k + 1>(gradient.b, x.b);
+        return;
+      }
+    }
+    Add<k>(i);
+    Add<k + 1>(i + static_cast<int64_t>(hn::Lanes(d)));
+  }
+  template <int k>
   HWY_INLINE void Collect(int64_t i, V gradient) {
     if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
+    Collect<k>(gradient, input.X(begin + i));
+  }
+  template <int k>
+  HWY_INLINE void Collect(V gradient, V x) {
     dy.template At<k>() = hn::Add(dy.template At<k>(), gradient);
-    dy_d.template At<k>() =
-        hn::MulAdd(gradient, hn::Sub(input.X(begin + i), shift), dy_d.template At<k>());
+    dy_d.template At<k>() = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d.template At<k>());
   }
   template <int k, class M>
   HWY_INLINE void Collect(int64_t i, V gradient, M mask) {
@@ -185,18 +202,6 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
 }
 
 template <class E>
-void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
-                const double* shift, GradientSums* sums) {
-  if (AreReadTogether(Tag<E>(), sets, runs)) {
-    SumsOfSetsTogether<E>(tensors, begin, sets, runs, shift, sums);
-    return;
-  }
-  for (int64_t set = 0; set < sets; ++set) {
-    sums[set] = WeightedSums<E>(tensors, begin + set * runs.length, runs, nullptr, shift[set]);
-  }
-}
-
-template <class E>
 GradientSums SumsOfRow(const BackwardTensors& tensors, const Row& row) {
   return WeightedSums<E>(tensors, row.begin, {1, row.count, 0},
                          static_cast<const ComputeType<E>*>(row.weight), row.shift);
@@ -225,12 +230,13 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
     }
     T* HWY_RESTRICT sum = static_cast<T*>(scratch);
     T* HWY_RESTRICT product = sum + columns;
-    constexpr int64_t kTogether = 8;
     const auto add = [&](int64_t row, int64_t count, int64_t j, auto keep) {
       const auto center = hn::LoadU(d, shift + j);
       auto s = hn::LoadU(d, sum + j), p = hn::LoadU(d, product + j);
       for (int64_t k = 0; k < count; ++k) {
         const int64_t i = begin + (row + k) * matrix.stride + j;
+        FetchAhead(input.grad_y + i + kRowsRead * matrix.stride);
+        FetchAhead(input.x + i + kRowsRead * matrix.stride);
         const auto g = input.GradY(i);
         s = hn::Add(s, keep(g));
         p = hn::Add(p, keep(hn::Mul(g, hn::Sub(input.X(i), center))));
@@ -242,8 +248,8 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       std::fill(sum, sum + columns, T{0});
       std::fill(product, product + columns, T{0});
       const int64_t end = std::min(block + kBlockRows, matrix.rows);
-      for (int64_t row = block; row < end; row += kTogether) {
-        const int64_t count = std::min(kTogether, end - row);
+      for (int64_t row = block; row < end; row += kRowsRead) {
+        const int64_t count = std::min(kRowsRead, end - row);
         int64_t j = 0;
         for (; j + lanes <= columns; j += lanes) add(row, count, j, [](auto v) { return v; });
         if (j < columns) {
@@ -255,6 +261,43 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
     }
   });
+}
+
+// As MomentsOfTinySets().
+template <class E>
+void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
+                    const double* shift, GradientSums* sums) {
+  using T = ComputeType<E>;
+  const int64_t columns = sets * runs.length;
+  std::vector<T> shifts(static_cast<size_t>(columns)), scratch(static_cast<size_t>(2 * columns));
+  std::vector<double> dy(static_cast<size_t>(columns)), dy_d(dy);
+  for (int64_t set = 0; set < sets; ++set) {
+    std::fill_n(shifts.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
+  }
+  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts.data(),
+                   scratch.data(), dy.data(), dy_d.data());
+  const hn::ScalableTag<double> d;
+  for (int64_t set = 0; set < sets; ++set) {
+    const int64_t first = set * runs.length;
+    sums[set] = {SumOfArray(d, dy.data() + first, runs.length),
+                 SumOfArray(d, dy_d.data() + first, runs.length)};
+  }
+}
+
+template <class E>
+void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
+                const double* shift, GradientSums* sums) {
+  if (AreTiny(Tag<E>(), sets, runs)) {
+    SumsOfTinySets<E>(tensors, begin, sets, runs, shift, sums);
+    return;
+  }
+  if (AreReadTogether(Tag<E>(), sets, runs)) {
+    SumsOfSetsTogether<E>(tensors, begin, sets, runs, shift, sums);
+    return;
+  }
+  for (int64_t set = 0; set < sets; ++set) {
+    sums[set] = WeightedSums<E>(tensors, begin + set * runs.length, runs, nullptr, shift[set]);
+  }
 }
 
 // The walk's operation. kMasked: there is a ReLU mask.
@@ -289,6 +332,14 @@ class Gradient {
     return Loop<true>(i, end, at, input_, out, ahead_);
   }
 
+  bool TakesTwo() const { return !stream_; }  // as in Normalize
+  template <class At>
+  HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
+    const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};
+    if (input_.x == nullptr) return LoopOfTwo<false>(i, end, stride, at, input_, out, ahead_);
+    return LoopOfTwo<true>(i, end, stride, at, input_, out, ahead_);
+  }
+
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
     const D d;
     const V dy = input_.PartialGradY(i, n);
@@ -318,26 +369,103 @@ class Gradient {
                                  const Outputs out, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    for (; i + lanes <= end; i += lanes) {
-      const VectorCoefficients<D> c = at(i);
-      if (ahead != 0) {
-        FetchAhead(input.grad_y + i + ahead);
-        if (kNeedsX) FetchAhead(input.x + i + ahead);
-      }
+    const auto gradient = [&](V dy, V x, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
+      if constexpr (!kNeedsX) return hn::Mul(dy, c.scale);
+      return hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(x, c.shift), c.slope, c.offset));
+    };
+    const auto fetch_ahead = [&](int64_t k) NORMD_INLINE_LAMBDA {
+      if (ahead == 0) return;
+      FetchAhead(input.grad_y + k + ahead);
+      if (kNeedsX) FetchAhead(input.x + k + ahead);
+    };
+    const auto x_at = [&](int64_t k)
+                          NORMD_INLINE_LAMBDA { return kNeedsX ? input.X(k) : hn::Zero(d); };
+    const auto at_one = [&]() NORMD_INLINE_LAMBDA {
       const V dy = input.GradY(i);
+      fetch_ahead(i);
       if (out.grad_x != nullptr) {
-        V dx;
-        if constexpr (kNeedsX) {
-          dx = hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(input.X(i), c.shift), c.slope, c.offset));
-        } else {
-          dx = hn::Mul(dy, c.scale);
-        }
-        StoreElements(d, dx, out.grad_x + i, out.stream);
+        StoreElements(d, gradient(dy, x_at(i), at(i)), out.grad_x + i, out.stream);
       }
       if (out.grad_residual != nullptr) {
         StoreElements(d, dy, out.grad_residual + i, out.stream_residual);
       }
+      i += lanes;
+    };
+    if constexpr (kPairsInterleave<E>) {
+      if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) at_one();
+      while (i + 2 * lanes <= end) {
+        fetch_ahead(i);
+        const VectorCoefficients<D> c = at(i);
+        if constexpr (At::kUniform && !kMasked) {
+          const Pair<D> dy = LoadPair(d, input.grad_y + i);
+          if (out.grad_x != nullptr) {
+            Pair<D> x{hn::Zero(d), hn::Zero(d)};
+            if (kNeedsX) x = LoadPair(d, input.x + i);
+            StorePair(d, Pair<D>{gradient(dy.a, x.a, c), gradient(dy.b, x.b, c)}, out.grad_x + i,
+                      out.stream);
+          }
+          if (out.grad_residual != nullptr) {
+            StorePair(d, dy, out.grad_residual + i, out.stream_residual);
+          }
+        } else {
+          const V first = input.GradY(i), second = input.GradY(i + lanes);
+          if (out.grad_x != nullptr) {
+            StoreTwo(d, gradient(first, x_at(i), c),
+                     gradient(second, x_at(i + lanes), at(i + lanes)), out.grad_x + i, out.stream);
+          }
+          if (out.grad_residual != nullptr) {
+            StoreTwo(d, first, second, out.grad_residual + i, out.stream_residual);
+          }
+        }
+        i += 2 * lanes;
+      }
     }
+    while (i + lanes <= end) at_one();
+    return i;
+  }
+
+  template <bool kNeedsX, class At>
+  static HWY_INLINE int64_t LoopOfTwo(int64_t i, int64_t end, int64_t stride, const At& at,
+                                      const Input input, const Outputs out, const int64_t ahead) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    const auto gradient = [&](int64_t k, V dy, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
+      if (ahead != 0) {
+        FetchAhead(input.grad_y + k + ahead);
+        if (kNeedsX) FetchAhead(input.x + k + ahead);
+      }
+      if constexpr (!kNeedsX) return hn::Mul(dy, c.scale);
+      return hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(input.X(k), c.shift), c.slope, c.offset));
+    };
+    const auto step = [&]() NORMD_INLINE_LAMBDA {
+      const VectorCoefficients<D> c = at(i);
+      for (const int64_t k : {i, i + stride}) {
+        const V dy = input.GradY(k);
+        if (out.grad_x != nullptr) {
+          StoreElements(d, gradient(k, dy, c), out.grad_x + k, false);
+        }
+        if (out.grad_residual != nullptr) {
+          StoreElements(d, dy, out.grad_residual + k, false);
+        }
+      }
+      i += lanes;
+    };
+    if constexpr (kPairsInterleave<E>) {
+      for (; i + 2 * lanes <= end; i += 2 * lanes) {
+        const VectorCoefficients<D> a = at(i), b = at(i + lanes);
+        for (const int64_t k : {i, i + stride}) {
+          const V first = input.GradY(k), second = input.GradY(k + lanes);
+          if (out.grad_x != nullptr) {
+            StoreTwo(d, gradient(k, first, a), gradient(k + lanes, second, b), out.grad_x + k,
+                     false);
+          }
+          if (out.grad_residual != nullptr) {
+            StoreTwo(d, first, second, out.grad_residual + k, false);
+          }
+        }
+      }
+    }
+    while (i + lanes <= end) step();
     return i;
   }
 

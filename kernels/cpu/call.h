@@ -10,6 +10,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/cpu/cache.h"
+#include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/executor.h"
 #include "kernels/moments.h"
@@ -35,8 +36,8 @@ struct ForwardCall {
   bool by_batch() const { return moments.mean != nullptr; }
   // Of all tensors that are read or written.
   int64_t bytes() const {
-    return (epilogue.residual == nullptr ? 2 : 3) * problem.size() *
-           static_cast<int64_t>(SizeOf(problem.dtype));
+    const int64_t tensors = 1 + (y == nullptr ? 0 : 1) + (epilogue.residual == nullptr ? 0 : 1);
+    return tensors * problem.size() * static_cast<int64_t>(SizeOf(problem.dtype));
   }
   ForwardTensors tensors() const {
     return {.x = x,
@@ -45,6 +46,28 @@ struct ForwardCall {
             .relu = epilogue.activation == Activation::kRelu,
             .relu_mask = epilogue.relu_mask,
             .stream = ShouldStream(bytes(), y == x || y == epilogue.residual)};
+  }
+};
+
+struct RangeCall {
+  const NormProblem& problem;
+  const ForwardRangeArgs& args;
+
+  // Of all memory that is read or written.
+  int64_t bytes() const {
+    return (args.epilogue.residual == nullptr ? 2 : 3) * args.count *
+           static_cast<int64_t>(SizeOf(problem.dtype));
+  }
+  ForwardTensors tensors() const {
+    return {.x = args.x,
+            .y = args.y,
+            .residual = args.epilogue.residual,
+            .relu = args.epilogue.activation == Activation::kRelu,
+            .relu_mask = args.epilogue.relu_mask,
+            .stream = ShouldStream(bytes(), args.y == args.x || args.y == args.epilogue.residual)};
+  }
+  SetConstants ConstantsOf(int64_t set) const {
+    return SetConstants(problem, args.statistics, set, args.statistics_of_batch);
   }
 };
 
@@ -74,10 +97,13 @@ struct BackwardCall {
   }
 };
 
-// Preconditions: the problem is not empty; pointers as backend.h asks.
+// Preconditions: the problem (and the range) is not empty; pointers as backend.h asks.
 Outcome ForwardByPlanes(const ForwardCall& call, const Context& context);
 Outcome ForwardByColumns(const ForwardCall& call, const Context& context);
 Outcome ForwardByRows(const ForwardCall& call, const Context& context);
+Outcome RangeByPlanes(const RangeCall& call, const Context& context);
+Outcome RangeByColumns(const RangeCall& call, const Context& context);
+Outcome RangeByRows(const RangeCall& call, const Context& context);
 Outcome BackwardByPlanes(const BackwardCall& call, const Context& context);
 Outcome BackwardByColumns(const BackwardCall& call, const Context& context);
 Outcome BackwardByRows(const BackwardCall& call, const Context& context);

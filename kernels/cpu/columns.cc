@@ -29,6 +29,13 @@ constexpr int64_t kWidestFolded = 16384;  // columns
 constexpr int64_t kLargestChunkBytes = int64_t{1} << 20;
 constexpr int64_t kSmallestChunkBytes = int64_t{1} << 17;
 
+// Rows of `base` columns that are best taken as one.
+int64_t FoldOf(int64_t base, int64_t rows) {
+  int64_t fold = kWidestVector / std::gcd(base, kWidestVector);
+  if (base * fold < kFewestColumns) fold *= (kFewestColumns - 1) / (base * fold) + 1;
+  return base * fold > kWidestFolded || fold > rows ? 1 : fold;
+}
+
 struct Geometry {
   explicit Geometry(const NormProblem& problem) {
     const bool per_channel = problem.reduction == Reduction::kPerChannel;
@@ -42,9 +49,7 @@ struct Geometry {
     channels_of_set = per_channel ? 1 : channels / problem.groups;
     sets = channels / channels_of_set;
 
-    int64_t fold = kWidestVector / std::gcd(base, kWidestVector);
-    if (base * fold < kFewestColumns) fold *= (kFewestColumns - 1) / (base * fold) + 1;
-    if (base * fold > kWidestFolded || fold > all_rows) fold = 1;
+    const int64_t fold = FoldOf(base, all_rows);
     columns = base * fold;
     rows = all_rows / fold;
     tail_columns = all_rows % fold * base;
@@ -138,7 +143,7 @@ class ForwardJob {
   }
 
   bool reduces() const { return call_.by_batch(); }
-  bool applies() const { return true; }
+  bool applies() const { return call_.y != nullptr; }
 
   void Reduce(int64_t unit, int64_t index) {
     const auto chunk = geometry_.ChunkAt(unit, index);
@@ -396,6 +401,66 @@ class BackwardJob {
 
 Outcome ForwardByColumns(const ForwardCall& call, const Context& context) {
   return ForwardJob(call).Execute(context);
+}
+
+// A range is cut where a sample with sets of its own ends. Within one, rows are counted
+// from the first element, so that all of them are whole but the last.
+Outcome RangeByColumns(const RangeCall& call, const Context& context) {
+  struct Job {
+    bool reduces() const { return false; }
+    bool applies() const { return true; }
+    void Reduce(int64_t, int64_t) {}
+    void Finish(int64_t) {}
+    void Apply(int64_t, int64_t chunk) {
+      const int64_t row = chunk * rows_of_chunk;
+      kernels.normalize_columns(tensors, begin + row * columns,
+                                {std::min(rows_of_chunk, rows - row), columns, columns},
+                                arrays.From(0));
+    }
+    const ForwardKernels& kernels;
+    const ForwardTensors& tensors;
+    const CoefficientArrays& arrays;
+    int64_t begin, rows, columns, rows_of_chunk;
+  };
+
+  const NormProblem& problem = call.problem;
+  const bool per_channel = problem.reduction == Reduction::kPerChannel;
+  const bool channels_last = problem.format == MemoryFormat::kChannelsLast;
+  const int64_t inner = channels_last ? 1 : problem.positions;
+  const int64_t base = problem.channels * inner;
+  const int64_t sample = per_channel ? problem.size() : problem.channels * problem.positions;
+  const Parameter weight(problem.dtype, call.args.affine.weight, 1);
+  const Parameter bias(problem.dtype, call.args.affine.bias, 0);
+  const ForwardKernels& kernels = ForwardKernelsFor(problem.dtype);
+  const ForwardTensors tensors = call.tensors();
+
+  for (int64_t done = 0; done < call.args.count;) {
+    const int64_t first = call.args.first + done;
+    const int64_t count = std::min(call.args.count - done, sample - first % sample);
+    const int64_t first_set = per_channel ? 0 : first / sample * problem.groups;
+    const int64_t repeat = std::min(base, count);
+    const int64_t columns = repeat * (repeat < base ? 1 : FoldOf(base, count / base));
+    CoefficientArrays arrays(problem.dtype, columns, 3);
+    for (int64_t j = 0; j < repeat; ++j) {
+      const int64_t c = (first + j) % base / inner;
+      const int64_t set = per_channel ? c : first_set + c / (problem.channels / problem.groups);
+      SetForward(arrays, j, call.ConstantsOf(set), weight[c], bias[c]);
+    }
+    arrays.Repeat(0, repeat, columns);
+    const int64_t rows = count / columns;
+    const int64_t rows_of_chunk = std::max<int64_t>(
+        1, kLargestChunkBytes / (columns * static_cast<int64_t>(SizeOf(problem.dtype))));
+    Job job{kernels, tensors, arrays, done, rows, columns, rows_of_chunk};
+    const Outcome outcome =
+        Run(job, {1, (rows + rows_of_chunk - 1) / rows_of_chunk, call.bytes()}, context);
+    if (outcome != Outcome::kOk) return outcome;
+    if (const int64_t rest = count - rows * columns; rest > 0) {
+      kernels.normalize_columns(tensors, done + rows * columns, {1, rest, rest}, arrays.From(0));
+      FlushStreams();
+    }
+    done += count;
+  }
+  return Outcome::kOk;
 }
 
 Outcome BackwardByColumns(const BackwardCall& call, const Context& context) {

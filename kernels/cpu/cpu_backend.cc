@@ -78,6 +78,22 @@ class CpuBackend final : public Backend {
                    {executor_, std::move(stop)});
   }
 
+  Outcome ForwardRange(const NormProblem& problem, const ForwardRangeArgs& args, Place,
+                       std::stop_token stop) override {
+    if (args.count == 0) return Outcome::kOk;
+    const cpu::RangeCall call{problem, args};
+    const cpu::Context context{executor_, std::move(stop)};
+    try {
+      switch (GeometryOf(problem)) {
+        case Geometry::kPlanes: return cpu::RangeByPlanes(call, context);
+        case Geometry::kColumns: return cpu::RangeByColumns(call, context);
+        case Geometry::kRows: return cpu::RangeByRows(call, context);
+      }
+    } catch (const std::bad_alloc&) {
+    }
+    return Outcome::kOutOfMemory;
+  }
+
   Outcome Backward(const NormProblem& problem, const BackwardArgs& args, Place,
                    std::stop_token stop) override {
     if (problem.size() == 0) {

@@ -101,6 +101,22 @@ HWY_INLINE hn::Vec<D> LoadElements(D d, const E* from) {
   }
 }
 
+// Words whose upper half is `v` as bfloat16, to nearest even; the lower half is anything.
+// A NaN stays one: it came from a bfloat16 or from the arithmetic and so has zeros in its
+// low half.
+template <class D>
+HWY_INLINE hn::Vec<hn::Rebind<uint32_t, D>> RoundedToBFloat16(D, hn::Vec<D> v) {
+  const hn::Rebind<uint32_t, D> du32;
+  const auto bits = hn::BitCast(du32, v);
+#if HWY_TARGET == HWY_AVX3  // an instruction less, where masks cost nothing
+  const auto odd = hn::TestBit(bits, hn::Set(du32, 0x10000));
+  return hn::Add(bits, hn::IfThenElse(odd, hn::Set(du32, 0x8000), hn::Set(du32, 0x7fff)));
+#else
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du32, 1));
+  return hn::Add(hn::Add(bits, hn::Set(du32, 0x7fff)), odd);
+#endif
+}
+
 // Past the cache if `stream`: `to` is then aligned to what a vector stores.
 template <class DRaw, class VRaw, class Raw>
 HWY_INLINE void StoreRaw(DRaw d, VRaw v, Raw* to, bool stream) {
@@ -122,12 +138,8 @@ HWY_INLINE void StoreElements(D d, hn::Vec<D> v, E* to, bool stream) {
     const hn::Rebind<uint32_t, D> du32;
     uint16_t* raw = reinterpret_cast<uint16_t*>(to);
     if constexpr (std::is_same_v<E, BFloat16>) {
-      // To nearest even. A NaN stays one: it came from a bfloat16 or from the
-      // arithmetic and so has zeros in its low half.
-      const auto bits = hn::BitCast(du32, v);
-      const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du32, 1));
-      const auto rounded = hn::Add(hn::Add(bits, hn::Set(du32, 0x7fff)), odd);
-      StoreRaw(du16, hn::TruncateTo(du16, hn::ShiftRight<16>(rounded)), raw, stream);
+      StoreRaw(du16, hn::TruncateTo(du16, hn::ShiftRight<16>(RoundedToBFloat16(d, v))), raw,
+               stream);
     } else if constexpr (kNativeFloat16) {
       const hn::Rebind<hwy::float16_t, D> df16;
       StoreRaw(du16, hn::BitCast(du16, hn::DemoteTo(df16, v)), raw, stream);
@@ -135,6 +147,67 @@ HWY_INLINE void StoreElements(D d, hn::Vec<D> v, E* to, bool stream) {
       StoreRaw(du16, hn::TruncateTo(du16, HalfBitsFromFloat(du32, v)), raw, stream);
     }
   }
+}
+
+// Two vectors of elements in whatever order is cheapest: of bfloat16 the elements at even
+// places and those at odd ones, halves of a word; of others one after the other. For what
+// treats all of them alike.
+template <class E>
+inline constexpr bool kPairsInterleave = HWY_TARGET != HWY_SCALAR&& std::is_same_v<E, BFloat16>;
+
+template <class D>
+struct Pair {
+  hn::Vec<D> a, b;
+};
+
+template <class D, class E>
+HWY_INLINE Pair<D> LoadPair(D d, const E* from) {
+  if constexpr (kPairsInterleave<E>) {
+    const hn::Rebind<uint32_t, D> du32;
+    const hn::Repartition<uint16_t, D> du16;
+    const auto words = hn::BitCast(du32, hn::LoadU(du16, reinterpret_cast<const uint16_t*>(from)));
+    return {hn::BitCast(d, hn::ShiftLeft<16>(words)),
+            hn::BitCast(d, hn::And(words, hn::Set(du32, 0xffff0000u)))};
+  } else {
+    return {LoadElements(d, from), LoadElements(d, from + hn::Lanes(d))};
+  }
+}
+
+// If `stream`, `to` is aligned to what a pair stores.
+template <class D, class E>
+HWY_INLINE void StorePair(D d, const Pair<D>& pair, E* to, bool stream) {
+  if constexpr (kPairsInterleave<E>) {
+    const hn::Rebind<uint32_t, D> du32;
+    const hn::Repartition<uint16_t, D> du16;
+    const auto words = hn::OrAnd(hn::ShiftRight<16>(RoundedToBFloat16(d, pair.a)),
+                                 RoundedToBFloat16(d, pair.b), hn::Set(du32, 0xffff0000u));
+    StoreRaw(du16, hn::BitCast(du16, words), reinterpret_cast<uint16_t*>(to), stream);
+  } else {
+    StoreElements(d, pair.a, to, stream);
+    StoreElements(d, pair.b, to + hn::Lanes(d), stream);
+  }
+}
+
+// Two vectors one after the other, with the same alignment.
+template <class D, class E>
+HWY_INLINE void StoreTwo(D d, hn::Vec<D> first, hn::Vec<D> second, E* to, bool stream) {
+#if HWY_TARGET != HWY_SCALAR  // has no ConcatOdd()
+  if constexpr (kPairsInterleave<E>) {
+    const hn::Repartition<uint16_t, D> du16;
+    const auto halves = hn::ConcatOdd(du16, hn::BitCast(du16, RoundedToBFloat16(d, second)),
+                                      hn::BitCast(du16, RoundedToBFloat16(d, first)));
+    StoreRaw(du16, halves, reinterpret_cast<uint16_t*>(to), stream);
+    return;
+  }
+#endif
+  StoreElements(d, first, to, stream);
+  StoreElements(d, second, to + hn::Lanes(d), stream);
+}
+
+// Whether a pair may be streamed there.
+template <class D, class E>
+HWY_INLINE bool IsAlignedForPair(D d, const E* to) {
+  return reinterpret_cast<uintptr_t>(to) % (2 * hn::Lanes(d) * sizeof(E)) == 0;
 }
 
 // The `n` elements at `from`, n < Lanes(d), and zeros.

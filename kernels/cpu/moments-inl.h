@@ -42,7 +42,17 @@ struct MomentSums {
 
   template <int k>
   HWY_INLINE void Add(int64_t i) {
-    const V deviation = hn::Sub(LoadElements(d, x + i), shift);
+    Collect<k>(LoadElements(d, x + i));
+  }
+  template <int k>
+  HWY_INLINE void AddTwo(int64_t i) {
+    const Pair<D> values = LoadPair(d, x + i);
+    Collect<k>(values.a);
+    Collect<k + 1>(values.b);
+  }
+  template <int k>
+  HWY_INLINE void Collect(V value) {
+    const V deviation = hn::Sub(value, shift);
     sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
     square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
   }
@@ -134,6 +144,94 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs) {
   return total;
 }
 
+// Rows of a matrix that are read side by side: enough to keep the columns' sums in
+// registers for a while. The next ones are fetched by hand, since a vector a row gives
+// the processor no pattern to follow.
+inline constexpr int64_t kRowsRead = 8;
+
+// Columns [j, j + Lanes) of `count` rows added to the sums of these columns.
+template <class E, class Keep>
+HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const ComputeType<E>* shift,
+                        ComputeType<E>* sum, ComputeType<E>* square, Keep keep) {
+  const Tag<E> d;
+  const auto center = hn::LoadU(d, shift);
+  auto s0 = hn::LoadU(d, sum), q0 = hn::LoadU(d, square);
+  auto s1 = hn::Zero(d), q1 = hn::Zero(d);
+  int64_t row = 0;
+  for (; row + 2 <= count; row += 2) {
+    FetchAhead(x + (row + kRowsRead) * stride);
+    FetchAhead(x + (row + 1 + kRowsRead) * stride);
+    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
+    const auto b = keep(hn::Sub(LoadElements(d, x + (row + 1) * stride), center));
+    s0 = hn::Add(s0, a);
+    s1 = hn::Add(s1, b);
+    q0 = hn::MulAdd(a, a, q0);
+    q1 = hn::MulAdd(b, b, q1);
+  }
+  if (row < count) {
+    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
+    s0 = hn::Add(s0, a);
+    q0 = hn::MulAdd(a, a, q0);
+  }
+  hn::StoreU(hn::Add(s0, s1), d, sum);
+  hn::StoreU(hn::Add(q0, q1), d, square);
+}
+
+// Rows [begin, end) of `matrix`, which has a vector's columns or more, added to the sums of
+// each column.
+template <class E>
+HWY_INLINE void AddMatrix(const E* x, int64_t begin, int64_t end, const Matrix& matrix,
+                          const ComputeType<E>* shift, ComputeType<E>* HWY_RESTRICT sum,
+                          ComputeType<E>* HWY_RESTRICT square) {
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t columns = matrix.columns, stride = matrix.stride;
+  for (; begin < end; begin += kRowsRead) {
+    const int64_t count = std::min(kRowsRead, end - begin);
+    const E* from = x + begin * stride;
+    int64_t j = 0;
+    for (; j + lanes <= columns; j += lanes) {
+      AddRows(from + j, count, stride, shift + j, sum + j, square + j, [](auto v) { return v; });
+    }
+    if (j < columns) {
+      const auto fresh = hn::Not(hn::FirstN(d, static_cast<size_t>(j + lanes - columns)));
+      j = columns - lanes;
+      AddRows(from + j, count, stride, shift + j, sum + j, square + j,
+              [&](auto v) { return hn::IfThenElseZero(fresh, v); });
+    }
+  }
+}
+
+// Sets whose runs are a few vectors, as a matrix with a column for each position of each
+// set: a position's sums wait for the next run, and a set's are added up in the end.
+template <class E>
+void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const int64_t columns = sets * runs.length;
+  std::vector<T> shift(static_cast<size_t>(columns)), sum(shift), square(shift);
+  for (int64_t set = 0; set < sets; ++set) {
+    const int64_t first = set * runs.length;
+    std::fill_n(shift.begin() + first, runs.length, PilotShift(x + first, runs.length));
+    moments[set] = {};
+  }
+  for (int64_t block = 0; block < runs.count; block += kBlockRows) {
+    std::fill(sum.begin(), sum.end(), T{0});
+    std::fill(square.begin(), square.end(), T{0});
+    const int64_t end = std::min(block + kBlockRows, runs.count);
+    AddMatrix(x, block, end, Matrix{runs.count, columns, runs.stride}, shift.data(), sum.data(),
+              square.data());
+    for (int64_t set = 0; set < sets; ++set) {
+      const int64_t first = set * runs.length;
+      T center = shift[static_cast<size_t>(first)];
+      MergeBlock(static_cast<double>((end - block) * runs.length),
+                 SumOfArray(d, sum.data() + first, runs.length),
+                 SumOfArray(d, square.data() + first, runs.length), center, moments[set]);
+      std::fill_n(shift.begin() + first, runs.length, center);
+    }
+  }
+}
+
 template <class E>
 void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
   MomentSums<E> sums;
@@ -167,6 +265,10 @@ template <class E>
 void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMoments* moments) {
   const E* x = static_cast<const E*>(data);
   const Tag<E> d;
+  if (AreTiny(d, sets, runs)) {
+    MomentsOfTinySets(x, sets, runs, moments);
+    return;
+  }
   if (AreReadTogether(d, sets, runs)) {
     MomentsOfSetsTogether(x, sets, runs, moments);
     return;
@@ -177,30 +279,76 @@ void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMome
   }
 }
 
-// Columns [j, j + Lanes) of `count` rows added to the sums of these columns.
-template <class E, class Keep>
-HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const ComputeType<E>* shift,
-                        ComputeType<E>* sum, ComputeType<E>* square, Keep keep) {
-  const Tag<E> d;
-  const auto center = hn::LoadU(d, shift);
-  auto s0 = hn::LoadU(d, sum), q0 = hn::LoadU(d, square);
-  auto s1 = hn::Zero(d), q1 = hn::Zero(d);
-  int64_t row = 0;
-  for (; row + 2 <= count; row += 2) {
-    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
-    const auto b = keep(hn::Sub(LoadElements(d, x + (row + 1) * stride), center));
-    s0 = hn::Add(s0, a);
-    s1 = hn::Add(s1, b);
-    q0 = hn::MulAdd(a, a, q0);
-    q1 = hn::MulAdd(b, b, q1);
+// Values of the computing type as doubles, and back.
+template <class D64, class T>
+HWY_INLINE hn::Vec<D64> LoadDoubles(D64 d, const T* from) {
+  if constexpr (std::is_same_v<T, double>) {
+    return hn::LoadU(d, from);
+  } else {
+    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<float, D64>(), from));
   }
-  if (row < count) {
-    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
-    s0 = hn::Add(s0, a);
-    q0 = hn::MulAdd(a, a, q0);
+}
+template <class D64, class T>
+HWY_INLINE void StoreDoubles(D64 d, hn::Vec<D64> v, T* to) {
+  if constexpr (std::is_same_v<T, double>) {
+    hn::StoreU(v, d, to);
+  } else {
+    const hn::Rebind<float, D64> df;
+    hn::StoreU(hn::DemoteTo(df, v), df, to);
   }
-  hn::StoreU(hn::Add(s0, s1), d, sum);
-  hn::StoreU(hn::Add(q0, q1), d, square);
+}
+
+// ShiftNear() of each lane.
+template <class D64>
+HWY_INLINE hn::Vec<D64> ShiftsNear(D64 d, hn::Vec<D64> mean, hn::Vec<D64> deviation) {
+  const auto exponent = hn::BitCast(d, hn::Set(hn::RebindToUnsigned<D64>(), uint64_t{0x7ff} << 52));
+  const auto large = hn::Mul(hn::And(deviation, exponent), hn::Set(d, 0x1.8p52 / 8));
+  const auto rounded = hn::Sub(hn::Add(mean, large), large);
+  return hn::IfThenElse(hn::IsFinite(rounded), rounded, mean);
+}
+
+// MergeBlock() for columns, all of which have `done` rows in mean and m2, and `n` more in
+// sum and square. The same operations in each column, on whatever vectors it falls.
+template <class D64, class T>
+HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, T* shift, const T* sum,
+                               const T* square, double* mean, double* m2) {
+  const auto inverse = hn::Set(d, 1.0 / n);
+  const auto s = LoadDoubles(d, sum + j);
+  const auto q = LoadDoubles(d, square + j);
+  const auto center = LoadDoubles(d, shift + j);
+  const auto missed = hn::Mul(s, inverse);
+  const auto block_mean = hn::Add(center, missed);
+  // Not Max(): a NaN must stay one.
+  const auto m2_of_block = hn::Sub(q, hn::Mul(s, missed));
+  const auto block_m2 = hn::IfThenZeroElse(hn::Lt(m2_of_block, hn::Zero(d)), m2_of_block);
+  if (done == 0) {
+    hn::StoreU(block_mean, d, mean + j);
+    hn::StoreU(block_m2, d, m2 + j);
+  } else {
+    const double part = n / (done + n);
+    const auto before = hn::LoadU(d, mean + j);
+    const auto delta = hn::Sub(block_mean, before);
+    hn::StoreU(hn::MulAdd(delta, hn::Set(d, part), before), d, mean + j);
+    hn::StoreU(hn::MulAdd(hn::Mul(delta, delta), hn::Set(d, done * part),
+                          hn::Add(hn::LoadU(d, m2 + j), block_m2)),
+               d, m2 + j);
+  }
+  const auto variance = hn::Sub(hn::Mul(q, inverse), hn::Mul(missed, missed));
+  StoreDoubles(d, ShiftsNear(d, block_mean, hn::Sqrt(variance)), shift + j);
+}
+
+template <class T>
+void MergeColumns(int64_t columns, double done, double n, T* HWY_RESTRICT shift,
+                  const T* HWY_RESTRICT sum, const T* HWY_RESTRICT square,
+                  double* HWY_RESTRICT mean, double* HWY_RESTRICT m2) {
+  const hn::ScalableTag<double> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) {
+    MergeColumnsAt(d, j, done, n, shift, sum, square, mean, m2);
+  }
+  const hn::CappedTag<double, 1> one;
+  for (; j < columns; ++j) MergeColumnsAt(one, j, done, n, shift, sum, square, mean, m2);
 }
 
 template <class E>
@@ -224,58 +372,28 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   T* HWY_RESTRICT shift = static_cast<T*>(scratch);
   T* HWY_RESTRICT sum = shift + columns;
   T* HWY_RESTRICT square = sum + columns;
-  // How many rows are read side by side: enough to keep the sums in registers for a
-  // while, few enough for the prefetcher to follow.
-  constexpr int64_t kTogether = 8;
-  const auto add = [&](int64_t begin, int64_t count) {
-    const E* from = x + begin * stride;
-    int64_t j = 0;
-    for (; j + lanes <= columns; j += lanes) {
-      AddRows(from + j, count, stride, shift + j, sum + j, square + j, [](auto v) { return v; });
-    }
-    if (j < columns) {
-      const auto fresh = hn::Not(hn::FirstN(d, static_cast<size_t>(j + lanes - columns)));
-      j = columns - lanes;
-      AddRows(from + j, count, stride, shift + j, sum + j, square + j,
-              [&](auto v) { return hn::IfThenElseZero(fresh, v); });
-    }
-  };
   const auto clear = [&] {
     std::fill(sum, sum + columns, T{0});
     std::fill(square, square + columns, T{0});
   };
 
   // The first shift: the mean of the first rows, shifted by the first of them.
-  const int64_t pilot = std::min(kTogether, matrix.rows);
+  const int64_t pilot = std::min(kRowsRead, matrix.rows);
   for (int64_t j = 0; j < columns; ++j) shift[j] = ScalarAt(x, j);
   clear();
-  add(0, pilot);
-  for (int64_t j = 0; j < columns; ++j)
-    shift[j] = static_cast<T>(ShiftOfSums(shift[j], sum[j], square[j], static_cast<double>(pilot)));
+  AddMatrix(x, 0, pilot, matrix, shift, sum, square);
+  MergeColumns(columns, 0, static_cast<double>(pilot), shift, sum, square, mean, m2);
   clear();
 
   double done = 0;
   for (int64_t begin = 0; begin < matrix.rows;) {
     const int64_t end = std::min(begin + kBlockRows, matrix.rows);
     const double n = static_cast<double>(end - begin);
-    for (; begin < end; begin += kTogether) add(begin, std::min(kTogether, end - begin));
+    AddMatrix(x, begin, end, matrix, shift, sum, square);
     begin = end;
-    // PartialMoments::Merge(), all columns alike.
-    const double total = done + n;
-    const double part = n / total;
-    for (int64_t j = 0; j < columns; ++j) {
-      const double s = sum[j];
-      const double block_m2 = square[j] - s * (s / n);
-      const double block_mean = shift[j] + s / n;
-      const double before = done == 0 ? block_mean : mean[j];
-      const double delta = block_mean - before;
-      mean[j] = before + delta * part;
-      m2[j] =
-          (done == 0 ? 0 : m2[j]) + (block_m2 < 0 ? 0 : block_m2) + delta * delta * (done * part);
-      shift[j] = static_cast<T>(ShiftOfSums(shift[j], s, square[j], n));
-    }
+    MergeColumns(columns, done, n, shift, sum, square, mean, m2);
     clear();
-    done = total;
+    done += n;
   }
 }
 

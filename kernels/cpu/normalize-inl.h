@@ -58,6 +58,15 @@ class Normalize {
                    : Loop<false>(i, end, at, tensors, bits_);
   }
 
+  // Not where stores bypass the cache: two streams of them take twice the time of one. Nor
+  // with a mask, which is written in the order of memory.
+  bool TakesTwo() const { return !kFused && !stream_; }
+  template <class At>
+  HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
+    const Tensors tensors{x_, y_, nullptr, false, false, ahead_};
+    return LoopOfTwo(i, end, stride, at, tensors);
+  }
+
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
     const D d;
     V y = hn::MulAdd(hn::Sub(LoadPartial(d, x_ + i, n), c.shift), c.scale, c.offset);
@@ -89,17 +98,74 @@ class Normalize {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     MaskWriter bits = writer;
-    for (; i + lanes <= end; i += lanes) {
-      const VectorCoefficients<D> c = at(i);
-      if (t.ahead != 0) FetchAhead(t.x + i + t.ahead);
-      V y = hn::MulAdd(hn::Sub(LoadElements(d, t.x + i), c.shift), c.scale, c.offset);
+    const auto finish = [&](V y, V residual) NORMD_INLINE_LAMBDA {
       if constexpr (kFused) {
-        if (t.residual != nullptr) y = hn::Add(y, LoadElements(d, t.residual + i));
+        if (t.residual != nullptr) y = hn::Add(y, residual);
         if (t.relu) y = Activate(y, static_cast<size_t>(lanes), t.masks, bits);
       }
-      StoreElements(d, y, t.y + i, kStream);
+      return y;
+    };
+    const auto residual_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
+      return kFused && t.residual != nullptr ? LoadElements(d, t.residual + k) : hn::Zero(d);
+    };
+    const auto at_one = [&](int64_t k) NORMD_INLINE_LAMBDA {
+      const VectorCoefficients<D> c = at(k);
+      if (t.ahead != 0) FetchAhead(t.x + k + t.ahead);
+      return finish(hn::MulAdd(hn::Sub(LoadElements(d, t.x + k), c.shift), c.scale, c.offset),
+                    residual_at(k));
+    };
+    if constexpr (kPairsInterleave<E>) {
+      if (kStream && i + lanes <= end && !IsAlignedForPair(d, t.y + i)) {
+        StoreElements(d, at_one(i), t.y + i, kStream);
+        i += lanes;
+      }
+      const bool in_order = !At::kUniform || (kFused && t.masks);
+      for (; in_order && i + 2 * lanes <= end; i += 2 * lanes) {
+        const V first = at_one(i);
+        StoreTwo(d, first, at_one(i + lanes), t.y + i, kStream);
+      }
+      if constexpr (At::kUniform) {
+        const VectorCoefficients<D> c = at(i);
+        for (; i + 2 * lanes <= end; i += 2 * lanes) {
+          if (t.ahead != 0) FetchAhead(t.x + i + t.ahead);
+          const Pair<D> x = LoadPair(d, t.x + i);
+          Pair<D> residual{hn::Zero(d), hn::Zero(d)};
+          if (kFused && t.residual != nullptr) residual = LoadPair(d, t.residual + i);
+          const Pair<D> y{finish(hn::MulAdd(hn::Sub(x.a, c.shift), c.scale, c.offset), residual.a),
+                          finish(hn::MulAdd(hn::Sub(x.b, c.shift), c.scale, c.offset), residual.b)};
+          StorePair(d, y, t.y + i, kStream);
+        }
+      }
     }
+    for (; i + lanes <= end; i += lanes) StoreElements(d, at_one(i), t.y + i, kStream);
     if constexpr (kFused) writer = bits;
+    return i;
+  }
+
+  template <class At>
+  static HWY_INLINE int64_t LoopOfTwo(int64_t i, int64_t end, int64_t stride, const At& at,
+                                      const Tensors t) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    const auto y_at = [&](int64_t k, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
+      if (t.ahead != 0) FetchAhead(t.x + k + t.ahead);
+      return hn::MulAdd(hn::Sub(LoadElements(d, t.x + k), c.shift), c.scale, c.offset);
+    };
+    const auto step = [&]() NORMD_INLINE_LAMBDA {
+      const VectorCoefficients<D> c = at(i);
+      StoreElements(d, y_at(i, c), t.y + i, false);
+      StoreElements(d, y_at(i + stride, c), t.y + i + stride, false);
+      i += lanes;
+    };
+    if constexpr (kPairsInterleave<E>) {
+      for (; i + 2 * lanes <= end; i += 2 * lanes) {
+        const VectorCoefficients<D> a = at(i), b = at(i + lanes);
+        for (const int64_t k : {i, i + stride}) {
+          StoreTwo(d, y_at(k, a), y_at(k + lanes, b), t.y + k, false);
+        }
+      }
+    }
+    while (i + lanes <= end) step();
     return i;
   }
 

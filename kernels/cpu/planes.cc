@@ -10,6 +10,9 @@
 // A unit is some neighbouring sets, small enough to be still in the cache when they
 // are read for the second time. While one is written, the next is fetched, so that
 // reads and writes of memory overlap.
+//
+// Planes of a few vectors (7x7) are written as columns, one a position, each with its
+// channel's coefficients: a vector then never has to be put together of two planes'.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -25,6 +28,8 @@ namespace {
 constexpr int64_t kLargestUnitBytes = int64_t{1} << 21;   // 2 MiB
 constexpr int64_t kSmallestUnitBytes = int64_t{1} << 17;  // 128 KiB
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
+constexpr int64_t kLargestTinyPlane = 64;
+constexpr int64_t kFewestTinyRuns = 4;
 
 struct Range {
   int64_t begin;
@@ -38,6 +43,15 @@ Range Part(int64_t n, int64_t parts, int64_t k, int64_t grain) {
   return {cut(k), cut(k + 1)};
 }
 
+// Elements in the order of memory, `skip` elements after the beginning of a plane. Their
+// coefficients are those of `planes` planes, over and over.
+struct Stretch {
+  int64_t size;
+  int64_t skip;
+  int64_t plane;
+  int64_t planes;
+};
+
 struct Geometry {
   // `tensors`: how many are read in each of both steps.
   Geometry(const NormProblem& problem, int64_t tensors) {
@@ -47,8 +61,8 @@ struct Geometry {
     subs = per_channel ? 1 : problem.channels / problem.groups;
     plane = problem.positions;
     channels = problem.channels;
-    const int64_t set_bytes =
-        runs * run_length() * static_cast<int64_t>(SizeOf(problem.dtype)) * tensors;
+    element_bytes = static_cast<int64_t>(SizeOf(problem.dtype));
+    const int64_t set_bytes = runs * run_length() * element_bytes * tensors;
     const int64_t unit_bytes =
         std::clamp(sets * set_bytes / 16, kSmallestUnitBytes, kLargestUnitBytes);
     unit_sets = std::clamp<int64_t>(unit_bytes / set_bytes, 1, sets);
@@ -58,10 +72,15 @@ struct Geometry {
       run_chunks = std::min(runs, wanted);
       pieces = std::max<int64_t>(1, std::min(wanted / run_chunks, run_length() / 4096));
     }
+    by_columns =
+        per_channel && plane < kLargestTinyPlane && runs >= kFewestTinyRuns && chunks() == 1;
   }
 
   int64_t run_length() const { return subs * plane; }
   int64_t chunks() const { return run_chunks * pieces; }
+  // Whether columns are worth it where memory is read once: it is then not read in its
+  // order, and only for halves does computing cost more than that.
+  bool WritesColumnsAtOnce() const { return by_columns && element_bytes == 2; }
   int64_t plane_count() const { return sets * subs; }  // with a coefficient each
   int64_t ChannelOf(int64_t plane_index) const { return plane_index % channels; }
 
@@ -76,6 +95,17 @@ struct Geometry {
   // Elements from a unit to the next, if both are small.
   int64_t Ahead(int64_t unit) const {
     return unit + 1 < units && chunks() == 1 ? unit_sets * run_length() : 0;
+  }
+
+  // The whole tensor.
+  Stretch All(const NormProblem& problem) const { return {problem.size(), 0, plane, sets * subs}; }
+
+  // Calls visit(begin, matrix, coefficients) with a unit as columns.
+  template <class Visit>
+  void AsColumns(int64_t unit, const CoefficientArrays& arrays, Visit visit) const {
+    const Range own = SetsOf(unit);
+    visit(OffsetOf(0, own.begin), Matrix{runs, own.size() * plane, sets * plane},
+          arrays.Spread(own.begin, own.size(), plane));
   }
 
   // Calls visit(planes) for each contiguous range of a chunk.
@@ -93,42 +123,44 @@ struct Geometry {
     }
   }
 
-  int64_t sets, runs, subs, plane, channels;
+  int64_t sets, runs, subs, plane, channels, element_bytes;
   int64_t unit_sets, units;
   int64_t run_chunks = 1, pieces = 1;
+  bool by_columns = false;
 };
 
 const void* At(const NormProblem& problem, const void* data, int64_t element) {
   return static_cast<const char*>(data) + element * static_cast<int64_t>(SizeOf(problem.dtype));
 }
 
-// Walks all elements in the order of memory, where nothing is to be summed first.
+// Walks them where nothing is to be summed first.
 template <class Visit>
-Outcome InOrder(const NormProblem& problem, const Geometry& geometry, int64_t bytes,
-                const Context& context, Visit visit) {
+Outcome InOrder(const Stretch& stretch, int64_t bytes, const Context& context, Visit visit) {
   struct Job {
     bool reduces() const { return false; }
     bool applies() const { return true; }
     void Reduce(int64_t, int64_t) {}
     void Finish(int64_t) {}
     void Apply(int64_t, int64_t part) {
-      const Range range = Part(size, parts, part, 64);
+      const Range range = Part(stretch.size, parts, part, 64);
+      const int64_t period = stretch.planes * stretch.plane;
       for (int64_t begin = range.begin; begin < range.end;) {
-        const int64_t within = begin % period;
+        const int64_t within = (stretch.skip + begin) % period;
         const int64_t count = std::min(range.end - begin, period - within);
         visit(Planes{.begin = begin,
                      .count = count,
-                     .plane_size = plane,
-                     .first_plane = within / plane,
-                     .skip = within % plane});
+                     .plane_size = stretch.plane,
+                     .first_plane = within / stretch.plane,
+                     .skip = within % stretch.plane});
         begin += count;
       }
     }
-    int64_t size, parts, period, plane;
+    Stretch stretch;
+    int64_t parts;
     Visit visit;
   };
   const int64_t parts = std::max<int64_t>(1, bytes / (2 * kChunkBytes));
-  Job job{problem.size(), parts, geometry.sets * geometry.run_length(), geometry.plane, visit};
+  Job job{stretch, parts, visit};
   return Run(job, {1, parts, bytes}, context);
 }
 
@@ -147,20 +179,20 @@ class ForwardJob {
   }
 
   Outcome Execute(const Context& context) {
-    if (call_.by_batch()) {
-      partial_.resize(static_cast<size_t>(geometry_.sets * geometry_.chunks()));
+    if (reduces()) partial_.resize(static_cast<size_t>(geometry_.sets * geometry_.chunks()));
+    if (reduces() || geometry_.WritesColumnsAtOnce()) {
       return Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
     }
     for (int64_t set = 0; set < geometry_.sets; ++set) {
       SetCoefficients(set, SetConstants(problem_, call_.statistics, set, /*of_batch=*/false));
     }
-    return InOrder(problem_, geometry_, bytes_, context, [this](const Planes& planes) {
+    return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
       kernels_.normalize_planes(tensors_, planes, arrays_.From(0));
     });
   }
 
-  bool reduces() const { return true; }
-  bool applies() const { return true; }
+  bool reduces() const { return call_.by_batch(); }
+  bool applies() const { return call_.y != nullptr; }
 
   void Reduce(int64_t unit, int64_t chunk) {
     const Range sets = geometry_.SetsOf(unit);
@@ -176,6 +208,10 @@ class ForwardJob {
   void Finish(int64_t unit) {
     const Range sets = geometry_.SetsOf(unit);
     for (int64_t set = sets.begin; set < sets.end; ++set) {
+      if (!reduces()) {
+        SetCoefficients(set, SetConstants(problem_, call_.statistics, set, /*of_batch=*/false));
+        continue;
+      }
       PartialMoments total;
       for (int64_t chunk = 0; chunk < geometry_.chunks(); ++chunk) {
         total.Merge(partial_[static_cast<size_t>(set * geometry_.chunks() + chunk)]);
@@ -192,6 +228,13 @@ class ForwardJob {
   void Apply(int64_t unit, int64_t chunk) {
     ForwardTensors tensors = tensors_;
     tensors.ahead = geometry_.Ahead(unit);
+    if (geometry_.by_columns) {
+      geometry_.AsColumns(
+          unit, arrays_, [&](int64_t begin, const Matrix& matrix, const CoefficientArrays& spread) {
+            kernels_.normalize_columns(tensors, begin, matrix, spread.From(0));
+          });
+      return;
+    }
     geometry_.ForEachRange(unit, chunk, [&](const Planes& planes) {
       kernels_.normalize_planes(tensors, planes, arrays_.From(0));
     });
@@ -234,10 +277,13 @@ class BackwardJob {
   }
 
   Outcome Execute(const Context& context) {
+    if (!reduces() && !applies()) return Outcome::kOk;
+    if (!reduces() && geometry_.WritesColumnsAtOnce()) {
+      return Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
+    }
     if (!reduces()) {
       for (int64_t set = 0; set < geometry_.sets; ++set) SetCoefficients(set, 0, 0);
-      if (!applies()) return Outcome::kOk;
-      return InOrder(problem_, geometry_, bytes_, context, [this](const Planes& planes) {
+      return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
         kernels_.gradient_of_planes(apply_tensors_, planes, arrays_.From(0));
       });
     }
@@ -284,6 +330,10 @@ class BackwardJob {
   void Finish(int64_t unit) {
     const Range sets = geometry_.SetsOf(unit);
     for (int64_t set = sets.begin; set < sets.end; ++set) {
+      if (!reduces()) {
+        SetCoefficients(set, 0, 0);
+        continue;
+      }
       const SetConstants constants = ConstantsOf(set);
       double sum_g = 0, sum_gx = 0;
       for (int64_t sub = 0; sub < geometry_.subs; ++sub) {
@@ -311,6 +361,13 @@ class BackwardJob {
   void Apply(int64_t unit, int64_t chunk) {
     BackwardTensors tensors = apply_tensors_;
     tensors.ahead = geometry_.Ahead(unit);
+    if (geometry_.by_columns) {
+      geometry_.AsColumns(
+          unit, arrays_, [&](int64_t begin, const Matrix& matrix, const CoefficientArrays& spread) {
+            kernels_.gradient_of_columns(tensors, begin, matrix, spread.From(0));
+          });
+      return;
+    }
     geometry_.ForEachRange(unit, chunk, [&](const Planes& planes) {
       kernels_.gradient_of_planes(tensors, planes, arrays_.From(0));
     });
@@ -372,6 +429,28 @@ class BackwardJob {
 
 Outcome ForwardByPlanes(const ForwardCall& call, const Context& context) {
   return ForwardJob(call).Execute(context);
+}
+
+Outcome RangeByPlanes(const RangeCall& call, const Context& context) {
+  const NormProblem& problem = call.problem;
+  const bool per_channel = problem.reduction == Reduction::kPerChannel;
+  const int64_t first = call.args.first / problem.positions;
+  const int64_t skip = call.args.first % problem.positions;
+  int64_t planes = (skip + call.args.count - 1) / problem.positions + 1;
+  if (per_channel) planes = std::min(planes, problem.channels);  // then they repeat
+  const Parameter weight(problem.dtype, call.args.affine.weight, 1);
+  const Parameter bias(problem.dtype, call.args.affine.bias, 0);
+  CoefficientArrays arrays(problem.dtype, planes, 3);
+  for (int64_t i = 0; i < planes; ++i) {
+    const int64_t c = (first + i) % problem.channels;
+    const int64_t set = per_channel ? c : (first + i) / (problem.channels / problem.groups);
+    SetForward(arrays, i, call.ConstantsOf(set), weight[c], bias[c]);
+  }
+  const ForwardKernels& kernels = ForwardKernelsFor(problem.dtype);
+  const ForwardTensors tensors = call.tensors();
+  return InOrder(
+      {call.args.count, skip, problem.positions, planes}, call.bytes(), context,
+      [&](const Planes& part) { kernels.normalize_planes(tensors, part, arrays.From(0)); });
 }
 
 Outcome BackwardByPlanes(const BackwardCall& call, const Context& context) {

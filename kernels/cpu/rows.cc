@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kUnitBytes = int64_t{1} << 18;
 constexpr int64_t kLongestAheadBytes = int64_t{1} << 17;
+constexpr int64_t kShortestAheadBytes = int64_t{1} << 13;
 constexpr int64_t kMostBackwardUnits = 64;
 constexpr int64_t kRowsInFloat = 64;
 
@@ -41,8 +42,13 @@ struct Geometry {
   int64_t RowsTogether() const {
     return parameters == length && length * element_bytes <= kLongestAheadBytes ? kRowsTogether : 1;
   }
-  // To the next row, which is fetched while this one is written.
-  int64_t Ahead() const { return length * element_bytes <= kLongestAheadBytes ? length : 0; }
+  // To the next row, or a later one if rows are short, which is fetched while this one is
+  // written.
+  int64_t Ahead() const {
+    const int64_t row_bytes = length * element_bytes;
+    if (row_bytes > kLongestAheadBytes) return 0;
+    return (kShortestAheadBytes + row_bytes - 1) / row_bytes * length;
+  }
 
   int64_t units() const { return (rows + unit_rows - 1) / unit_rows; }
   int64_t FirstRow(int64_t unit) const { return unit * unit_rows; }
@@ -84,6 +90,18 @@ class Expanded {
   Scratch memory_;
 };
 
+// `count` elements of a row of `set`, whose parameters begin at `parameter`.
+Row RowOf(const SetConstants& set, int64_t begin, int64_t count, int64_t parameter,
+          const Expanded& weight, const Expanded& bias) {
+  return {.begin = begin,
+          .count = count,
+          .shift = set.shift,
+          .invstd = set.invstd,
+          .lost = -set.residual * set.invstd,
+          .weight = weight.From(parameter),
+          .bias = bias.From(parameter)};
+}
+
 class ForwardJob {
  public:
   explicit ForwardJob(const ForwardCall& call)
@@ -110,14 +128,9 @@ class ForwardJob {
   void Apply(int64_t unit, int64_t) {
     for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
       const SetConstants set = ConstantsOf(row);
-      const int64_t parameter = geometry_.ParameterOf(row);
-      kernels_.normalize_row(tensors_, {.begin = row * geometry_.length,
-                                        .count = geometry_.length,
-                                        .shift = set.shift,
-                                        .invstd = set.invstd,
-                                        .lost = -set.residual * set.invstd,
-                                        .weight = weight_.From(parameter),
-                                        .bias = bias_.From(parameter)});
+      if (call_.y == nullptr) continue;
+      kernels_.normalize_row(tensors_, RowOf(set, row * geometry_.length, geometry_.length,
+                                             geometry_.ParameterOf(row), weight_, bias_));
     }
   }
 
@@ -277,6 +290,38 @@ class BackwardJob {
 
 Outcome ForwardByRows(const ForwardCall& call, const Context& context) {
   return ForwardJob(call).Execute(context);
+}
+
+Outcome RangeByRows(const RangeCall& call, const Context& context) {
+  struct Job {
+    bool reduces() const { return false; }
+    bool applies() const { return true; }
+    void Reduce(int64_t, int64_t) {}
+    void Finish(int64_t) {}
+    void Apply(int64_t unit, int64_t) {
+      const int64_t row = first_row + unit;
+      const int64_t begin = std::max(call.args.first, row * geometry.length);
+      const int64_t end = std::min(call.args.first + call.args.count, (row + 1) * geometry.length);
+      kernels.normalize_row(
+          tensors, RowOf(call.ConstantsOf(row), begin - call.args.first, end - begin,
+                         geometry.ParameterOf(row) + begin - row * geometry.length, weight, bias));
+    }
+    const RangeCall& call;
+    const ForwardKernels& kernels;
+    const ForwardTensors tensors;
+    const Geometry& geometry;
+    const Expanded& weight;
+    const Expanded& bias;
+    int64_t first_row;
+  };
+  const Geometry geometry(call.problem);
+  const Expanded weight(call.problem, geometry, call.args.affine.weight, 1);
+  const Expanded bias(call.problem, geometry, call.args.affine.bias, 0);
+  const int64_t first_row = call.args.first / geometry.length;
+  const int64_t last_row = (call.args.first + call.args.count - 1) / geometry.length;
+  Job job{call,     ForwardKernelsFor(call.problem.dtype), call.tensors(), geometry, weight, bias,
+          first_row};
+  return Run(job, {last_row - first_row + 1, 1, call.bytes()}, context);
 }
 
 Outcome BackwardByRows(const BackwardCall& call, const Context& context) {

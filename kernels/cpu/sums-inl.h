@@ -25,22 +25,33 @@ HWY_INLINE int64_t BlockOf(D d) {
 // The same for columns, whose accumulators collect a row each.
 inline constexpr int64_t kBlockRows = 128;
 
-// The lanes' sum. In double: a block's sum in float would be off by more than all
-// the roundings before, and what it is off by counts dy times in a gradient.
+// A vector of doubles whose lanes' sum is that of `v`'s. In double: a block's sum in float
+// would be off by more than all the roundings before, and what it is off by counts dy times
+// in a gradient.
 template <class D>
-HWY_INLINE double SumInDouble([[maybe_unused]] D d, hn::Vec<D> v) {
+HWY_INLINE auto Doubles([[maybe_unused]] D d, hn::Vec<D> v) {
+  const hn::ScalableTag<double> wide;
 #if HWY_TARGET == HWY_SCALAR
-  return static_cast<double>(hn::GetLane(v));
+  return hn::Set(wide, static_cast<double>(hn::GetLane(v)));
 #else
   if constexpr (sizeof(hn::TFromD<D>) == sizeof(double)) {
-    return hn::GetLane(hn::SumOfLanes(d, v));
+    return v;
   } else {
     const hn::Half<D> half;
-    const hn::Repartition<double, D> wide;
-    return hn::GetLane(hn::SumOfLanes(wide, hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
-                                                    hn::PromoteTo(wide, hn::UpperHalf(half, v)))));
+    return hn::Add(hn::PromoteTo(wide, hn::LowerHalf(half, v)),
+                   hn::PromoteTo(wide, hn::UpperHalf(half, v)));
   }
 #endif
+}
+
+template <class V>
+HWY_INLINE double SumOfDoubles(V v) {
+  return hn::GetLane(hn::SumOfLanes(hn::ScalableTag<double>(), v));
+}
+
+template <class D>
+HWY_INLINE double SumInDouble(D d, hn::Vec<D> v) {
+  return SumOfDoubles(Doubles(d, v));
 }
 
 // Four accumulators, as members rather than as an array: GCC keeps them in registers.
@@ -58,7 +69,9 @@ struct Accumulators {
   HWY_INLINE void Clear() { a = b = c = e = hn::Zero(D()); }
   HWY_INLINE V Sum() const { return hn::Add(hn::Add(a, b), hn::Add(c, e)); }
   HWY_INLINE double Total() const {
-    return SumInDouble(D(), a) + SumInDouble(D(), b) + SumInDouble(D(), c) + SumInDouble(D(), e);
+    const D d;
+    return SumOfDoubles(
+        hn::Add(hn::Add(Doubles(d, a), Doubles(d, b)), hn::Add(Doubles(d, c), Doubles(d, e))));
   }
 
   V a, b, c, e;
@@ -117,18 +130,39 @@ HWY_INLINE bool AreReadTogether(D d, int64_t sets, const Runs& runs) {
          runs.length >= static_cast<int64_t>(hn::Lanes(d));
 }
 
+// Of these, those whose runs are so short that sums by position are cheaper than a sum
+// over each run.
+template <class D>
+HWY_INLINE bool AreTiny(D d, int64_t sets, const Runs& runs) {
+  return AreReadTogether(d, sets, runs) && runs.count >= 4 &&
+         runs.length < 8 * static_cast<int64_t>(hn::Lanes(d));
+}
+
+// The sum of an array of n values, n >= Lanes(d).
+template <class D>
+HWY_INLINE double SumOfArray(D d, const hn::TFromD<D>* from, int64_t n) {
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  auto sum = hn::LoadU(d, from);
+  int64_t i = lanes;
+  for (; i + lanes <= n; i += lanes) sum = hn::Add(sum, hn::LoadU(d, from + i));
+  if (i < n) {
+    const auto seen = hn::FirstN(d, static_cast<size_t>(lanes - (n - i)));
+    sum = hn::Add(sum, hn::IfThenZeroElse(seen, hn::LoadU(d, from + n - lanes)));
+  }
+  return SumInDouble(d, sum);
+}
+
 // Adds elements [0, n), n >= Lanes(d), to `sums`, which has
 //   Add<k>(i)              the vector at i, to accumulator k of 4
+//   AddTwo<k>(i)           the two vectors from i on, to accumulators k and k + 1
 //   Add<k>(i, mask)        those of its lanes that are in the mask
 template <class D, class Sums>
 HWY_INLINE void AddRun(D d, int64_t n, Sums& sums) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    sums.template Add<0>(i);
-    sums.template Add<1>(i + lanes);
-    sums.template Add<2>(i + 2 * lanes);
-    sums.template Add<3>(i + 3 * lanes);
+    sums.template AddTwo<0>(i);
+    sums.template AddTwo<2>(i + 2 * lanes);
   }
   if (i + lanes <= n) sums.template Add<0>(i), i += lanes;
   if (i + lanes <= n) sums.template Add<1>(i), i += lanes;

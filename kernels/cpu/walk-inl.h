@@ -1,12 +1,14 @@
 // Walks over elements with the coefficients that each of them has. An operation
 // (Normalize, Gradient) is the same wherever its coefficients come from:
 //
-//   Op::Type                              float or double
+//   Op::Type, Op::D                       float or double, and its vectors' tag
 //   op.Begin(i)                           elements from i on follow, without gaps
 //   op.Vectors(i, end, at)                whole vectors from i on that end by `end`, with
 //                                         the coefficients at(i); returns where it stopped
 //   op.Partial(i, n, coefficients)        n elements, n < Lanes()
 //   op.End()
+//   op.TakesTwo()                         whether it can do two rows at once
+//   op.VectorsOfTwo(i, end, stride, at)   as Vectors(), of both: coefficients are loaded once
 //   op.FetchAheadBy(n)                    elements n after those read are fetched
 //   op.UntilAligned(i)                    elements before a vector may be stored
 #if defined(NORMD_KERNELS_CPU_WALK_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -36,6 +38,23 @@ HWY_INLINE hn::Vec<D> PartialVector(D d, const hn::TFromD<D>* from, size_t n) {
 template <class D>
 struct VectorCoefficients {
   hn::Vec<D> shift, scale, offset, slope;
+};
+
+// Where an operation gets its coefficients: the same for all elements, or by element.
+template <class D>
+struct Uniform {
+  static constexpr bool kUniform = true;
+  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const { return values; }
+  VectorCoefficients<D> values;
+};
+template <class D, class Source>
+struct Varying {
+  static constexpr bool kUniform = false;
+  HWY_INLINE VectorCoefficients<D> operator()(int64_t i) const {
+    return source.Load(D(), i - start);
+  }
+  const Source source;
+  const int64_t start;
 };
 
 // Coefficients as arrays; a forward's slope is never read.
@@ -147,7 +166,7 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
       plane_end += planes.plane_size;
       stop = i + lanes;
     }
-    i = op.Vectors(i, stop, [&](int64_t) NORMD_INLINE_LAMBDA { return values; });
+    i = op.Vectors(i, stop, Uniform<typename Op::D>{values});
   }
   if (i == plane_end) {
     ++plane;
@@ -167,26 +186,32 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
   constexpr int64_t kTile = 512;
   const bool wide = matrix.columns > 2 * kTile && matrix.rows > 1;
   const int64_t tile = wide ? kTile : matrix.columns;
-  const int64_t together = wide ? 8 : 1;
+  const int64_t together = wide ? 8 : 2;
   if (wide) op.FetchAheadBy(tile);
   for (int64_t first = 0; first < matrix.rows; first += together) {
     for (int64_t left = 0; left < matrix.columns; left += tile) {
       const int64_t right = std::min(left + tile, matrix.columns);
-      for (int64_t row = first; row < std::min(first + together, matrix.rows); ++row) {
+      const int64_t last = std::min(first + together, matrix.rows);
+      for (int64_t row = first; row < last;) {
+        const int64_t count = row + 1 < last && op.TakesTwo() ? 2 : 1;
         const int64_t start = begin + row * matrix.stride;
+        const auto partial = [&](int64_t from, int64_t to) {
+          if (from == to) return;
+          const size_t n = static_cast<size_t>(to - from);
+          const auto coefficients = source.LoadPartial(d, from, n);
+          for (int64_t r = 0; r < count; ++r) {
+            op.Partial(start + r * matrix.stride + from, n, coefficients);
+          }
+        };
         op.Begin(start + left);
         int64_t j = std::min(right, left + op.UntilAligned(start + left));
-        if (j > left) {
-          const size_t head = static_cast<size_t>(j - left);
-          op.Partial(start + left, head, source.LoadPartial(d, left, head));
-        }
-        const auto at = [&](int64_t i) NORMD_INLINE_LAMBDA { return source.Load(d, i - start); };
-        j = op.Vectors(start + j, start + right, at) - start;
-        if (j < right) {
-          const size_t rest = static_cast<size_t>(right - j);
-          op.Partial(start + j, rest, source.LoadPartial(d, j, rest));
-        }
+        partial(left, j);
+        const Varying<typename Op::D, Source> at{source, start};
+        j = count == 2 ? op.VectorsOfTwo(start + j, start + right, matrix.stride, at) - start
+                       : op.Vectors(start + j, start + right, at) - start;
+        partial(j, right);
         op.End();
+        row += count;
       }
     }
   }

@@ -30,6 +30,17 @@ class MemoryClaim {
 
   int64_t bytes() const { return bytes_; }
 
+  // Takes `bytes` of them, 0 to bytes(), into a claim of their own.
+  MemoryClaim Split(int64_t bytes) {
+    bytes_ -= bytes;
+    return MemoryClaim(budget_, bytes);
+  }
+  // Takes all of another claim from the same budget.
+  void Merge(MemoryClaim other) {
+    if (budget_ == nullptr) budget_ = other.budget_;
+    bytes_ += std::exchange(other.bytes_, 0);
+  }
+
  private:
   friend class MemoryBudget;
   MemoryClaim(MemoryBudget* budget, int64_t bytes) : budget_(budget), bytes_(bytes) {}

@@ -31,10 +31,7 @@ void SavedContexts::Lease::Commit(bool retain) {
   std::exchange(contexts_, nullptr)->Release(id_, /*committed=*/true, retain);
 }
 
-absl::StatusOr<std::string> SavedContexts::Put(SavedForward forward) {
-  const int64_t bytes = static_cast<int64_t>(forward.input.size() + forward.relu_mask.size() +
-                                             2 * sizeof(double) * forward.mean.size());
-  Entry entry{.uid = forward.uid, .expires = absl::Now() + ttl_};
+absl::StatusOr<MemoryClaim> SavedContexts::Claim(int64_t bytes) {
   absl::MutexLock lock(&mutex_);
   absl::StatusOr<MemoryClaim> claim = budget_->Claim(bytes);
   if (!claim.ok() && bytes <= budget_->limit()) {
@@ -43,11 +40,17 @@ absl::StatusOr<std::string> SavedContexts::Put(SavedForward forward) {
     while (!claim.ok() && DropOneSpent()) claim = budget_->Claim(bytes);
   }
   if (!claim.ok()) return ForField(claim.status(), "save_for_backward");
-  entry.claim = *std::move(claim);
+  return claim;
+}
+
+std::string SavedContexts::Put(SavedForward forward, MemoryClaim claim) {
+  Entry entry{.uid = forward.uid, .expires = absl::Now() + ttl_};
+  entry.claim = std::move(claim);
   entry.forward = std::make_shared<const SavedForward>(std::move(forward));
   absl::BitGen bits;
   std::string id =
       absl::StrFormat("%016x%016x", absl::Uniform<uint64_t>(bits), absl::Uniform<uint64_t>(bits));
+  absl::MutexLock lock(&mutex_);
   entries_.emplace(id, std::move(entry));
   return id;
 }

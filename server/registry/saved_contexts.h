@@ -26,7 +26,7 @@ struct SavedForward {
   std::string uid;  // of the instance
   NormProblem problem;
   std::vector<int64_t> shape;
-  Buffer input;
+  std::shared_ptr<const Buffer> input;
   std::vector<double> mean;
   std::vector<double> var;  // biased
   bool statistics_of_batch = true;
@@ -67,9 +67,12 @@ class SavedContexts {
   // `budget` bounds the bytes kept and must outlive the contexts; `ttl` how long.
   SavedContexts(MemoryBudget* budget, absl::Duration ttl) : budget_(budget), ttl_(ttl) {}
 
-  // Keeps `forward` and returns its context_id. Expired contexts, then spent ones
-  // make room; RESOURCE_EXHAUSTED when that is not enough.
-  absl::StatusOr<std::string> Put(SavedForward forward);
+  // Claims the bytes of a context that is to be. Expired contexts, then spent ones make
+  // room; RESOURCE_EXHAUSTED when that is not enough.
+  absl::StatusOr<MemoryClaim> Claim(int64_t bytes);
+
+  // Keeps `forward`, whose bytes are claimed, and returns its context_id.
+  std::string Put(SavedForward forward, MemoryClaim claim);
 
   // Forgets a context whose Forward was refused after all.
   void Drop(const std::string& id);

@@ -52,17 +52,14 @@ struct Call {
   }
 };
 
-// The pass whose statistics come with the request, from the running ones, or from
-// the input itself, for which `scratch` (as large as the input) takes its output.
+// `pass` with statistics that come with the request, from the running ones, or from
+// the input itself.
 absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardRequest& request,
-                                            const InstanceState& state, Mode mode,
-                                            const TensorSpec& spec, const char* input,
-                                            char* scratch, const std::stop_token& stop) {
-  const auto checked = ToPass(state.layer(), mode, spec, "input");
-  if (!checked.ok()) return checked.status();
-  const NormProblem& problem = checked->problem;
+                                            const InstanceState& state, const Pass& of_layer,
+                                            const char* input, const std::stop_token& stop) {
+  const NormProblem& problem = of_layer.problem;
   ForwardPass pass{.problem = problem, .input = input, .weight = state.weight};
-  pass.statistics_of_batch = checked->by_batch;
+  pass.statistics_of_batch = of_layer.by_batch;
   if (!pass.statistics_of_batch) {
     if (request.has_batch_statistics()) {
       return InvalidField("batch_statistics", "present in eval mode",
@@ -78,17 +75,10 @@ absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardReques
     if (!given.ok()) return given.status();
     moments = *std::move(given);
   } else {
-    const auto sets = static_cast<size_t>(problem.num_sets());
-    moments = {.count = problem.set_size(),
-               .mean = std::vector<double>(sets),
-               .m2 = std::vector<double>(sets)};
-    const Outcome outcome =
-        core.backend->ForwardByBatch(problem,
-                                     {.x = input,
-                                      .y = scratch,
-                                      .affine = {},
-                                      .moments = {moments.mean.data(), moments.m2.data()}},
-                                     Place::kHost, stop);
+    moments = MomentsFor(problem);
+    const Outcome outcome = core.backend->ForwardByBatch(
+        problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}}, Place::kHost,
+        stop);
     if (absl::Status s = ToStatus(outcome); !s.ok()) return s;
   }
   pass.var = BiasedVariance(moments);
@@ -153,43 +143,49 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
     }
     // Before memory is claimed: is this a pass of the instance at all?
     TensorSpec forward_spec = input_spec;
+    Pass of_layer;
     if (saved) {
       const SavedForward& forward = call->context->forward();
       forward_spec = {
           .dtype = forward.problem.dtype, .format = forward.problem.format, .shape = forward.shape};
-    } else if (const auto checked = ToPass(state->layer(), mode, input_spec, "input");
-               !checked.ok()) {
-      return call->Refuse(checked.status());
+    } else {
+      auto checked = ToPass(state->layer(), mode, input_spec, "input");
+      if (!checked.ok()) return call->Refuse(checked.status());
+      of_layer = *std::move(checked);
     }
     absl::Status same = CheckSameTensor(*spec, "grad_output", forward_spec, "the output");
     if (!same.ok()) return call->Refuse(std::move(same));
 
+    // In place of grad_output, the first that asks, where no other try will want it.
+    const bool only_try = saved || !request.accumulate();
     const auto get = [&](ClaimedBuffer& buffer) {
       if (buffer.buffer.data() != nullptr) return absl::OkStatus();
+      if (only_try && grad_output.gathered.buffer.data() != nullptr) {
+        buffer = std::move(grad_output.gathered);
+        return absl::OkStatus();
+      }
       auto memory = GetBuffer(core, spec->bytes());
       if (memory.ok()) buffer = *std::move(memory);
       return memory.status();
     };
-    const bool needs_scratch = !saved && !request.has_batch_statistics();
     const bool wants_residual = saved && call->context->forward().has_residual;
     absl::Status memory;
-    if (!request.skip_grad_input() || needs_scratch) memory = get(call->grad_input);
-    if (memory.ok() && wants_residual) memory = get(call->grad_residual);
+    if (wants_residual) memory = get(call->grad_residual);
+    if (memory.ok() && !request.skip_grad_input()) memory = get(call->grad_input);
     if (!memory.ok()) return call->Refuse(std::move(memory));
     char* const grad_input = call->grad_input.buffer.data();
     ForwardPass pass;
     if (saved) {
       const SavedForward& forward = call->context->forward();
       pass = {.problem = forward.problem,
-              .input = forward.input.data(),
+              .input = forward.input->data(),
               .mean = forward.mean,
               .var = forward.var,
               .statistics_of_batch = forward.statistics_of_batch,
               .weight = forward.weight,
               .relu_mask = reinterpret_cast<const uint8_t*>(forward.relu_mask.data())};
     } else {
-      auto made =
-          PassFromRequest(core, request, *state, mode, input_spec, input.data, grad_input, stop);
+      auto made = PassFromRequest(core, request, *state, of_layer, input.data, stop);
       if (!made.ok()) return call->Refuse(made.status());
       pass = *std::move(made);
     }

@@ -19,6 +19,7 @@ struct Call {
   Core& core;
   ForwardDone done;
   ClaimedBuffer output = {};
+  std::shared_ptr<const Buffer> kept_input = nullptr;  // with save_for_backward
   TensorAnswer<v1::ForwardResponse> answer = {};
 
   void DropContext() {
@@ -46,158 +47,203 @@ absl::StatusOr<Activation> ToActivation(v1::Activation activation) {
                       "ACTIVATION_NONE or ACTIVATION_RELU");
 }
 
+// What one try normalized by, and the mask where one was wanted.
+struct Normalized {
+  BatchMoments moments;           // by_batch
+  std::vector<double> mean, var;  // else
+  Buffer relu_mask;
+};
+
 // Normalizes `input` into the call's output with the parameters and statistics of
-// `state`; answers what Backward will need.
-absl::StatusOr<SavedForward> Normalize(Call& call, const InstanceState& state, const Pass& pass,
-                                       const TensorSpec& spec, const char* input,
-                                       const Epilogue& epilogue, BatchMoments& moments,
-                                       const std::stop_token& stop) {
-  SavedForward saved{.uid = state.identity->uid,
-                     .problem = pass.problem,
-                     .shape = spec.shape,
-                     .statistics_of_batch = pass.by_batch,
-                     .weight = state.weight};
-  Epilogue after = epilogue;
-  if (epilogue.activation == Activation::kRelu) {
-    saved.relu_mask = call.core.pool->Get(static_cast<size_t>(ReluMaskBytes(spec.elements)));
-    if (saved.relu_mask.data() == nullptr) return ToStatus(Outcome::kOutOfMemory);
-    after.relu_mask = reinterpret_cast<uint8_t*>(saved.relu_mask.data());
+// `state`.
+absl::StatusOr<Normalized> Normalize(Call& call, const InstanceState& state, const Pass& pass,
+                                     const char* input, Epilogue epilogue, bool saving,
+                                     const std::stop_token& stop) {
+  Normalized made;
+  if (saving && epilogue.activation == Activation::kRelu) {
+    made.relu_mask = call.core.pool->Get(static_cast<size_t>(ReluMaskBytes(pass.problem.size())));
+    if (made.relu_mask.data() == nullptr) return ToStatus(Outcome::kOutOfMemory);
+    epilogue.relu_mask = reinterpret_cast<uint8_t*>(made.relu_mask.data());
   }
   const Affine affine{state.weight.data(), state.bias.data()};
   Outcome outcome;
   if (pass.by_batch) {
-    const auto sets = static_cast<size_t>(pass.problem.num_sets());
-    moments = {.count = pass.problem.set_size(),
-               .mean = std::vector<double>(sets),
-               .m2 = std::vector<double>(sets)};
-    outcome =
-        call.core.backend->ForwardByBatch(pass.problem,
-                                          {.x = input,
-                                           .y = call.output.buffer.data(),
-                                           .affine = affine,
-                                           .moments = {moments.mean.data(), moments.m2.data()},
-                                           .epilogue = after},
-                                          Place::kHost, stop);
-    saved.mean = moments.mean;
-    saved.var = BiasedVariance(moments);
+    made.moments = MomentsFor(pass.problem);
+    outcome = call.core.backend->ForwardByBatch(
+        pass.problem,
+        {.x = input,
+         .y = call.output.buffer.data(),
+         .affine = affine,
+         .moments = {made.moments.mean.data(), made.moments.m2.data()},
+         .epilogue = epilogue},
+        Place::kHost, stop);
   } else {
-    saved.mean = ToDoubles(state.running_mean);
-    saved.var = ToDoubles(state.running_var);
+    made.mean = ToDoubles(state.running_mean);
+    made.var = ToDoubles(state.running_var);
     outcome =
         call.core.backend->ForwardByStatistics(pass.problem,
                                                {.x = input,
                                                 .y = call.output.buffer.data(),
                                                 .affine = affine,
-                                                .statistics = {saved.mean.data(), saved.var.data()},
-                                                .epilogue = after},
+                                                .statistics = {made.mean.data(), made.var.data()},
+                                                .epilogue = epilogue},
                                                Place::kHost, stop);
   }
   if (absl::Status status = ToStatus(outcome); !status.ok()) return status;
-  return saved;
+  return made;
 }
 
-absl::StatusOr<std::string> Save(Core& core, SavedForward saved, const Payload& input) {
-  saved.input = core.pool->Get(input.size);
-  if (input.size > 0) {
-    if (saved.input.data() == nullptr) return ToStatus(Outcome::kOutOfMemory);
-    std::memcpy(saved.input.data(), input.data, input.size);
+// Bytes that a saved context takes.
+int64_t ContextBytes(const ForwardSpec& spec, const NormProblem& problem) {
+  return spec.input.bytes() + 2 * int64_t{sizeof(double)} * problem.num_sets() +
+         (spec.activation == Activation::kRelu ? ReluMaskBytes(problem.size()) : 0);
+}
+
+// The input for a context: the memory that it was gathered into, or a copy of what
+// lies in the message.
+absl::Status KeepInput(Call& call, Payload& input) {
+  if (call.kept_input != nullptr) return absl::OkStatus();
+  Buffer& gathered = input.gathered.buffer;
+  if (gathered.data() == nullptr && input.size > 0) {
+    gathered = call.core.pool->Get(input.size);
+    if (gathered.data() == nullptr) return ToStatus(Outcome::kOutOfMemory);
+    std::memcpy(gathered.data(), input.data, input.size);
+    input.data = gathered.data();
   }
-  return core.contexts->Put(std::move(saved));
+  call.kept_input = std::make_shared<const Buffer>(std::move(gathered));
+  return absl::OkStatus();
 }
 
 }  // namespace
 
+absl::StatusOr<ForwardSpec> ToForwardSpec(const v1::ForwardRequest& request) {
+  ForwardSpec spec;
+  auto options = ToChangeOptions(request, Method::kForward);
+  if (!options.ok()) return options.status();
+  spec.options = *options;
+  const auto mode = ToMode(request.mode());
+  if (!mode.ok()) return mode.status();
+  spec.mode = *mode;
+  const auto activation = ToActivation(request.activation());
+  if (!activation.ok()) return activation.status();
+  spec.activation = *activation;
+  auto input = ToTensorSpec(request.input(), "input");
+  if (!input.ok()) return input.status();
+  spec.input = *std::move(input);
+  if (request.has_residual()) {
+    const auto residual = ToTensorSpec(request.residual(), "residual");
+    if (!residual.ok()) return residual.status();
+    absl::Status same = CheckSameTensor(*residual, "residual", spec.input, "the input");
+    if (!same.ok()) return same;
+  }
+  return spec;
+}
+
+absl::Status CheckMayForward(const Caller& caller, const v1::ForwardRequest& request, bool folds) {
+  if (!folds && !request.save_for_backward()) return absl::OkStatus();
+  return CheckStronger(caller, Role::kUser, request.name(),
+                       folds ? "a Forward in train mode" : "a Forward with save_for_backward");
+}
+
 void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
              Payload residual, std::stop_token stop, ForwardDone done) {
-  const absl::StatusOr<ChangeOptions> options = ToChangeOptions(request, Method::kForward);
-  if (!options.ok()) return done(options.status());
-  const auto wanted_mode = ToMode(request.mode());
-  if (!wanted_mode.ok()) return done(wanted_mode.status());
-  const auto activation = ToActivation(request.activation());
-  if (!activation.ok()) return done(activation.status());
-  const auto spec = ToTensorSpec(request.input(), "input");
+  const auto spec = ToForwardSpec(request);
   if (!spec.ok()) return done(spec.status());
-  if (absl::Status s = CheckBytes(*spec, input.size, "input"); !s.ok()) return done(s);
-  Epilogue epilogue{.activation = *activation};
+  if (absl::Status s = CheckBytes(spec->input, input.size, "input"); !s.ok()) return done(s);
   if (request.has_residual()) {
-    const auto residual_spec = ToTensorSpec(request.residual(), "residual");
-    if (!residual_spec.ok()) return done(residual_spec.status());
-    if (absl::Status s = CheckSameTensor(*residual_spec, "residual", *spec, "the input"); !s.ok()) {
+    if (absl::Status s = CheckBytes(spec->input, residual.size, "residual"); !s.ok()) {
       return done(s);
     }
-    if (absl::Status s = CheckBytes(*residual_spec, residual.size, "residual"); !s.ok()) {
-      return done(s);
-    }
-    epilogue.residual = residual.data;
   }
+  const Epilogue epilogue{.residual = residual.data, .activation = spec->activation};
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return done(instance.status());
+  const bool saving = request.save_for_backward();
 
-  auto output = GetBuffer(core, spec->bytes());
-  if (!output.ok()) return done(output.status());
-  auto call = std::make_shared<Call>(
-      Call{.core = core, .done = std::move(done), .output = *std::move(output)});
-
+  auto call = std::make_shared<Call>(Call{.core = core, .done = std::move(done)});
   for (;;) {
     const Snapshot tip = (*instance)->tip();
     if (tip == nullptr) return call->Refuse(absl::NotFoundError("the instance was deleted"));
-    const Mode mode = wanted_mode->value_or(tip->mode);
-    const auto pass = ToPass(tip->layer(), mode, *spec, "input");
+    const Mode mode = spec->mode.value_or(tip->mode);
+    const auto pass = ToPass(tip->layer(), mode, spec->input, "input");
     if (!pass.ok()) return call->Refuse(pass.status());
-    if (pass->folds || request.save_for_backward()) {
-      absl::Status allowed = CheckStronger(
-          caller, Role::kUser, request.name(),
-          pass->folds ? "a Forward in train mode" : "a Forward with save_for_backward");
-      if (!allowed.ok()) return call->Refuse(std::move(allowed));
+    if (absl::Status allowed = CheckMayForward(caller, request, pass->folds); !allowed.ok()) {
+      return call->Refuse(std::move(allowed));
     }
     // A call that changes nothing sees what was acknowledged, one that folds
     // builds on what is about to be.
     const Snapshot state = pass->folds ? tip : (*instance)->published();
     if (state == nullptr) return call->Refuse(absl::NotFoundError("the instance was deleted"));
 
-    BatchMoments moments;
-    auto saved = Normalize(*call, *state, *pass, *spec, input.data, epilogue, moments, stop);
-    if (!saved.ok()) return call->Refuse(saved.status());
-    saved->has_residual = request.has_residual();
+    if (call->output.buffer.data() == nullptr) {
+      // In place, where neither a context nor another try will want the input.
+      if (!saving && !pass->folds && input.gathered.buffer.data() != nullptr) {
+        call->output = std::move(input.gathered);
+      } else {
+        auto output = GetBuffer(core, spec->input.bytes());
+        if (!output.ok()) return call->Refuse(output.status());
+        call->output = *std::move(output);
+      }
+    }
+    MemoryClaim context_claim;
+    if (saving) {
+      call->DropContext();  // of a try before
+      call->answer.header.clear_context_id();
+      auto claim = core.contexts->Claim(ContextBytes(*spec, pass->problem));
+      if (!claim.ok()) return call->Refuse(claim.status());
+      context_claim = *std::move(claim);
+      if (absl::Status kept = KeepInput(*call, input); !kept.ok()) return call->Refuse(kept);
+    }
+
+    auto made = Normalize(*call, *state, *pass, input.data, epilogue, saving, stop);
+    if (!made.ok()) return call->Refuse(made.status());
 
     v1::ForwardResponse& header = call->answer.header;
     header.set_mode(ToProto(mode));
     header.set_num_batches_tracked(state->num_batches_tracked);
     if (request.return_batch_statistics() && pass->by_batch) {
-      *header.mutable_batch_statistics() = ToProto(moments);
+      *header.mutable_batch_statistics() = ToProto(made->moments);
     }
-    if (request.save_for_backward()) {
-      call->DropContext();  // of a try before
-      auto context_id = Save(core, *std::move(saved), input);
-      if (!context_id.ok()) return call->Refuse(context_id.status());
-      header.set_context_id(*std::move(context_id));
+    if (saving) {
+      SavedForward saved{
+          .uid = state->identity->uid,
+          .problem = pass->problem,
+          .shape = spec->input.shape,
+          .input = call->kept_input,
+          .mean = pass->by_batch ? made->moments.mean : std::move(made->mean),
+          .var = pass->by_batch ? BiasedVariance(made->moments) : std::move(made->var),
+          .statistics_of_batch = pass->by_batch,
+          .weight = state->weight,
+          .relu_mask = std::move(made->relu_mask),
+          .has_residual = request.has_residual()};
+      header.set_context_id(core.contexts->Put(std::move(saved), std::move(context_claim)));
     }
 
-    if (!pass->folds &&
-        (!options->expected_version.has_value() || *options->expected_version == state->version)) {
+    if (!pass->folds && (!spec->options.expected_version.has_value() ||
+                         *spec->options.expected_version == state->version)) {
       header.set_version(state->version);
-      return call->Answer(*spec);
+      return call->Answer(spec->input);
     }
     const bool fresh = (*instance)->Change(
-        *options,
+        spec->options,
         [&](InstanceState& next) -> absl::StatusOr<Edited> {
           if (!pass->folds) return Edited::kUnchanged;  // and the version was checked
           // Whoever came between changed what this output should have been.
           if (next.weight.data() != state->weight.data() ||
               next.bias.data() != state->bias.data() ||
-              (!wanted_mode->has_value() && next.mode != mode)) {
+              (!spec->mode.has_value() && next.mode != mode)) {
             return Edited::kStale;
           }
-          FoldBatch(moments, next);
+          FoldBatch(made->moments, next);
           return Edited::kChanged;
         },
-        [call, spec = *spec, folds = pass->folds](absl::StatusOr<Changed> changed) {
+        [call, input_spec = spec->input, folds = pass->folds](absl::StatusOr<Changed> changed) {
           if (!changed.ok()) return call->Refuse(changed.status());
           call->answer.header.set_version(changed->version);
           call->answer.header.set_replayed(changed->replayed);
           call->answer.header.set_num_batches_tracked(changed->num_batches_tracked);
           call->answer.changed = folds;
-          call->Answer(spec);
+          call->Answer(input_spec);
         });
     if (fresh) return;
   }

@@ -91,10 +91,11 @@ grpc::ServerUnaryReactor* ServeUnary(Core& core, const char* method,
   return call;
 }
 
-// The callback service with these methods raw.
+// The service with these methods raw. All must be named: what is left would be of the
+// synchronous kind.
 template <template <class> class... Methods>
 struct WithRawMethods {
-  using type = v1::NormService::CallbackService;
+  using type = v1::NormService::Service;
 };
 template <template <class> class First, template <class> class... Rest>
 struct WithRawMethods<First, Rest...> {
@@ -107,6 +108,7 @@ using Base = WithRawMethods<
     V1::WithRawCallbackMethod_ListInstances, V1::WithRawCallbackMethod_DeleteInstance,
     V1::WithRawCallbackMethod_Train, V1::WithRawCallbackMethod_Eval,
     V1::WithRawCallbackMethod_Forward, V1::WithRawCallbackMethod_Backward,
+    V1::WithRawCallbackMethod_ForwardStream, V1::WithRawCallbackMethod_BackwardStream,
     V1::WithRawCallbackMethod_FoldConvolution, V1::WithRawCallbackMethod_ZeroGrad,
     V1::WithRawCallbackMethod_Step, V1::WithRawCallbackMethod_GetState,
     V1::WithRawCallbackMethod_SetState, V1::WithRawCallbackMethod_ResetRunningStats,
@@ -128,12 +130,10 @@ class NormServiceImpl final : public Base {
                                      grpc::ByteBuffer* response) override {
     return ServeBackward(core_, context, request, response);
   }
-  grpc::ServerBidiReactor<v1::ForwardStreamRequest, v1::ForwardStreamResponse>* ForwardStream(
-      grpc::CallbackServerContext* context) override {
+  RawStream* ForwardStream(grpc::CallbackServerContext* context) override {
     return ServeForwardStream(core_, context);
   }
-  grpc::ServerBidiReactor<v1::BackwardStreamRequest, v1::BackwardStreamResponse>* BackwardStream(
-      grpc::CallbackServerContext* context) override {
+  RawStream* BackwardStream(grpc::CallbackServerContext* context) override {
     return ServeBackwardStream(core_, context);
   }
 

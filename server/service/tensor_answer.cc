@@ -44,6 +44,13 @@ std::vector<double> ToDoubles(const Values& values) {
   return doubles;
 }
 
+BatchMoments MomentsFor(const NormProblem& problem) {
+  const auto sets = static_cast<size_t>(problem.num_sets());
+  return {.count = problem.set_size(),
+          .mean = std::vector<double>(sets),
+          .m2 = std::vector<double>(sets)};
+}
+
 std::vector<double> BiasedVariance(const BatchMoments& moments) {
   std::vector<double> var = moments.m2;
   if (moments.count > 0) {

@@ -23,10 +23,6 @@ struct TensorAnswer {
 };
 
 // Pooled memory, claimed from the budget first.
-struct ClaimedBuffer {
-  Buffer buffer;
-  MemoryClaim claim;
-};
 absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes);
 
 // `memory` as the tensor field `number` of an answer, of `spec`'s type and shape.
@@ -37,6 +33,8 @@ absl::Status ToStatus(Outcome outcome);
 
 // Values of a float32 or float64 array as the kernels' double statistics.
 std::vector<double> ToDoubles(const Values& values);
+// Room for the moments of a batch.
+BatchMoments MomentsFor(const NormProblem& problem);
 // Biased variance of a batch.
 std::vector<double> BiasedVariance(const BatchMoments& moments);
 

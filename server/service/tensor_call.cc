@@ -30,6 +30,9 @@ class TensorCall final : public grpc::ServerUnaryReactor {
       return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
                                   core_.limits.max_message_bytes, "--max_message_bytes"));
     }
+    auto slot = core_.concurrency->Enter();
+    if (!slot.ok()) return Answer(slot.status());
+    slot_ = *std::move(slot);
     if (bytes_in_ <= kLargestInline) return Serve();
     core_.executor->Enqueue([this] { Serve(); });
   }
@@ -43,8 +46,9 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   void Serve() {
     if (stop_.stop_requested()) return Answer(ToStatus(Outcome::kStopped));
     // The message itself, and what it is gathered into.
-    absl::StatusOr<MemoryClaim> claim = core_.memory->Claim(2 * bytes_in_);
+    auto claim = core_.memory->Claim(2 * bytes_in_);
     if (!claim.ok()) return Answer(claim.status());
+    claim_ = *std::move(claim);
     std::array<Payload, Method::kTensorFields.size()> payloads;
     std::array<TensorField, Method::kTensorFields.size()> fields;
     for (size_t i = 0; i < fields.size(); ++i) {
@@ -54,6 +58,17 @@ class TensorCall final : public grpc::ServerUnaryReactor {
     if (!parsed.ok()) return Answer(parsed);
     finished_ = Tell(request_, Response());
     if (absl::Status allowed = rpc_.Authorize(request_); !allowed.ok()) return Answer(allowed);
+    bool all_gathered = true;
+    for (Payload& payload : payloads) {
+      payload.gathered.claim = claim_.Split(static_cast<int64_t>(payload.gathered.buffer.size()));
+      all_gathered &= payload.gathered.buffer.size() == payload.size;
+    }
+    if (all_gathered && bytes_in_ > kLargestInline) {
+      // Nothing looks at the message any more. gRPC made it for this call alone; its
+      // interface has the const.
+      const_cast<grpc::ByteBuffer*>(message_)->Clear();
+      claim_ = MemoryClaim();
+    }
     Method::Call(core_, rpc_.caller(), request_, payloads, stop_.get_token(),
                  [this](absl::StatusOr<TensorAnswer<Response>> answer) {
                    if (!answer.ok()) return Answer(answer.status());
@@ -75,6 +90,8 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   const grpc::ByteBuffer* const message_;
   grpc::ByteBuffer* const response_;
   int64_t bytes_in_ = 0;
+  ConcurrencySlot slot_;
+  MemoryClaim claim_;  // of the message
   typename Method::Request request_;
   Finished finished_;
   std::stop_source stop_;

@@ -50,6 +50,17 @@ Buffer BufferPool::Get(size_t size) {
       return {this, data, size, capacity};
     }
   }
+  return Allocate(size, capacity);
+}
+
+Buffer BufferPool::GetUntouched(size_t size) {
+  if (size == 0 || size > PTRDIFF_MAX / 2) return {};
+  size_t capacity = 0;
+  ClassOf(size, &capacity);
+  return Allocate(size, capacity);
+}
+
+Buffer BufferPool::Allocate(size_t size, size_t capacity) {
   const size_t alignment = capacity >= kHugePage ? kHugePage : kCacheLine;
   const size_t bytes = (capacity + alignment - 1) / alignment * alignment;
   auto* data = static_cast<char*>(std::aligned_alloc(alignment, bytes));

@@ -11,6 +11,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
+#include "server/admission/memory_budget.h"
 
 namespace normd {
 
@@ -63,9 +64,12 @@ class BufferPool {
 
   // Null data when the system has no memory left.
   Buffer Get(size_t size);
+  // Likewise, of memory that nobody has touched: it costs none until it is written to.
+  Buffer GetUntouched(size_t size);
 
  private:
   friend class Buffer;
+  Buffer Allocate(size_t size, size_t capacity);
   void Put(char* data, size_t capacity);
 
   // Sizes are rounded up to four steps a power of two, so that what comes back
@@ -77,6 +81,12 @@ class BufferPool {
   absl::Mutex mutex_;
   size_t idle_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   std::array<std::vector<char*>, kClasses> idle_ ABSL_GUARDED_BY(mutex_);
+};
+
+// Pooled memory, and its claim to a budget.
+struct ClaimedBuffer {
+  Buffer buffer;
+  MemoryClaim claim;
 };
 
 }  // namespace normd

@@ -88,12 +88,12 @@ absl::Status TakePayload(CodedInputStream& in, int size, BufferPool& pool, Paylo
     payload.data = static_cast<const char*>(piece);
     return in.Skip(size) ? absl::OkStatus() : Malformed();
   }
-  payload.gathered = pool.Get(payload.size);
-  if (payload.gathered.data() == nullptr) {
+  payload.gathered.buffer = pool.Get(payload.size);
+  if (payload.gathered.buffer.data() == nullptr) {
     return absl::ResourceExhaustedError("the server has no memory for the request's tensor");
   }
-  payload.data = payload.gathered.data();
-  return in.ReadRaw(payload.gathered.data(), size) ? absl::OkStatus() : Malformed();
+  payload.data = payload.gathered.buffer.data();
+  return in.ReadRaw(payload.gathered.buffer.data(), size) ? absl::OkStatus() : Malformed();
 }
 
 // Reads the fields of a Tensor up to the stream's limit.
@@ -194,6 +194,67 @@ grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header,
     slices.push_back(LendingSlice(std::move(tensor.data), std::move(tensor.keep)));
   }
   if (!front.empty() || slices.empty()) slices.emplace_back(front);
+  return {slices.data(), slices.size()};
+}
+
+std::optional<Chunk> Chunk::Of(const grpc::ByteBuffer& message, absl::Span<const int> numbers) {
+  Chunk chunk;
+  if (!message.Dump(&chunk.slices_).ok()) return std::nullopt;
+  // Tag and length, wherever the slices are cut: ten bytes at most.
+  std::array<uint8_t, 10> front;
+  size_t filled = 0;
+  for (const grpc::Slice& slice : chunk.slices_) {
+    const size_t more = std::min(front.size() - filled, slice.size());
+    std::memcpy(front.data() + filled, slice.begin(), more);
+    filled += more;
+    if (filled == front.size()) break;
+  }
+  CodedInputStream in(front.data(), static_cast<int>(filled));
+  const uint32_t tag = in.ReadTag();
+  uint32_t size = 0;
+  if (tag == 0 || !in.ReadVarint32(&size)) return std::nullopt;
+  const auto number = std::find_if(numbers.begin(), numbers.end(),
+                                   [tag](int n) { return tag == MakeTag(n, kLength); });
+  chunk.offset_ = static_cast<size_t>(in.CurrentPosition());
+  chunk.size_ = size;
+  if (number == numbers.end() || message.Length() != chunk.offset_ + chunk.size_) {
+    return std::nullopt;
+  }
+  chunk.number_ = *number;
+  return chunk;
+}
+
+Chunk Chunk::Of(int number, const std::string& bytes) {
+  Chunk chunk;
+  chunk.number_ = number;
+  chunk.size_ = bytes.size();
+  chunk.slices_.emplace_back(bytes);
+  return chunk;
+}
+
+void Chunk::Copy(size_t from, size_t count, char* to) const {
+  size_t skip = offset_ + from;
+  for (const grpc::Slice& slice : slices_) {
+    if (count == 0) break;
+    const size_t skipped = std::min(skip, slice.size());
+    skip -= skipped;
+    const size_t bytes = std::min(count, slice.size() - skipped);
+    if (bytes > 0) std::memcpy(to, slice.begin() + skipped, bytes);
+    to += bytes;
+    count -= bytes;
+  }
+}
+
+grpc::ByteBuffer WriteChunk(int number, const char* data, size_t size, std::shared_ptr<void> keep) {
+  std::string front;
+  AppendVarint(MakeTag(number, kLength), front);
+  AppendVarint(size, front);
+  const std::array slices = {
+      grpc::Slice(front),
+      grpc::Slice(
+          const_cast<char*>(data), size,
+          [](void* pointer) { delete static_cast<std::shared_ptr<void>*>(pointer); },
+          new std::shared_ptr<void>(std::move(keep)))};
   return {slices.data(), slices.size()};
 }
 

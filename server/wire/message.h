@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -25,7 +27,7 @@ struct Payload {
   const char* data = nullptr;
   size_t size = 0;
   // Holds the bytes where they were gathered; else they lie in the message.
-  Buffer gathered;
+  ClaimedBuffer gathered;
 };
 
 // One top-level field of type Tensor, and where its payload goes.
@@ -39,7 +41,8 @@ struct TensorField {
 // any order and repeated ones as protobuf does (the last one counts).
 // INVALID_ARGUMENT for bytes that are no such message. RESOURCE_EXHAUSTED when
 // there is no memory to gather in.
-// The payloads are good while `message` and `pool` are.
+// The payloads are good while `message` and `pool` are; gathered ones without `message`
+// too. What is gathered is claimed by the caller: never more than the message's bytes.
 absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
                           BufferPool& pool, google::protobuf::MessageLite& header);
 
@@ -55,6 +58,31 @@ struct AnswerTensor {
 // Precondition: the header's own fields of these numbers are not set.
 grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header,
                               std::vector<AnswerTensor> tensors);
+
+// A message of one field of type bytes, as streams of chunks have them: where the bytes
+// lie in the slices that brought it.
+class Chunk {
+ public:
+  // The chunk that `message` is; nothing unless its only field is one of `numbers`.
+  static std::optional<Chunk> Of(const grpc::ByteBuffer& message, absl::Span<const int> numbers);
+  // One of bytes that have been parsed already.
+  static Chunk Of(int number, const std::string& bytes);
+
+  int number() const { return number_; }
+  size_t size() const { return size_; }
+  // Writes `count` bytes from the `from`-th on to `to`. Precondition: they are there.
+  void Copy(size_t from, size_t count, char* to) const;
+
+ private:
+  int number_ = 0;
+  size_t size_ = 0;
+  size_t offset_ = 0;  // of the first byte, in the slices
+  std::vector<grpc::Slice> slices_;
+};
+
+// A message whose only field, `number`, is these bytes, lent to gRPC together with `keep`.
+grpc::ByteBuffer WriteChunk(int number, const char* data, size_t size, std::shared_ptr<void> keep);
+
 }  // namespace normd
 
 #endif  // NORMD_SERVER_WIRE_MESSAGE_H_

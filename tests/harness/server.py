@@ -101,6 +101,11 @@ class Server:
             return grpc.secure_channel(self.address, credentials, options=CHANNEL_OPTIONS)
         return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
 
+    def peak_bytes(self):
+        """The most memory that the process has had resident so far."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
     def signal(self, number=signal.SIGTERM):
         self.process.send_signal(number)
 

@@ -32,14 +32,22 @@ def _split(x, channels_last):
     return message, data
 
 
-def forward(stub, name, x, chunk=1 << 16, channels_last=False, timeout=None, **fields):
-    """The response header and the output tensor."""
+def forward(stub, name, x, residual=None, chunk=1 << 16, channels_last=False, timeout=None,
+            **fields):
+    """The response header and the output tensor; the residual follows the input."""
     message, data = _split(x, channels_last)
+    header = rpc.ForwardRequest(name=name, input=message, **fields)
+    residual_data = b""
+    if residual is not None:
+        residual_message, residual_data = _split(residual, channels_last)
+        header.residual.CopyFrom(residual_message)
 
     def parts():
-        yield rpc.ForwardStreamRequest(header=rpc.ForwardRequest(name=name, input=message, **fields))
+        yield rpc.ForwardStreamRequest(header=header)
         for piece in slices(data, chunk):
             yield rpc.ForwardStreamRequest(chunk=piece)
+        for piece in slices(residual_data, chunk):
+            yield rpc.ForwardStreamRequest(residual_chunk=piece)
 
     return _answer(stub.ForwardStream(parts(), timeout=timeout), "output")
 

@@ -13,7 +13,7 @@ from harness.layer import EVAL, TRAIN, Layer, batch_norm_2d, request_id
 from harness.seed import generator, torch_generator
 from harness.server import ServerTestCase
 from harness.tensors import from_proto, named, to_proto
-from normd.v1 import instance_pb2, norm_service_pb2 as rpc, norm_service_pb2_grpc, optimizer_pb2
+from normd.v1 import instance_pb2, norm_service_pb2 as rpc, norm_service_pb2_grpc, optimizer_pb2, tensor_pb2
 
 CALLS = 100
 CHANNELS = 6
@@ -431,6 +431,44 @@ class ContextLifetime(ConcurrencyCase):
                 name=layer.name, input=to_proto(torch.randn(64, CHANNELS, 128, 128))),
                 timeout=0.001)
         self.assertEqual(layer.forward(self.batch(), mode=EVAL).mode, EVAL)
+
+
+class AtMostSoMany(ServerTestCase):
+    """--max_concurrent_requests."""
+
+    FLAGS = ("--max_concurrent_requests=2",)
+
+    def test_one_more_is_told_when_to_come_again_and_gets_in_when_one_has_left(self):
+        layer = Layer.create(self.stub, "few", 3)
+        x = torch.ones(2, 3, 4, 4)
+        go_on = threading.Event()
+
+        def waits():
+            yield rpc.ForwardStreamRequest(header=rpc.ForwardRequest(
+                name="few", mode=EVAL, input=tensor_pb2.Tensor(
+                    dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2, 3, 4, 4])))
+            go_on.wait(60)
+
+        calls = [self.stub.ForwardStream(waits(), timeout=60) for _ in range(2)]
+        for call in calls:
+            next(call)  # the answer's header: it is under way
+        for again in range(20):  # a refused call leaves no place taken
+            with refused(self, grpc.StatusCode.RESOURCE_EXHAUSTED,
+                         flag="--max_concurrent_requests") as refusal:
+                layer.forward(x, mode=EVAL) if again % 2 else list(self.stub.ForwardStream(waits()))
+            self.assertGreater(refusal.detail.retry_delay_ms, 0)
+        self.assertEqual(layer.info().version, 1)  # calls without tensors go on
+        for call in calls:
+            call.cancel()
+        go_on.set()
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                layer.forward(x, mode=EVAL)
+                break
+            except grpc.RpcError:
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.02)
 
 
 if __name__ == "__main__":

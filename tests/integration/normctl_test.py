@@ -252,6 +252,24 @@ class Compute(NormctlCase):
         self.fails(USAGE, "fold", self.name(), f"--weight={self.file('w.npy')}",
                    f"--output={self.file('fw.npy')}", saying="--output_bias")
 
+    def test_fold_of_a_transposed_convolution_in_groups(self):
+        self.create(4)
+        norm = torch.nn.BatchNorm2d(4)
+        x = torch.randn(8, 4, 5, 5) * 3 + 2
+        norm(x)
+        self.ok("forward", self.name(), f"--input={self.save('x.npy', x.numpy())}", "--mode=train")
+        convolution = torch.nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)
+        weight = convolution.weight.detach().numpy()
+        self.ok("fold", self.name(), f"--weight={self.save('w.npy', weight)}", "--transposed",
+                "--groups=2", f"--output={self.file('fw.npy')}",
+                f"--output_bias={self.file('fb.npy')}")
+        image = torch.randn(2, 6, 8, 8)
+        folded = torch.nn.functional.conv_transpose2d(
+            image, torch.tensor(numpy.load(self.file("fw.npy"))),
+            torch.tensor(numpy.load(self.file("fb.npy"))), groups=2)
+        due = norm.eval()(convolution(image))
+        self.assertLess((folded - due).abs().max().item(), 1e-5)
+
     def test_backward_with_the_input_again(self):
         layer = self.create()
         x = torch.randn(4, 3, 5, 5)

@@ -118,8 +118,41 @@ class PythonClient(ServerTestCase):
             torch.testing.assert_close(remote[2].to_local().weight, local[2].weight,
                                        rtol=tolerance, atol=tolerance)
 
+    def test_every_norm_of_a_converted_network_is_the_local_one(self):
+        norms = (
+            torch.nn.BatchNorm2d(8, momentum=None),
+            torch.nn.GroupNorm(4, 8, eps=1e-3),
+            torch.nn.InstanceNorm2d(8, affine=True, track_running_stats=True),
+            torch.nn.LayerNorm([8, 6, 6]),
+            torch.nn.LayerNorm([6], elementwise_affine=False),
+        )
+        local = torch.nn.Sequential(*norms, torch.nn.Flatten(2), torch.nn.BatchNorm1d(8))
+        with torch.no_grad():
+            for parameter in local.parameters():
+                parameter.uniform_(0.5, 1.5)
+        remote = normd.torch.convert(copy.deepcopy(local), self.client, self.name)
+        self.assertEqual(len(normd.torch.remote_modules(remote)), 6)
+        optimizer = torch.optim.SGD(local.parameters(), lr=0.1)
+        for _ in range(3):
+            x = torch.randn(4, 8, 6, 6)
+            inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+            outputs = [model(each) for model, each in zip((local, remote), inputs)]
+            torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+            for output in outputs:
+                (output ** 3).mean().backward()
+            torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-3, atol=1e-6)
+            optimizer.step()
+            optimizer.zero_grad()
+            normd.torch.step(remote, normd.SGD(lr=0.1), zero_grad=True)
+        for module, twin in zip(local, remote):
+            if isinstance(twin, normd.torch.RemoteNorm):
+                back = twin.to_local()
+                self.assertEqual(repr(back), repr(module))
+                for key, value in module.state_dict().items():
+                    torch.testing.assert_close(back.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
     def test_halves_keep_their_type(self):
-        module = normd.torch.RemoteBatchNorm2d.create(self.client, self.name, 4)
+        module = normd.torch.RemoteNorm.create(self.client, self.name, 4)
         for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
             x = torch.randn(4, 4, 6, 6).to(dtype).requires_grad_()
             y = module(x)

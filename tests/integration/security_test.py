@@ -602,8 +602,7 @@ class Connections(WithFiles):
     def setUpClass(cls):
         super().setUpClass()
         cls.server = cls.serve("--handshake_timeout=1s", "--keepalive_time=1s",
-                               "--keepalive_timeout=1s", "--max_connection_idle=4s",
-                               "--max_concurrent_streams=3", "--max_metadata_bytes=4096")
+                               "--keepalive_timeout=1s", "--max_connection_idle=4s")
 
     def connect(self):
         host, port = self.server.address.rsplit(":", 1)
@@ -671,11 +670,12 @@ class Connections(WithFiles):
         self.assertLess(self.closed_after(raw, answer_pings=True, drip=b"\0"), 15)
 
     def test_metadata_and_calls_at_once_are_limited(self):
+        server = self.serve("--max_concurrent_streams=3", "--max_metadata_bytes=4096")
         with refused(self, grpc.StatusCode.RESOURCE_EXHAUSTED):
-            self.server.stub.GetServerInfo(pb.GetServerInfoRequest(),
+            server.stub.GetServerInfo(pb.GetServerInfoRequest(),
                                            metadata=(("x", "y" * 5000),))
-        self.server.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=(("x", "y" * 3000),))
-        channel = self.server.connect()
+        server.stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=(("x", "y" * 3000),))
+        channel = server.connect()
         self.addCleanup(channel.close)
         stub = norm_service_pb2_grpc.NormServiceStub(channel)
         release = threading.Event()
@@ -690,7 +690,7 @@ class Connections(WithFiles):
         time.sleep(0.5)
         with refused(self, grpc.StatusCode.DEADLINE_EXCEEDED):
             stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=1)
-        self.server.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
+        server.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
         open_calls[0].cancel()
         stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=10)
 

@@ -1,6 +1,8 @@
 """A stream's answer is its unary twin's, byte for byte, however it is cut."""
 
+import os
 import threading
+import time
 import unittest
 
 import grpc
@@ -10,7 +12,8 @@ from harness.errors import refused
 from harness.layer import EVAL, TRAIN, Layer, request_id
 from harness.seed import SEED, generator, torch_generator
 from harness.server import ServerTestCase
-from harness.tensors import from_proto, raw_bytes
+from harness.tensors import from_proto, raw_bytes, to_proto
+from normd.v1 import instance_pb2, norm_service_pb2 as rpc, tensor_pb2
 
 MAX_MESSAGE = 1 << 20
 
@@ -139,6 +142,145 @@ class PastOneMessage(StreamCase):
         with refused(self, grpc.StatusCode.DEADLINE_EXCEEDED):
             list(self.stub.ForwardStream(parts(), timeout=0.3))
         self.assertEqual(Layer(self.stub, "slow").info().version, 1)
+
+
+class EveryLayer(StreamCase):
+    """Samples that are normalized each by itself pass through; what else there is does not:
+    either way the bytes are the unary call's."""
+
+    CONFIGS = {
+        "layer_norm": instance_pb2.InstanceConfig(
+            layer_norm=instance_pb2.LayerNorm(normalized_shape=[5, 7])),
+        "rms_norm": instance_pb2.InstanceConfig(
+            rms_norm=instance_pb2.RmsNorm(normalized_shape=[7])),
+        "group_norm": instance_pb2.InstanceConfig(
+            group_norm=instance_pb2.GroupNorm(num_groups=2, num_channels=6)),
+        "instance_norm": instance_pb2.InstanceConfig(
+            instance_norm_2d=instance_pb2.InstanceNorm2d(num_features=6)),
+        "instance_norm_tracking": instance_pb2.InstanceConfig(
+            instance_norm_2d=instance_pb2.InstanceNorm2d(num_features=6, affine=True,
+                                                         track_running_stats=True)),
+        "batch_norm": instance_pb2.InstanceConfig(
+            batch_norm_2d=instance_pb2.BatchNorm2d(num_features=6)),
+        "batch_norm_without_statistics": instance_pb2.InstanceConfig(
+            batch_norm_2d=instance_pb2.BatchNorm2d(num_features=6, track_running_stats=False)),
+    }
+
+    def test_streams_answer_the_unary_calls_bytes(self):
+        for kind, config in self.CONFIGS.items():
+            for shape in ((3, 6, 5, 7), (40, 6, 5, 7)):
+                for fields in ({}, {"activation": rpc.ACTIVATION_RELU},
+                               {"return_batch_statistics": True}, {"residual": True},
+                               {"save_for_backward": True}):
+                    with self.subTest(NORMD_SEED=SEED, kind=kind, shape=shape, fields=fields):
+                        self.compare(config, shape, dict(fields))
+
+    def compare(self, config, shape, fields):
+        names = [f"{which}/{request_id()}" for which in ("unary", "stream")]
+        for name in names:
+            self.stub.CreateInstance(rpc.CreateInstanceRequest(name=name, config=config))
+        # InstanceNorm and GroupNorm take channels_last, LayerNorm does not.
+        channels_last = (not config.HasField("layer_norm") and not config.HasField("rms_norm")
+                         and self.rng.random() < 0.5)
+        x = self.randn(shape)
+        residual = self.randn(shape) if fields.pop("residual", False) else None
+        for mode in (TRAIN, EVAL, TRAIN):
+            due = self.stub.Forward(rpc.ForwardRequest(
+                name=names[0], input=to_proto(x, channels_last), mode=mode,
+                residual=None if residual is None else to_proto(residual, channels_last),
+                **fields))
+            header, y = streams.forward(self.stub, names[1], x, residual=residual, mode=mode,
+                                        chunk=[1, 333, 8192], channels_last=channels_last,
+                                        **fields)
+            self.assertEqual(raw_bytes(y), raw_bytes(from_proto(due.output)))
+            header.output.Clear()
+            due.output.Clear()
+            header.context_id = due.context_id = ""
+            self.assertEqual(header, due)
+
+
+class BoundedMemory(StreamCase):
+    """What a stream costs is what has come of it, and in eval mode hardly anything."""
+
+    BUDGET = 96 << 20
+    FLAGS = (f"--max_message_bytes={MAX_MESSAGE + 1024}", f"--memory_budget={BUDGET}")
+    CHUNK = bytes(range(256)) * (MAX_MESSAGE // 256)
+
+    def header(self, name, shape, mode):
+        return rpc.ForwardStreamRequest(header=rpc.ForwardRequest(
+            name=name, mode=mode,
+            input=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT16, shape=shape)))
+
+    def in_use(self):
+        return self.stub.GetServerInfo(rpc.GetServerInfoRequest()).memory_in_use
+
+    @unittest.skipIf("san" in os.environ.get("NORMD_BIN", ""), "sanitizers keep freed memory")
+    def test_eval_takes_no_more_memory_than_a_few_chunks(self):
+        Layer.create(self.stub, "endless", 64)
+        chunks = 384  # four times the budget
+        before = self.server.peak_bytes()
+
+        def parts():
+            yield self.header("endless", (chunks * MAX_MESSAGE // 128, 64, 1, 1), EVAL)
+            for _ in range(chunks):
+                yield rpc.ForwardStreamRequest(chunk=self.CHUNK)
+
+        received = 0
+        for i, part in enumerate(self.stub.ForwardStream(parts(), timeout=120)):
+            received += len(part.chunk)
+            if i == 20:
+                time.sleep(1)  # a slow reader holds the server's reading, not its memory
+                self.assertLess(self.in_use(), 16 << 20)
+        self.assertEqual(received, chunks * MAX_MESSAGE)
+        self.assertLess(self.server.peak_bytes() - before, 64 << 20)
+
+    def test_a_header_claims_nothing_and_chunks_what_they_hold(self):
+        Layer.create(self.stub, "claims", 64)
+        go_on = threading.Event()
+
+        def parts(chunks):
+            yield self.header("claims", (80 * MAX_MESSAGE // 128, 64, 1, 1), TRAIN)
+            for _ in range(chunks):
+                yield rpc.ForwardStreamRequest(chunk=self.CHUNK)
+            go_on.wait(60)
+
+        # Together they announce 20 times the budget.
+        calls = [self.stub.ForwardStream(parts(0), timeout=60) for _ in range(24)]
+        time.sleep(0.5)
+        self.assertEqual(self.in_use(), 0)
+        calls.append(self.stub.ForwardStream(parts(10), timeout=60))
+        deadline = time.monotonic() + 30
+        while self.in_use() < 10 * MAX_MESSAGE and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.assertGreaterEqual(self.in_use(), 10 * MAX_MESSAGE)
+        self.assertLess(self.in_use(), 16 * MAX_MESSAGE)
+        for call in calls:
+            call.cancel()
+        go_on.set()
+        while self.in_use() > 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.assertEqual(self.in_use(), 0)
+        self.assertEqual(Layer(self.stub, "claims").info().version, 1)
+
+    def test_past_the_budget_a_train_stream_is_told_when_to_come_again(self):
+        Layer.create(self.stub, "full", 64)
+        go_on = threading.Event()
+
+        def parts():
+            yield self.header("full", (80 * MAX_MESSAGE // 128, 64, 1, 1), TRAIN)
+            for _ in range(79):
+                yield rpc.ForwardStreamRequest(chunk=self.CHUNK)
+            go_on.wait(60)
+
+        first = self.stub.ForwardStream(parts(), timeout=60)
+        deadline = time.monotonic() + 30
+        while self.in_use() < 79 * MAX_MESSAGE and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with refused(self, grpc.StatusCode.RESOURCE_EXHAUSTED, flag="--memory_budget") as refusal:
+            list(self.stub.ForwardStream(parts(), timeout=60))
+        self.assertGreater(refusal.detail.retry_delay_ms, 0)
+        first.cancel()
+        go_on.set()
 
 
 if __name__ == "__main__":

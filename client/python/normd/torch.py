@@ -1,9 +1,9 @@
-"""torch.nn.BatchNorm2d with its parameters, statistics and arithmetic on a server.
+"""torch.nn's norms with their parameters, statistics and arithmetic on a server.
 
     client = normd.Client("127.0.0.1:50051")
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 16, 3),
-        RemoteBatchNorm2d.create(client, "net/bn1", 16),
+        RemoteNorm.create(client, "net/bn1", 16),
         torch.nn.ReLU())
     loss = criterion(model(x), labels)
     loss.backward()                        # gradients of weight and bias stay on the server
@@ -34,7 +34,7 @@ def _to_torch(array, like):
     return torch.from_numpy(array).to(like.device)
 
 
-class _RemoteNorm(torch.autograd.Function):
+class _RemoteForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, anchor, module, mode, save):
         array = _to_numpy(input)
@@ -69,8 +69,68 @@ class _RemoteNorm(torch.autograd.Function):
         return grad_input, None, None, None, None
 
 
-class RemoteBatchNorm2d(torch.nn.Module):
-    """The instance `name` as a module.
+def _batch_norm(module):
+    return {
+        "num_features": module.num_features,
+        "eps": module.eps,
+        "momentum": module.momentum,
+        "affine": module.affine,
+        "track_running_stats": module.track_running_stats,
+    }
+
+
+def _layer_norm(module):
+    return {
+        "normalized_shape": list(module.normalized_shape),
+        "eps": module.eps,
+        "elementwise_affine": module.elementwise_affine,
+        "bias": module.bias is not None,
+    }
+
+
+def _group_norm(module):
+    return {
+        "num_groups": module.num_groups,
+        "num_channels": module.num_channels,
+        "eps": module.eps,
+        "affine": module.affine,
+    }
+
+
+def _rms_norm(module):
+    arguments = {
+        "normalized_shape": list(module.normalized_shape),
+        "elementwise_affine": module.elementwise_affine,
+    }
+    if module.eps is not None:
+        arguments["eps"] = module.eps
+    return arguments
+
+
+# Layers by the name that Client.create takes: torch's class, and its arguments as a module
+# of it has them. A later torch brings RMSNorm.
+_LAYERS = {
+    "batch_norm_1d": (torch.nn.BatchNorm1d, _batch_norm),
+    "batch_norm_2d": (torch.nn.BatchNorm2d, _batch_norm),
+    "batch_norm_3d": (torch.nn.BatchNorm3d, _batch_norm),
+    "layer_norm": (torch.nn.LayerNorm, _layer_norm),
+    "group_norm": (torch.nn.GroupNorm, _group_norm),
+    "instance_norm_2d": (torch.nn.InstanceNorm2d, _batch_norm),
+}
+if hasattr(torch.nn, "RMSNorm"):
+    _LAYERS["rms_norm"] = (torch.nn.RMSNorm, _rms_norm)
+
+
+def _layer_of(module):
+    """The name of a torch module's layer; None where normd has no such layer."""
+    for layer, (kind, _) in _LAYERS.items():
+        if type(module) is kind:
+            return layer
+    return None
+
+
+class RemoteNorm(torch.nn.Module):
+    """The instance `name`, of whatever layer, as a module.
 
     Train or eval is told with each call, from this module's own `training`; the
     instance's mode on the server is not touched. Weight and bias are no
@@ -84,64 +144,74 @@ class RemoteBatchNorm2d(torch.nn.Module):
         self.client = client
         self.name = name
         self.retain_graph = retain_graph
-        layer = client.get(name).config.batch_norm_2d
-        self.num_features = layer.num_features
-        self.affine = layer.affine
+        config = client.get(name).config
+        self.layer = config.WhichOneof("layer")
+        layer = getattr(config, self.layer)
+        self.affine = getattr(layer, "affine", None) or getattr(layer, "elementwise_affine", False)
         # Autograd calls backward only where an input wants a gradient; the
         # parameters on the server always do, and this tensor stands for them.
         self._anchor = torch.empty(0, requires_grad=True)
 
     @classmethod
-    def create(cls, client, name, num_features, *, retain_graph=False, **layer):
-        """Makes the instance first; `layer` as torch.nn.BatchNorm2d takes it."""
-        client.create(name, num_features, **layer)
+    def create(cls, client, name, num_features=None, *, retain_graph=False, **arguments):
+        """Makes the instance first; `arguments` as Client.create takes them."""
+        client.create(name, num_features, **arguments)
         return cls(client, name, retain_graph=retain_graph)
 
     @classmethod
     def from_local(cls, client, name, module, **options):
-        """Makes an instance that holds what a torch.nn.BatchNorm2d holds."""
-        weight = module.weight if module.affine else module.running_mean
-        dtype = "float64" if weight is not None and weight.dtype is torch.float64 else "float32"
+        """Makes an instance that holds what a torch.nn.BatchNorm2d, LayerNorm, ... holds."""
+        layer = _layer_of(module)
+        if layer is None:
+            raise TypeError(f"{type(module).__name__} is none of {sorted(_LAYERS)}")
+        state = module.state_dict()
+        wide = any(tensor.dtype is torch.float64 for tensor in state.values())
         remote = cls.create(
             client,
             name,
-            module.num_features,
-            eps=module.eps,
-            momentum=module.momentum,
-            affine=module.affine,
-            track_running_stats=module.track_running_stats,
-            dtype=dtype,
+            layer=layer,
+            dtype="float64" if wide else "float32",
             mode="train" if module.training else "eval",
+            **_LAYERS[layer][1](module),
             **options,
         )
-        state = {key: value.cpu().numpy() for key, value in module.state_dict().items()}
         if state:
-            client.set_state(name, state)
+            client.set_state(name, {key: value.cpu().numpy() for key, value in state.items()})
         return remote.train(module.training)
 
     def forward(self, input):
         save = torch.is_grad_enabled() and (self.affine or input.requires_grad)
         mode = "train" if self.training else "eval"
         anchor = self._anchor if self.affine else None
-        return _RemoteNorm.apply(input, anchor, self, mode, save)
+        return _RemoteForward.apply(input, anchor, self, mode, save)
 
     def remote_state_dict(self):
-        """What nn.BatchNorm2d.load_state_dict takes."""
+        """What load_state_dict of the layer's torch module takes."""
         state = self.client.state_dict(self.name)
         return {key: torch.from_numpy(np.array(array)) for key, array in state.items()}
 
     def to_local(self):
-        """A torch.nn.BatchNorm2d that holds what the instance holds."""
+        """The torch module, a torch.nn.BatchNorm2d for instance, that holds what the instance
+        holds."""
         state = self.client.get_state(self.name)
-        layer = state.instance.config.batch_norm_2d
-        local = torch.nn.BatchNorm2d(
-            layer.num_features,
-            eps=layer.eps,
-            momentum=None if layer.cumulative_average else layer.momentum,
-            affine=layer.affine,
-            track_running_stats=layer.track_running_stats,
-        )
-        if state.instance.config.state_dtype == tensor_pb2.DATA_TYPE_FLOAT64:
+        config = state.instance.config
+        layer = getattr(config, self.layer)
+        arguments = {}
+        for field in layer.DESCRIPTOR.fields:
+            value = getattr(layer, field.name)
+            if field.name == "cumulative_average":
+                if value:
+                    arguments["momentum"] = None
+            elif field.label == field.LABEL_REPEATED:
+                arguments[field.name] = list(value)
+            elif not field.has_presence or layer.HasField(field.name):
+                arguments[field.name] = value
+        kind = _LAYERS[self.layer][0]
+        without_bias = kind is torch.nn.LayerNorm and not arguments.pop("bias", True)
+        local = kind(**arguments)
+        if without_bias:
+            local.register_parameter("bias", None)  # also where torch has no such argument yet
+        if config.state_dtype == tensor_pb2.DATA_TYPE_FLOAT64:
             local = local.double()
         local.load_state_dict(
             {key: torch.from_numpy(np.array(array)) for key, array in state.state_dict.items()}
@@ -149,19 +219,19 @@ class RemoteBatchNorm2d(torch.nn.Module):
         return local.train(self.training)
 
     def extra_repr(self):
-        return f"{self.name!r}, {self.num_features}, affine={self.affine}"
+        return f"{self.name!r}, {self.layer}, affine={self.affine}"
 
 
 def remote_modules(model):
-    return [module for module in model.modules() if isinstance(module, RemoteBatchNorm2d)]
+    return [module for module in model.modules() if isinstance(module, RemoteNorm)]
 
 
 def convert(model, client, prefix):
-    """Puts a remote twin in the place of each BatchNorm2d, in place; answers the model."""
+    """Puts a remote twin in the place of each norm, in place; answers the model."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if _layer_of(module) is not None:
             parent = model.get_submodule(path.rpartition(".")[0])
-            remote = RemoteBatchNorm2d.from_local(client, f"{prefix}/{path}", module)
+            remote = RemoteNorm.from_local(client, f"{prefix}/{path}", module)
             setattr(parent, path.rpartition(".")[2], remote)
     return model
 

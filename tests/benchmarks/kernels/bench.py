@@ -12,6 +12,10 @@ so that what else runs on the machine counts less; on several it is the clock's.
                  backward       nchw: x, dy -> dx; nhwc: both read once more before
                and, fused, the residual with them. Best of ordinary and non-temporal
                stores, on as many threads.
+  bound_ratio  bound's time / ours, where sums come before the first element written:
+               each set is read, then read again and written, in our order and with our
+               fetching ahead, and nothing is computed. What the cache does not give
+               back of the first reading, no implementation gets.
   peer_ratio   best peer's time / ours: above 1, ours is faster. In nchw oneDNN may
                use its own private layout (onednn_blocked).
 """
@@ -44,6 +48,7 @@ def load_library(path):
     pointer = ctypes.c_void_p
     library.bench_ours.restype = pointer
     library.bench_floor.restype = pointer
+    library.bench_bound.restype = pointer
     library.bench_free.argtypes = [pointer]
     library.bench_run.argtypes = [pointer, ctypes.c_int64, ctypes.c_int32]
     library.bench_run.restype = ctypes.c_double
@@ -205,6 +210,9 @@ def contenders(library, torch, tensors, case, threads):
     for stream in (0, 1):
         found[f"floor{stream}"] = native(
             library.bench_floor(reference, reads, inputs, outputs, stream))
+        if case.operation != "eval":
+            found[f"bound{stream}"] = native(
+                library.bench_bound(reference, inputs, outputs, stream))
     if hasattr(library, "bench_onednn"):
         for blocked, name in ((0, "onednn"), (1, "onednn_blocked")):
             if blocked and case.layout != "nchw":
@@ -250,10 +258,11 @@ def measure(found, rounds, seconds):
 
 def summarize(case, threads, times):
     rounds = len(times["ours"])
-    floor = [min(times["floor0"][r], times["floor1"][r]) for r in range(rounds)]
-    best_floor = min(("floor0", "floor1"), key=lambda name: statistics.median(times[name]))
-    floor = times[best_floor]
-    peers = {name: times[name] for name in times if not name.startswith(("ours", "floor"))}
+    better = lambda name: times[min(
+        (f"{name}0", f"{name}1"), key=lambda which: statistics.median(times[which]))]
+    floor = better("floor")
+    peers = {name: times[name] for name in times
+             if not name.startswith(("ours", "floor", "bound"))}
     ours = times["ours"]
     paired = lambda other: statistics.median(o / u for o, u in zip(other, ours))
     milliseconds = lambda values: round(statistics.median(values) * 1e3, 4)
@@ -272,6 +281,9 @@ def summarize(case, threads, times):
     }
     same = [values for name, values in peers.items() if name != "onednn_blocked"]
     row["same_layout_peer_ratio"] = round(min(map(paired, same)), 3) if same else None
+    if "bound0" in times:
+        row["bound_ms"] = milliseconds(better("bound"))
+        row["bound_ratio"] = round(paired(better("bound")), 3)
     if "ours_unfused" in times:
         row["unfused_ratio"] = round(paired(times["ours_unfused"]), 3)
     return row
@@ -283,14 +295,14 @@ def geometric_mean(values):
 
 
 def print_header():
-    print(f"{'case':58} {'ours':>9} {'floor':>9} {'f.ratio':>8} {'p.ratio':>8}  peers (ms)")
+    print(f"{'case':58} {'ours':>9} {'floor':>9} {'f.ratio':>8} {'b.ratio':>8} {'p.ratio':>8}  peers (ms)")
 
 
 def print_row(row):
     peers = "  ".join(f"{name} {value:.3f}" for name, value in row["peers"].items())
-    ratio = "-" if row["peer_ratio"] is None else f"{row['peer_ratio']:.2f}"
+    ratio = lambda name: f"{row[name]:.2f}" if row.get(name) is not None else "-"
     print(f"{row['case']:58} {row['ours_ms']:9.3f} {row['floor_ms']:9.3f} "
-          f"{row['floor_ratio']:8.2f} {ratio:>8}  {peers}", flush=True)
+          f"{row['floor_ratio']:8.2f} {ratio('bound_ratio'):>8} {ratio('peer_ratio'):>8}  {peers}", flush=True)
 
 
 def main():

@@ -247,6 +247,104 @@ TEST_P(CpuBackend, AnswersEmptyProblemsWithZeros) {
 }
 
 // Gradients of the parameters alone write nothing else.
+// A tensor normalized in parts is the tensor normalized as a whole, bit for bit,
+// wherever the cuts are.
+TEST_P(CpuBackend, NormalizesPartsAsItDoesTheWhole) {
+  const auto problems = ManyProblems();
+  const size_t every = GetParam() == kBest ? 1 : 5;
+  for (size_t i = 0; i < problems.size(); i += every) {
+    const NormProblem& problem = problems[i];
+    SCOPED_TRACE(Describe(problem));
+    const int64_t size = problem.size();
+    const auto element = static_cast<int64_t>(SizeOf(problem.dtype));
+    const DType parameter = problem.parameter_dtype();
+    const TestTensor x(problem.dtype, RandomValues(problem.dtype, size, 3, 2, 1));
+    const TestTensor residual(problem.dtype, RandomValues(problem.dtype, size, 0, 1, 4));
+    const TestTensor weight(parameter, RandomValues(parameter, problem.channels, 1, 0.3, 2));
+    const TestTensor bias(parameter, RandomValues(parameter, problem.channels, 0, 0.5, 3));
+    const Affine affine{weight.data(), bias.data()};
+    const bool fused = i % 2 == 1;
+    const bool of_batch = i % 3 != 0;
+    const auto epilogue_from = [&](int64_t from, uint8_t* mask) {
+      if (!fused) return Epilogue{};
+      return Epilogue{static_cast<const char*>(residual.data()) + from * element, Activation::kRelu,
+                      mask};
+    };
+    reference::Values mean(static_cast<size_t>(problem.num_sets())), var(mean.size());
+    TestTensor whole(problem.dtype, size);
+    std::vector<uint8_t> mask(static_cast<size_t>(ReluMaskBytes(size)));
+    ASSERT_EQ(backend_->ForwardByBatch(problem,
+                                       {.x = x.data(),
+                                        .y = whole.data(),
+                                        .affine = affine,
+                                        .moments = {mean.data(), var.data()},
+                                        .epilogue = epilogue_from(0, mask.data())},
+                                       Place::kHost, {}),
+              Outcome::kOk);
+    for (double& value : var) value /= static_cast<double>(problem.set_size());
+    if (!of_batch) {
+      for (double& value : var) value *= 1.5;
+      ASSERT_EQ(backend_->ForwardByStatistics(problem,
+                                              {.x = x.data(),
+                                               .y = whole.data(),
+                                               .affine = affine,
+                                               .statistics = {mean.data(), var.data()},
+                                               .epilogue = epilogue_from(0, mask.data())},
+                                              Place::kHost, {}),
+                Outcome::kOk);
+    }
+    for (const int64_t step : {int64_t{37}, size / 3 + 1, size}) {
+      if (step < size / 3000) continue;
+      TestTensor parts = x;  // in place
+      for (int64_t first = 0; first < size; first += step) {
+        const int64_t count = std::min(step, size - first);
+        char* const part = static_cast<char*>(parts.data()) + first * element;
+        std::vector<uint8_t> part_mask(static_cast<size_t>(ReluMaskBytes(count)));
+        ASSERT_EQ(backend_->ForwardRange(problem,
+                                         {.first = first,
+                                          .count = count,
+                                          .x = part,
+                                          .y = part,
+                                          .affine = affine,
+                                          .statistics = {mean.data(), var.data()},
+                                          .statistics_of_batch = of_batch,
+                                          .epilogue = epilogue_from(first, part_mask.data())},
+                                         Place::kHost, {}),
+                  Outcome::kOk);
+        for (int64_t k = 0; fused && k < count; ++k) {
+          ASSERT_EQ(part_mask[static_cast<size_t>(k / 8)] >> (k % 8) & 1,
+                    mask[static_cast<size_t>((first + k) / 8)] >> ((first + k) % 8) & 1)
+              << "mask, element " << first + k << " in parts of " << step;
+        }
+      }
+      ASSERT_EQ(std::memcmp(parts.data(), whole.data(), static_cast<size_t>(size * element)), 0)
+          << "in parts of " << step;
+    }
+  }
+}
+
+TEST_P(CpuBackend, FindsTheSameMomentsWithoutAnOutput) {
+  const auto problems = ManyProblems();
+  for (size_t i = 0; i < problems.size(); i += 3) {
+    const NormProblem& problem = problems[i];
+    SCOPED_TRACE(Describe(problem));
+    const TestTensor x(problem.dtype, RandomValues(problem.dtype, problem.size(), 3, 2, 1));
+    TestTensor y(problem.dtype, problem.size());
+    const auto sets = static_cast<size_t>(problem.num_sets());
+    reference::Values mean(sets), m2(sets), mean_alone(sets), m2_alone(sets);
+    ASSERT_EQ(backend_->ForwardByBatch(
+                  problem, {.x = x.data(), .y = y.data(), .moments = {mean.data(), m2.data()}},
+                  Place::kHost, {}),
+              Outcome::kOk);
+    ASSERT_EQ(backend_->ForwardByBatch(
+                  problem, {.x = x.data(), .moments = {mean_alone.data(), m2_alone.data()}},
+                  Place::kHost, {}),
+              Outcome::kOk);
+    EXPECT_EQ(mean, mean_alone);
+    EXPECT_EQ(m2, m2_alone);
+  }
+}
+
 TEST_P(CpuBackend, LeavesOutWhatIsNotWanted) {
   for (const NormProblem& problem :
        {NormProblem{.batch = 4, .channels = 8, .positions = 50},

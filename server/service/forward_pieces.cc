@@ -1,0 +1,155 @@
+#include "server/service/forward_pieces.h"
+
+#include <memory>
+#include <utility>
+
+#include "server/service/convert.h"
+#include "server/service/layers.h"
+#include "server/service/tensor_answer.h"
+
+namespace normd {
+namespace {
+
+absl::Status Deleted() { return absl::NotFoundError("the instance was deleted"); }
+
+bool IsPerSample(const Pass& pass) {
+  return pass.by_batch && pass.problem.reduction == Reduction::kPerSampleGroup;
+}
+
+}  // namespace
+
+absl::StatusOr<ForwardPieces::Way> ForwardPieces::WayOf(Core& core, const Caller& caller,
+                                                        const v1::ForwardRequest& request,
+                                                        const ForwardSpec& spec) {
+  const auto instance = core.registry->Find(request.name());
+  if (!instance.ok()) return instance.status();
+  const Snapshot state = (*instance)->published();
+  if (state == nullptr) return Deleted();
+  const auto pass = ToPass(state->layer(), spec.mode.value_or(state->mode), spec.input, "input");
+  if (!pass.ok()) return pass.status();
+  absl::Status allowed = CheckMayForward(caller, request, pass->folds);
+  if (!allowed.ok()) return allowed;
+  if (request.save_for_backward()) return Way::kWhole;
+  if (pass->folds) return IsPerSample(*pass) ? Way::kWhole : Way::kAfterStatistics;
+  const bool another_version =
+      spec.options.expected_version.has_value() && *spec.options.expected_version != state->version;
+  const bool as_it_arrives =
+      !pass->by_batch || (IsPerSample(*pass) && !request.return_batch_statistics());
+  return as_it_arrives && !another_version && !request.has_residual() ? Way::kAsItArrives
+                                                                      : Way::kWhole;
+}
+
+absl::StatusOr<std::optional<ForwardPieces>> ForwardPieces::Begin(Core& core,
+                                                                  const v1::ForwardRequest& request,
+                                                                  const ForwardSpec& spec) {
+  const auto instance = core.registry->Find(request.name());
+  if (!instance.ok()) return instance.status();
+  ForwardPieces pieces;
+  pieces.backend_ = core.backend;
+  pieces.state_ = (*instance)->published();
+  if (pieces.state_ == nullptr) return Deleted();
+  const InstanceState& state = *pieces.state_;
+  const Mode mode = spec.mode.value_or(state.mode);
+  const auto pass = ToPass(state.layer(), mode, spec.input, "input");
+  if (!pass.ok()) return pass.status();
+  if (pass->folds || (pass->by_batch && !IsPerSample(*pass))) return std::nullopt;
+  pieces.problem_ = pass->problem;
+  pieces.activation_ = spec.activation;
+  pieces.by_batch_ = pass->by_batch;
+  if (pass->by_batch) {
+    pieces.grain_ = std::max<int64_t>(1, pass->problem.channels * pass->problem.positions);
+  } else {
+    pieces.mean_ = ToDoubles(state.running_mean);
+    pieces.var_ = ToDoubles(state.running_var);
+  }
+  pieces.header_.set_mode(ToProto(mode));
+  pieces.header_.set_version(state.version);
+  pieces.header_.set_num_batches_tracked(state.num_batches_tracked);
+  *pieces.header_.mutable_output() = ToProto(spec.input);
+  return std::optional(std::move(pieces));
+}
+
+void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequest& request,
+                         const ForwardSpec& spec, const char* input, const std::stop_token& stop,
+                         Done done) {
+  const auto instance = core.registry->Find(request.name());
+  if (!instance.ok()) return done(instance.status());
+  const Snapshot tip = (*instance)->tip();
+  if (tip == nullptr) return done(Deleted());
+  const Mode mode = spec.mode.value_or(tip->mode);
+  const auto pass = ToPass(tip->layer(), mode, spec.input, "input");
+  if (!pass.ok()) return done(pass.status());
+  if (!pass->folds) return done(std::nullopt);
+  absl::Status allowed = CheckMayForward(caller, request, /*folds=*/true);
+  if (!allowed.ok()) return done(std::move(allowed));
+
+  BatchMoments moments = MomentsFor(pass->problem);
+  const Outcome outcome = core.backend->ForwardByBatch(
+      pass->problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}},
+      Place::kHost, stop);
+  if (absl::Status status = ToStatus(outcome); !status.ok()) return done(status);
+
+  ForwardPieces pieces;
+  pieces.backend_ = core.backend;
+  pieces.problem_ = pass->problem;
+  pieces.activation_ = spec.activation;
+  pieces.by_batch_ = true;
+  pieces.header_.set_mode(ToProto(mode));
+  *pieces.header_.mutable_output() = ToProto(spec.input);
+  if (request.return_batch_statistics()) {
+    *pieces.header_.mutable_batch_statistics() = ToProto(moments);
+  }
+  pieces.var_ = BiasedVariance(moments);
+  pieces.mean_ = moments.mean;
+
+  // Shared: `done` is wanted here too if the edit is stale.
+  const auto shared = std::make_shared<Done>(std::move(done));
+  const bool fresh = (*instance)->Change(
+      spec.options,
+      [&](InstanceState& next) -> absl::StatusOr<Edited> {
+        if (!spec.mode.has_value() && next.mode != mode) return Edited::kStale;
+        FoldBatch(moments, next);
+        return Edited::kChanged;
+      },
+      [shared, pieces = std::move(pieces)](absl::StatusOr<Changed> changed) mutable {
+        if (!changed.ok()) return (*shared)(changed.status());
+        if (changed->state == nullptr) return (*shared)(Deleted());
+        // Normalized with the parameters of the very state that the fold made.
+        pieces.state_ = std::move(changed->state);
+        pieces.header_.set_version(changed->version);
+        pieces.header_.set_replayed(changed->replayed);
+        pieces.header_.set_num_batches_tracked(changed->num_batches_tracked);
+        (*shared)(std::optional<ForwardPieces>(std::move(pieces)));
+      });
+  if (!fresh) (*shared)(std::nullopt);
+}
+
+absl::Status ForwardPieces::Normalize(char* data, const char* residual, int64_t first,
+                                      int64_t count, const std::stop_token& stop) const {
+  const Affine affine{state_->weight.data(), state_->bias.data()};
+  const Epilogue epilogue{.residual = residual, .activation = activation_};
+  if (!mean_.empty() || !by_batch_) {
+    return ToStatus(backend_->ForwardRange(problem_,
+                                           {.first = first,
+                                            .count = count,
+                                            .x = data,
+                                            .y = data,
+                                            .affine = affine,
+                                            .statistics = {mean_.data(), var_.data()},
+                                            .statistics_of_batch = by_batch_,
+                                            .epilogue = epilogue},
+                                           Place::kHost, stop));
+  }
+  NormProblem samples = problem_;
+  samples.batch = count / grain_;
+  BatchMoments moments = MomentsFor(samples);
+  return ToStatus(backend_->ForwardByBatch(samples,
+                                           {.x = data,
+                                            .y = data,
+                                            .affine = affine,
+                                            .moments = {moments.mean.data(), moments.m2.data()},
+                                            .epilogue = epilogue},
+                                           Place::kHost, stop));
+}
+
+}  // namespace normd
