@@ -11,7 +11,7 @@ declare -A PACKAGES=(
   [run]="libgrpc++1.51 libprotobuf32 libabsl20220623 libspdlog1.10 libhwy1 libtbb12 libsqlite3-0 libssl3"
   [demo]="python3 python3-numpy python3-pil"
   [python]="python3 python3-numpy python3-grpcio python3-protobuf"
-  [test]="clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev
+  [test]="openssl clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev
     python3 python3-numpy python3-grpcio python3-protobuf python3-torch python3-sklearn python3-onnx"
   [bench]="libdnnl-dev liblmdb-dev python3 python3-numpy python3-torch python3-grpcio python3-protobuf python3-matplotlib"
   [image]="debootstrap buildah"

@@ -29,6 +29,10 @@ namespace {
 constexpr int kFormat = 1;
 constexpr int kApplicationId = 0x4e4f524d;  // "NORM"
 
+// A transaction that writes a page as it is.
+constexpr const char* kCommitNothing = "BEGIN IMMEDIATE; PRAGMA user_version = 1; COMMIT";
+static_assert(kFormat == 1);
+
 // `seq` counts up as requests are stored, so that the newest lie together at one
 // end of the table and the expired at the other; only the memory of this process
 // knows which rows are an instance's.
@@ -212,6 +216,10 @@ class SqliteStore : public StateStore {
 
   int Execute(const char* sql) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return sqlite3_exec(db_.get(), sql, nullptr, nullptr, nullptr);
+  }
+  // Ends a transaction that failed, if it is still open.
+  void Rollback() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (sqlite3_get_autocommit(db_.get()) == 0) Execute("ROLLBACK");
   }
   // The first column of the first row.
   absl::StatusOr<int64_t> Query(const char* sql) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -489,7 +497,12 @@ std::vector<absl::Status> SqliteStore::Commit(absl::Span<const Change> changes) 
   if (code != SQLITE_OK) {
     // Before the rollback, which has an outcome of its own.
     const absl::Status status = StatusOf(code);
-    if (sqlite3_get_autocommit(db_.get()) == 0) Execute("ROLLBACK");
+    Rollback();
+    // Where only the sync failed, the log holds the whole transaction, and a start after
+    // kill -9 would take what is refused here for committed. The next transaction
+    // lies on the same place of the log: one that changes nothing, at once.
+    Execute(kCommitNothing);
+    Rollback();
     request_rows_stale_ = true;
     statuses.assign(changes.size(), status);
   }
