@@ -345,10 +345,7 @@ class Gradient {
     const V dy = input_.PartialGradY(i, n);
     if (grad_x_ != nullptr) {
       const V dx =
-          input_.x == nullptr
-              ? hn::Mul(dy, c.scale)
-              : hn::MulAdd(dy, c.scale,
-                           hn::MulAdd(hn::Sub(input_.PartialX(i, n), c.shift), c.slope, c.offset));
+          input_.x == nullptr ? Dx<false>(dy, dy, c) : Dx<true>(dy, input_.PartialX(i, n), c);
       StorePartial(d, dx, grad_x_ + i, n);
     }
     if (grad_residual_ != nullptr) StorePartial(d, dy, grad_residual_ + i, n);
@@ -363,28 +360,34 @@ class Gradient {
     bool stream_residual;
   };
 
+  // Without x, which may not be there, the statistics are constants.
+  template <bool kNeedsX>
+  static HWY_INLINE V Dx(V dy, V x, const VectorCoefficients<D>& c) {
+    if constexpr (!kNeedsX) return hn::Mul(dy, c.scale);
+    return hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(x, c.shift), c.slope, c.offset));
+  }
+  template <bool kNeedsX>
+  static HWY_INLINE V X(const Input& input, int64_t i) {
+    return kNeedsX ? input.X(i) : hn::Zero(D());
+  }
+  template <bool kNeedsX>
+  static HWY_INLINE void Fetch(const Input& input, int64_t i, int64_t ahead) {
+    if (ahead == 0) return;
+    FetchAhead(input.grad_y + i + ahead);
+    if (kNeedsX) FetchAhead(input.x + i + ahead);
+  }
+
   // All by value: what is stored might otherwise be thought to change it.
   template <bool kNeedsX, class At>
   static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Input input,
                                  const Outputs out, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    const auto gradient = [&](V dy, V x, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
-      if constexpr (!kNeedsX) return hn::Mul(dy, c.scale);
-      return hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(x, c.shift), c.slope, c.offset));
-    };
-    const auto fetch_ahead = [&](int64_t k) NORMD_INLINE_LAMBDA {
-      if (ahead == 0) return;
-      FetchAhead(input.grad_y + k + ahead);
-      if (kNeedsX) FetchAhead(input.x + k + ahead);
-    };
-    const auto x_at = [&](int64_t k)
-                          NORMD_INLINE_LAMBDA { return kNeedsX ? input.X(k) : hn::Zero(d); };
     const auto at_one = [&]() NORMD_INLINE_LAMBDA {
       const V dy = input.GradY(i);
-      fetch_ahead(i);
+      Fetch<kNeedsX>(input, i, ahead);
       if (out.grad_x != nullptr) {
-        StoreElements(d, gradient(dy, x_at(i), at(i)), out.grad_x + i, out.stream);
+        StoreElements(d, Dx<kNeedsX>(dy, X<kNeedsX>(input, i), at(i)), out.grad_x + i, out.stream);
       }
       if (out.grad_residual != nullptr) {
         StoreElements(d, dy, out.grad_residual + i, out.stream_residual);
@@ -394,15 +397,15 @@ class Gradient {
     if constexpr (kPairsInterleave<E>) {
       if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) at_one();
       while (i + 2 * lanes <= end) {
-        fetch_ahead(i);
+        Fetch<kNeedsX>(input, i, ahead);
         const VectorCoefficients<D> c = at(i);
         if constexpr (At::kUniform && !kMasked) {
           const Pair<D> dy = LoadPair(d, input.grad_y + i);
           if (out.grad_x != nullptr) {
             Pair<D> x{hn::Zero(d), hn::Zero(d)};
             if (kNeedsX) x = LoadPair(d, input.x + i);
-            StorePair(d, Pair<D>{gradient(dy.a, x.a, c), gradient(dy.b, x.b, c)}, out.grad_x + i,
-                      out.stream);
+            StorePair(d, Pair<D>{Dx<kNeedsX>(dy.a, x.a, c), Dx<kNeedsX>(dy.b, x.b, c)},
+                      out.grad_x + i, out.stream);
           }
           if (out.grad_residual != nullptr) {
             StorePair(d, dy, out.grad_residual + i, out.stream_residual);
@@ -410,8 +413,9 @@ class Gradient {
         } else {
           const V first = input.GradY(i), second = input.GradY(i + lanes);
           if (out.grad_x != nullptr) {
-            StoreTwo(d, gradient(first, x_at(i), c),
-                     gradient(second, x_at(i + lanes), at(i + lanes)), out.grad_x + i, out.stream);
+            StoreTwo(d, Dx<kNeedsX>(first, X<kNeedsX>(input, i), c),
+                     Dx<kNeedsX>(second, X<kNeedsX>(input, i + lanes), at(i + lanes)),
+                     out.grad_x + i, out.stream);
           }
           if (out.grad_residual != nullptr) {
             StoreTwo(d, first, second, out.grad_residual + i, out.stream_residual);
@@ -430,22 +434,18 @@ class Gradient {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     const auto gradient = [&](int64_t k, V dy, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
-      if (ahead != 0) {
-        FetchAhead(input.grad_y + k + ahead);
-        if (kNeedsX) FetchAhead(input.x + k + ahead);
-      }
-      if constexpr (!kNeedsX) return hn::Mul(dy, c.scale);
-      return hn::MulAdd(dy, c.scale, hn::MulAdd(hn::Sub(input.X(k), c.shift), c.slope, c.offset));
+      Fetch<kNeedsX>(input, k, ahead);
+      return Dx<kNeedsX>(dy, X<kNeedsX>(input, k), c);
     };
     const auto step = [&]() NORMD_INLINE_LAMBDA {
       const VectorCoefficients<D> c = at(i);
       for (const int64_t k : {i, i + stride}) {
         const V dy = input.GradY(k);
         if (out.grad_x != nullptr) {
-          StoreElements(d, gradient(k, dy, c), out.grad_x + k, false);
+          StoreElements(d, gradient(k, dy, c), out.grad_x + k, /*stream=*/false);
         }
         if (out.grad_residual != nullptr) {
-          StoreElements(d, dy, out.grad_residual + k, false);
+          StoreElements(d, dy, out.grad_residual + k, /*stream=*/false);
         }
       }
       i += lanes;
@@ -457,10 +457,10 @@ class Gradient {
           const V first = input.GradY(k), second = input.GradY(k + lanes);
           if (out.grad_x != nullptr) {
             StoreTwo(d, gradient(k, first, a), gradient(k + lanes, second, b), out.grad_x + k,
-                     false);
+                     /*stream=*/false);
           }
           if (out.grad_residual != nullptr) {
-            StoreTwo(d, first, second, out.grad_residual + k, false);
+            StoreTwo(d, first, second, out.grad_residual + k, /*stream=*/false);
           }
         }
       }

@@ -24,6 +24,22 @@ struct Context {
   std::stop_token stop;
 };
 
+// Of what a forward call reads and writes, `count` elements of each.
+inline int64_t BytesOf(const NormProblem& problem, int64_t count, const void* y,
+                       const Epilogue& epilogue) {
+  const int64_t tensors = 1 + (y == nullptr ? 0 : 1) + (epilogue.residual == nullptr ? 0 : 1);
+  return tensors * count * static_cast<int64_t>(SizeOf(problem.dtype));
+}
+
+inline ForwardTensors TensorsOf(const void* x, void* y, const Epilogue& epilogue, int64_t bytes) {
+  return {.x = x,
+          .y = y,
+          .residual = epilogue.residual,
+          .relu = epilogue.activation == Activation::kRelu,
+          .relu_mask = epilogue.relu_mask,
+          .stream = ShouldStream(bytes, y == x || y == epilogue.residual)};
+}
+
 struct ForwardCall {
   const NormProblem& problem;
   const void* x;
@@ -36,18 +52,8 @@ struct ForwardCall {
 
   bool by_batch() const { return moments.mean != nullptr; }
   // Of all tensors that are read or written.
-  int64_t bytes() const {
-    const int64_t tensors = 1 + (y == nullptr ? 0 : 1) + (epilogue.residual == nullptr ? 0 : 1);
-    return tensors * problem.size() * static_cast<int64_t>(SizeOf(problem.dtype));
-  }
-  ForwardTensors tensors() const {
-    return {.x = x,
-            .y = y,
-            .residual = epilogue.residual,
-            .relu = epilogue.activation == Activation::kRelu,
-            .relu_mask = epilogue.relu_mask,
-            .stream = ShouldStream(bytes(), y == x || y == epilogue.residual)};
-  }
+  int64_t bytes() const { return BytesOf(problem, problem.size(), y, epilogue); }
+  ForwardTensors tensors() const { return TensorsOf(x, y, epilogue, bytes()); }
 };
 
 struct RangeCall {
@@ -55,18 +61,8 @@ struct RangeCall {
   const ForwardRangeArgs& args;
 
   // Of all memory that is read or written.
-  int64_t bytes() const {
-    return (args.epilogue.residual == nullptr ? 2 : 3) * args.count *
-           static_cast<int64_t>(SizeOf(problem.dtype));
-  }
-  ForwardTensors tensors() const {
-    return {.x = args.x,
-            .y = args.y,
-            .residual = args.epilogue.residual,
-            .relu = args.epilogue.activation == Activation::kRelu,
-            .relu_mask = args.epilogue.relu_mask,
-            .stream = ShouldStream(bytes(), args.y == args.x || args.y == args.epilogue.residual)};
-  }
+  int64_t bytes() const { return BytesOf(problem, args.count, args.y, args.epilogue); }
+  ForwardTensors tensors() const { return TensorsOf(args.x, args.y, args.epilogue, bytes()); }
   SetConstants ConstantsOf(int64_t set) const {
     return SetConstants(problem, args.statistics, set, args.statistics_of_batch);
   }

@@ -406,23 +406,6 @@ Outcome ForwardByColumns(const ForwardCall& call, const Context& context) {
 // A range is cut where a sample with sets of its own ends. Within one, rows are counted
 // from the first element, so that all of them are whole but the last.
 Outcome RangeByColumns(const RangeCall& call, const Context& context) {
-  struct Job {
-    bool reduces() const { return false; }
-    bool applies() const { return true; }
-    void Reduce(int64_t, int64_t) {}
-    void Finish(int64_t) {}
-    void Apply(int64_t, int64_t chunk) {
-      const int64_t row = chunk * rows_of_chunk;
-      kernels.normalize_columns(tensors, begin + row * columns,
-                                {std::min(rows_of_chunk, rows - row), columns, columns},
-                                arrays.From(0));
-    }
-    const ForwardKernels& kernels;
-    const ForwardTensors& tensors;
-    const CoefficientArrays& arrays;
-    int64_t begin, rows, columns, rows_of_chunk;
-  };
-
   const NormProblem& problem = call.problem;
   const bool per_channel = problem.reduction == Reduction::kPerChannel;
   const bool channels_last = problem.format == MemoryFormat::kChannelsLast;
@@ -450,9 +433,13 @@ Outcome RangeByColumns(const RangeCall& call, const Context& context) {
     const int64_t rows = count / columns;
     const int64_t rows_of_chunk = std::max<int64_t>(
         1, kLargestChunkBytes / (columns * static_cast<int64_t>(SizeOf(problem.dtype))));
-    Job job{kernels, tensors, arrays, done, rows, columns, rows_of_chunk};
-    const Outcome outcome =
-        Run(job, {1, (rows + rows_of_chunk - 1) / rows_of_chunk, call.bytes()}, context);
+    const Outcome outcome = RunParts(
+        (rows + rows_of_chunk - 1) / rows_of_chunk, call.bytes(), context, [&](int64_t chunk) {
+          const int64_t row = chunk * rows_of_chunk;
+          kernels.normalize_columns(tensors, done + row * columns,
+                                    {std::min(rows_of_chunk, rows - row), columns, columns},
+                                    arrays.From(0));
+        });
     if (outcome != Outcome::kOk) return outcome;
     if (const int64_t rest = count - rows * columns; rest > 0) {
       kernels.normalize_columns(tensors, done + rows * columns, {1, rest, rest}, arrays.From(0));

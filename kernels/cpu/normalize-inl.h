@@ -63,13 +63,12 @@ class Normalize {
   bool TakesTwo() const { return !kFused && !stream_; }
   template <class At>
   HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
-    const Tensors tensors{x_, y_, nullptr, false, false, ahead_};
-    return LoopOfTwo(i, end, stride, at, tensors);
+    return LoopOfTwo(i, end, stride, at, x_, y_, ahead_);
   }
 
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
     const D d;
-    V y = hn::MulAdd(hn::Sub(LoadPartial(d, x_ + i, n), c.shift), c.scale, c.offset);
+    V y = Scaled(LoadPartial(d, x_ + i, n), c);
     if constexpr (kFused) {
       if (residual_ != nullptr) y = hn::Add(y, LoadPartial(d, residual_ + i, n));
       if (relu_) y = Activate(y, n, mask_ != nullptr, bits_);
@@ -91,6 +90,10 @@ class Normalize {
     int64_t ahead;
   };
 
+  static HWY_INLINE V Scaled(V x, const VectorCoefficients<D>& c) {
+    return hn::MulAdd(hn::Sub(x, c.shift), c.scale, c.offset);
+  }
+
   // The tensors by value: what is stored might otherwise be thought to change them.
   template <bool kStream, class At>
   static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Tensors t,
@@ -111,8 +114,7 @@ class Normalize {
     const auto at_one = [&](int64_t k) NORMD_INLINE_LAMBDA {
       const VectorCoefficients<D> c = at(k);
       if (t.ahead != 0) FetchAhead(t.x + k + t.ahead);
-      return finish(hn::MulAdd(hn::Sub(LoadElements(d, t.x + k), c.shift), c.scale, c.offset),
-                    residual_at(k));
+      return finish(Scaled(LoadElements(d, t.x + k), c), residual_at(k));
     };
     if constexpr (kPairsInterleave<E>) {
       if (kStream && i + lanes <= end && !IsAlignedForPair(d, t.y + i)) {
@@ -131,8 +133,7 @@ class Normalize {
           const Pair<D> x = LoadPair(d, t.x + i);
           Pair<D> residual{hn::Zero(d), hn::Zero(d)};
           if (kFused && t.residual != nullptr) residual = LoadPair(d, t.residual + i);
-          const Pair<D> y{finish(hn::MulAdd(hn::Sub(x.a, c.shift), c.scale, c.offset), residual.a),
-                          finish(hn::MulAdd(hn::Sub(x.b, c.shift), c.scale, c.offset), residual.b)};
+          const Pair<D> y{finish(Scaled(x.a, c), residual.a), finish(Scaled(x.b, c), residual.b)};
           StorePair(d, y, t.y + i, kStream);
         }
       }
@@ -144,24 +145,24 @@ class Normalize {
 
   template <class At>
   static HWY_INLINE int64_t LoopOfTwo(int64_t i, int64_t end, int64_t stride, const At& at,
-                                      const Tensors t) {
+                                      const E* const x, E* const y, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     const auto y_at = [&](int64_t k, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
-      if (t.ahead != 0) FetchAhead(t.x + k + t.ahead);
-      return hn::MulAdd(hn::Sub(LoadElements(d, t.x + k), c.shift), c.scale, c.offset);
+      if (ahead != 0) FetchAhead(x + k + ahead);
+      return Scaled(LoadElements(d, x + k), c);
     };
     const auto step = [&]() NORMD_INLINE_LAMBDA {
       const VectorCoefficients<D> c = at(i);
-      StoreElements(d, y_at(i, c), t.y + i, false);
-      StoreElements(d, y_at(i + stride, c), t.y + i + stride, false);
+      StoreElements(d, y_at(i, c), y + i, /*stream=*/false);
+      StoreElements(d, y_at(i + stride, c), y + i + stride, /*stream=*/false);
       i += lanes;
     };
     if constexpr (kPairsInterleave<E>) {
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const VectorCoefficients<D> a = at(i), b = at(i + lanes);
         for (const int64_t k : {i, i + stride}) {
-          StoreTwo(d, y_at(k, a), y_at(k + lanes, b), t.y + k, false);
+          StoreTwo(d, y_at(k, a), y_at(k + lanes, b), y + k, /*stream=*/false);
         }
       }
     }

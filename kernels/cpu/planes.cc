@@ -136,32 +136,21 @@ const void* At(const NormProblem& problem, const void* data, int64_t element) {
 // Walks them where nothing is to be summed first.
 template <class Visit>
 Outcome InOrder(const Stretch& stretch, int64_t bytes, const Context& context, Visit visit) {
-  struct Job {
-    bool reduces() const { return false; }
-    bool applies() const { return true; }
-    void Reduce(int64_t, int64_t) {}
-    void Finish(int64_t) {}
-    void Apply(int64_t, int64_t part) {
-      const Range range = Part(stretch.size, parts, part, 64);
-      const int64_t period = stretch.planes * stretch.plane;
-      for (int64_t begin = range.begin; begin < range.end;) {
-        const int64_t within = (stretch.skip + begin) % period;
-        const int64_t count = std::min(range.end - begin, period - within);
-        visit(Planes{.begin = begin,
-                     .count = count,
-                     .plane_size = stretch.plane,
-                     .first_plane = within / stretch.plane,
-                     .skip = within % stretch.plane});
-        begin += count;
-      }
-    }
-    Stretch stretch;
-    int64_t parts;
-    Visit visit;
-  };
   const int64_t parts = std::max<int64_t>(1, bytes / (2 * kChunkBytes));
-  Job job{stretch, parts, visit};
-  return Run(job, {1, parts, bytes}, context);
+  const int64_t period = stretch.planes * stretch.plane;
+  return RunParts(parts, bytes, context, [&](int64_t part) {
+    const Range range = Part(stretch.size, parts, part, 64);
+    for (int64_t begin = range.begin; begin < range.end;) {
+      const int64_t within = (stretch.skip + begin) % period;
+      const int64_t count = std::min(range.end - begin, period - within);
+      visit(Planes{.begin = begin,
+                   .count = count,
+                   .plane_size = stretch.plane,
+                   .first_plane = within / stretch.plane,
+                   .skip = within % stretch.plane});
+      begin += count;
+    }
+  });
 }
 
 class ForwardJob {
@@ -278,21 +267,19 @@ class BackwardJob {
 
   Outcome Execute(const Context& context) {
     if (!reduces() && !applies()) return Outcome::kOk;
-    if (!reduces() && geometry_.WritesColumnsAtOnce()) {
-      return Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
-    }
-    if (!reduces()) {
+    if (!reduces() && !geometry_.WritesColumnsAtOnce()) {
       for (int64_t set = 0; set < geometry_.sets; ++set) SetCoefficients(set, 0, 0);
       return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
         kernels_.gradient_of_planes(apply_tensors_, planes, arrays_.From(0));
       });
     }
-    sums_.resize(static_cast<size_t>(geometry_.sets * entries_of_set()));
-    grad_weight_.resize(static_cast<size_t>(geometry_.plane_count()));
-    grad_bias_.resize(static_cast<size_t>(geometry_.plane_count()));
+    if (reduces()) {
+      sums_.resize(static_cast<size_t>(geometry_.sets * entries_of_set()));
+      grad_weight_.resize(static_cast<size_t>(geometry_.plane_count()));
+      grad_bias_.resize(static_cast<size_t>(geometry_.plane_count()));
+    }
     const Outcome outcome = Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
-    if (outcome != Outcome::kOk) return outcome;
-    WriteParameterGradients();
+    if (outcome == Outcome::kOk && reduces()) WriteParameterGradients();
     return outcome;
   }
 

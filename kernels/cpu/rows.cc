@@ -90,16 +90,16 @@ class Expanded {
   Scratch memory_;
 };
 
-// `count` elements of a row of `set`, whose parameters begin at `parameter`.
-Row RowOf(const SetConstants& set, int64_t begin, int64_t count, int64_t parameter,
-          const Expanded& weight, const Expanded& bias) {
+// `count` elements of a row of `set`, with the weight and bias that begin there.
+Row RowOf(const SetConstants& set, int64_t begin, int64_t count, const void* weight,
+          const void* bias = nullptr) {
   return {.begin = begin,
           .count = count,
           .shift = set.shift,
           .invstd = set.invstd,
           .lost = -set.residual * set.invstd,
-          .weight = weight.From(parameter),
-          .bias = bias.From(parameter)};
+          .weight = weight,
+          .bias = bias};
 }
 
 class ForwardJob {
@@ -117,24 +117,20 @@ class ForwardJob {
   }
 
   Outcome Execute(const Context& context) {
-    return Run(*this, {geometry_.units(), 1, bytes_}, context);
-  }
-
-  bool reduces() const { return false; }
-  bool applies() const { return true; }
-  void Reduce(int64_t, int64_t) {}
-  void Finish(int64_t) {}
-
-  void Apply(int64_t unit, int64_t) {
-    for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
-      const SetConstants set = ConstantsOf(row);
-      if (call_.y == nullptr) continue;
-      kernels_.normalize_row(tensors_, RowOf(set, row * geometry_.length, geometry_.length,
-                                             geometry_.ParameterOf(row), weight_, bias_));
-    }
+    return RunParts(geometry_.units(), bytes_, context, [this](int64_t unit) { Apply(unit); });
   }
 
  private:
+  void Apply(int64_t unit) {
+    for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
+      const SetConstants set = ConstantsOf(row);
+      if (call_.y == nullptr) continue;
+      const int64_t parameter = geometry_.ParameterOf(row);
+      kernels_.normalize_row(tensors_, RowOf(set, row * geometry_.length, geometry_.length,
+                                             weight_.From(parameter), bias_.From(parameter)));
+    }
+  }
+
   SetConstants ConstantsOf(int64_t row) {
     if (!call_.by_batch()) {
       return SetConstants(problem_, call_.statistics, row, /*of_batch=*/false);
@@ -180,17 +176,15 @@ class BackwardJob {
     if (wants_parameters()) {
       totals_.resize(static_cast<size_t>(geometry_.units() * 2 * geometry_.parameters));
     }
-    const Outcome outcome = Run(*this, {geometry_.units(), 1, bytes_}, context);
+    if (!call_.wants_elements() && !wants_parameters()) return Outcome::kOk;
+    const Outcome outcome =
+        RunParts(geometry_.units(), bytes_, context, [this](int64_t unit) { Apply(unit); });
     if (outcome == Outcome::kOk && wants_parameters()) WriteParameterGradients();
     return outcome;
   }
 
-  bool reduces() const { return false; }
-  bool applies() const { return call_.wants_elements() || wants_parameters(); }
-  void Reduce(int64_t, int64_t) {}
-  void Finish(int64_t) {}
-
-  void Apply(int64_t unit, int64_t) {
+ private:
+  void Apply(int64_t unit) {
     const bool is_double = problem_.dtype == DType::kFloat64;
     const int64_t width = is_double ? 8 : 4;
     const int64_t values = 2 * geometry_.parameters;  // grad_weight, grad_bias
@@ -215,7 +209,7 @@ class BackwardJob {
       const int64_t count = std::min(together, geometry_.LastRow(unit) - first);
       const int64_t parameter = geometry_.ParameterOf(first);
       for (int64_t r = 0; r < count; ++r) {
-        rows[r] = RowOf(first + r);
+        rows[r] = GradientRow(first + r);
         if (wants_parameters()) {
           rows[r].grad_weight = sums.Get(static_cast<size_t>(parameter * width));
           rows[r].grad_bias =
@@ -232,17 +226,12 @@ class BackwardJob {
     if (wants_parameters() && pending != 0) flush();
   }
 
- private:
   // With the sums over it taken.
-  Row RowOf(int64_t row) const {
+  Row GradientRow(int64_t row) const {
     const SetConstants set(problem_, args_.statistics, row, args_.statistics_of_batch);
-    Row of_row{.begin = row * geometry_.length,
-               .count = geometry_.length,
-               .shift = set.shift,
-               .invstd = set.invstd,
-               .lost = -set.residual * set.invstd,
-               .weight = weight_.From(geometry_.ParameterOf(row)),
-               .constant = !args_.statistics_of_batch};
+    Row of_row = RowOf(set, row * geometry_.length, geometry_.length,
+                       weight_.From(geometry_.ParameterOf(row)));
+    of_row.constant = !args_.statistics_of_batch;
     if (args_.statistics_of_batch && args_.grad_x != nullptr) {
       const GradientSums g = kernels_.sums_of_row(tensors_, of_row);
       const SetGradient gradient(problem_, set, g.dy, GradWeight(set, g));
@@ -293,35 +282,22 @@ Outcome ForwardByRows(const ForwardCall& call, const Context& context) {
 }
 
 Outcome RangeByRows(const RangeCall& call, const Context& context) {
-  struct Job {
-    bool reduces() const { return false; }
-    bool applies() const { return true; }
-    void Reduce(int64_t, int64_t) {}
-    void Finish(int64_t) {}
-    void Apply(int64_t unit, int64_t) {
-      const int64_t row = first_row + unit;
-      const int64_t begin = std::max(call.args.first, row * geometry.length);
-      const int64_t end = std::min(call.args.first + call.args.count, (row + 1) * geometry.length);
-      kernels.normalize_row(
-          tensors, RowOf(call.ConstantsOf(row), begin - call.args.first, end - begin,
-                         geometry.ParameterOf(row) + begin - row * geometry.length, weight, bias));
-    }
-    const RangeCall& call;
-    const ForwardKernels& kernels;
-    const ForwardTensors tensors;
-    const Geometry& geometry;
-    const Expanded& weight;
-    const Expanded& bias;
-    int64_t first_row;
-  };
   const Geometry geometry(call.problem);
   const Expanded weight(call.problem, geometry, call.args.affine.weight, 1);
   const Expanded bias(call.problem, geometry, call.args.affine.bias, 0);
-  const int64_t first_row = call.args.first / geometry.length;
-  const int64_t last_row = (call.args.first + call.args.count - 1) / geometry.length;
-  Job job{call,     ForwardKernelsFor(call.problem.dtype), call.tensors(), geometry, weight, bias,
-          first_row};
-  return Run(job, {last_row - first_row + 1, 1, call.bytes()}, context);
+  const ForwardKernels& kernels = ForwardKernelsFor(call.problem.dtype);
+  const ForwardTensors tensors = call.tensors();
+  const int64_t first = call.args.first, last = first + call.args.count;
+  const int64_t first_row = first / geometry.length;
+  const int64_t last_row = (last - 1) / geometry.length;
+  return RunParts(last_row - first_row + 1, call.bytes(), context, [&](int64_t part) {
+    const int64_t row = first_row + part;
+    const int64_t begin = std::max(first, row * geometry.length);
+    const int64_t end = std::min(last, (row + 1) * geometry.length);
+    const int64_t parameter = geometry.ParameterOf(row) + begin - row * geometry.length;
+    kernels.normalize_row(tensors, RowOf(call.ConstantsOf(row), begin - first, end - begin,
+                                         weight.From(parameter), bias.From(parameter)));
+  });
 }
 
 Outcome BackwardByRows(const BackwardCall& call, const Context& context) {

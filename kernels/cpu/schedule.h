@@ -82,6 +82,22 @@ Outcome Run(Job& job, const Cut& cut, const Context& context) {
   return stopped.load() ? Outcome::kStopped : Outcome::kOk;
 }
 
+// Calls apply(part) for each of `parts` that need nothing summed first. `bytes`: of all
+// tensors.
+template <class ApplyPart>
+Outcome RunParts(int64_t parts, int64_t bytes, const Context& context, const ApplyPart& apply) {
+  struct Job {
+    bool reduces() const { return false; }
+    bool applies() const { return true; }
+    void Reduce(int64_t, int64_t) {}
+    void Finish(int64_t) {}
+    void Apply(int64_t part, int64_t) { apply(part); }
+    const ApplyPart& apply;
+  };
+  Job job{apply};
+  return Run(job, {parts, 1, bytes}, context);
+}
+
 }  // namespace normd::cpu
 
 #endif  // NORMD_KERNELS_CPU_SCHEDULE_H_

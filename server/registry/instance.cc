@@ -10,8 +10,6 @@
 namespace normd {
 namespace {
 
-absl::Status NoLongerThere() { return absl::NotFoundError("the instance was deleted"); }
-
 absl::Status VersionMismatch(uint64_t expected, uint64_t current) {
   v1::ErrorDetail detail;
   detail.set_field("expected_version");
@@ -31,6 +29,8 @@ absl::Status OtherMethod() {
 }
 
 }  // namespace
+
+absl::Status InstanceDeleted() { return absl::NotFoundError("the instance was deleted"); }
 
 std::shared_ptr<Instance> Instance::Restored(Persister* persister, StoredInstance stored) {
   auto instance = std::make_shared<Instance>(persister, std::move(stored));
@@ -91,7 +91,7 @@ bool Instance::Change(const ChangeOptions& options,
     return true;
   };
 
-  if (removing_ || removed_ || published_ == nullptr) return answer_now(NoLongerThere());
+  if (removing_ || removed_ || published_ == nullptr) return answer_now(InstanceDeleted());
   const absl::Time now = absl::Now();
   if (options.request_id.has_value()) {
     if (const auto applied = requests_.Find(*options.request_id, now)) {
@@ -144,7 +144,7 @@ void Instance::Replace(const StoredInstance& loaded, ChangeDone done) {
   mutex_.Lock();
   if (removing_ || removed_ || published_ == nullptr) {
     mutex_.Unlock();
-    return done(NoLongerThere());
+    return done(InstanceDeleted());
   }
   const uint64_t previous_version = tip_->version;
   InstanceState next = *loaded.state;
@@ -163,7 +163,7 @@ void Instance::Remove(const ChangeOptions& options, ChangeDone done) {
   mutex_.Lock();
   absl::Status refused;
   if (removing_ || removed_ || published_ == nullptr) {
-    refused = NoLongerThere();
+    refused = InstanceDeleted();
   } else if (options.expected_version.has_value() && *options.expected_version != tip_->version) {
     refused = VersionMismatch(*options.expected_version, tip_->version);
   } else if (options.request_id.has_value() &&

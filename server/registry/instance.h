@@ -22,6 +22,9 @@ namespace normd {
 
 using Snapshot = std::shared_ptr<const InstanceState>;
 
+// NOT_FOUND: of an instance that was found, and has been deleted since.
+absl::Status InstanceDeleted();
+
 // What every changing call brings along.
 struct ChangeOptions {
   Method method = Method::kForward;

@@ -33,9 +33,7 @@ absl::Status ArrivingBytes::Grow(Core& core, size_t count) {
   }
   if (memory_.buffer.data() != nullptr) return absl::OkStatus();
   memory_.buffer = core.pool->GetUntouched(size_);
-  if (memory_.buffer.data() != nullptr) return absl::OkStatus();
-  return Retryable(absl::StatusCode::kResourceExhausted,
-                   "the system has no memory for the request's tensors", absl::Seconds(1));
+  return memory_.buffer.data() != nullptr ? absl::OkStatus() : NoSystemMemory();
 }
 
 absl::Status ArrivingBytes::Add(Core& core, const Chunk& chunk, size_t from, size_t count) {

@@ -75,11 +75,9 @@ absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardReques
     if (!given.ok()) return given.status();
     moments = *std::move(given);
   } else {
-    moments = MomentsFor(problem);
-    const Outcome outcome = core.backend->ForwardByBatch(
-        problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}}, Place::kHost,
-        stop);
-    if (absl::Status s = ToStatus(outcome); !s.ok()) return s;
+    auto own = MomentsOf(core, problem, input, stop);
+    if (!own.ok()) return own.status();
+    moments = *std::move(own);
   }
   pass.var = BiasedVariance(moments);
   pass.mean = std::move(moments.mean);
@@ -131,7 +129,7 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
     const Snapshot tip = (*instance)->tip();
     const Snapshot state = request.accumulate() ? tip : (*instance)->published();
     if (tip == nullptr || state == nullptr) {
-      return call->Refuse(absl::NotFoundError("the instance was deleted"));
+      return call->Refuse(InstanceDeleted());
     }
     const Mode mode = wanted_mode->value_or(state->mode);
 

@@ -163,7 +163,7 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
   auto call = std::make_shared<Call>(Call{.core = core, .done = std::move(done)});
   for (;;) {
     const Snapshot tip = (*instance)->tip();
-    if (tip == nullptr) return call->Refuse(absl::NotFoundError("the instance was deleted"));
+    if (tip == nullptr) return call->Refuse(InstanceDeleted());
     const Mode mode = spec->mode.value_or(tip->mode);
     const auto pass = ToPass(tip->layer(), mode, spec->input, "input");
     if (!pass.ok()) return call->Refuse(pass.status());
@@ -173,7 +173,7 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
     // A call that changes nothing sees what was acknowledged, one that folds
     // builds on what is about to be.
     const Snapshot state = pass->folds ? tip : (*instance)->published();
-    if (state == nullptr) return call->Refuse(absl::NotFoundError("the instance was deleted"));
+    if (state == nullptr) return call->Refuse(InstanceDeleted());
 
     if (call->output.buffer.data() == nullptr) {
       // In place, where neither a context nor another try will want the input.

@@ -1,5 +1,6 @@
 #include "server/service/forward_pieces.h"
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -10,22 +11,22 @@
 namespace normd {
 namespace {
 
-absl::Status Deleted() { return absl::NotFoundError("the instance was deleted"); }
-
 bool IsPerSample(const Pass& pass) {
   return pass.by_batch && pass.problem.reduction == Reduction::kPerSampleGroup;
 }
 
 }  // namespace
 
-absl::StatusOr<ForwardPieces::Way> ForwardPieces::WayOf(Core& core, const Caller& caller,
+absl::StatusOr<ForwardPieces::Way> ForwardPieces::Begin(Core& core, const Caller& caller,
                                                         const v1::ForwardRequest& request,
-                                                        const ForwardSpec& spec) {
+                                                        const ForwardSpec& spec,
+                                                        std::optional<ForwardPieces>& pieces) {
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return instance.status();
   const Snapshot state = (*instance)->published();
-  if (state == nullptr) return Deleted();
-  const auto pass = ToPass(state->layer(), spec.mode.value_or(state->mode), spec.input, "input");
+  if (state == nullptr) return InstanceDeleted();
+  const Mode mode = spec.mode.value_or(state->mode);
+  const auto pass = ToPass(state->layer(), mode, spec.input, "input");
   if (!pass.ok()) return pass.status();
   absl::Status allowed = CheckMayForward(caller, request, pass->folds);
   if (!allowed.ok()) return allowed;
@@ -35,38 +36,25 @@ absl::StatusOr<ForwardPieces::Way> ForwardPieces::WayOf(Core& core, const Caller
       spec.options.expected_version.has_value() && *spec.options.expected_version != state->version;
   const bool as_it_arrives =
       !pass->by_batch || (IsPerSample(*pass) && !request.return_batch_statistics());
-  return as_it_arrives && !another_version && !request.has_residual() ? Way::kAsItArrives
-                                                                      : Way::kWhole;
-}
+  if (!as_it_arrives || another_version || request.has_residual()) return Way::kWhole;
 
-absl::StatusOr<std::optional<ForwardPieces>> ForwardPieces::Begin(Core& core,
-                                                                  const v1::ForwardRequest& request,
-                                                                  const ForwardSpec& spec) {
-  const auto instance = core.registry->Find(request.name());
-  if (!instance.ok()) return instance.status();
-  ForwardPieces pieces;
-  pieces.backend_ = core.backend;
-  pieces.state_ = (*instance)->published();
-  if (pieces.state_ == nullptr) return Deleted();
-  const InstanceState& state = *pieces.state_;
-  const Mode mode = spec.mode.value_or(state.mode);
-  const auto pass = ToPass(state.layer(), mode, spec.input, "input");
-  if (!pass.ok()) return pass.status();
-  if (pass->folds || (pass->by_batch && !IsPerSample(*pass))) return std::nullopt;
-  pieces.problem_ = pass->problem;
-  pieces.activation_ = spec.activation;
-  pieces.by_batch_ = pass->by_batch;
+  ForwardPieces& made = pieces.emplace();
+  made.backend_ = core.backend;
+  made.state_ = state;
+  made.problem_ = pass->problem;
+  made.activation_ = spec.activation;
+  made.by_batch_ = pass->by_batch;
   if (pass->by_batch) {
-    pieces.grain_ = std::max<int64_t>(1, pass->problem.channels * pass->problem.positions);
+    made.grain_ = std::max<int64_t>(1, pass->problem.channels * pass->problem.positions);
   } else {
-    pieces.mean_ = ToDoubles(state.running_mean);
-    pieces.var_ = ToDoubles(state.running_var);
+    made.mean_ = ToDoubles(state->running_mean);
+    made.var_ = ToDoubles(state->running_var);
   }
-  pieces.header_.set_mode(ToProto(mode));
-  pieces.header_.set_version(state.version);
-  pieces.header_.set_num_batches_tracked(state.num_batches_tracked);
-  *pieces.header_.mutable_output() = ToProto(spec.input);
-  return std::optional(std::move(pieces));
+  made.header_.set_mode(ToProto(mode));
+  made.header_.set_version(state->version);
+  made.header_.set_num_batches_tracked(state->num_batches_tracked);
+  *made.header_.mutable_output() = ToProto(spec.input);
+  return Way::kAsItArrives;
 }
 
 void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequest& request,
@@ -75,7 +63,7 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return done(instance.status());
   const Snapshot tip = (*instance)->tip();
-  if (tip == nullptr) return done(Deleted());
+  if (tip == nullptr) return done(InstanceDeleted());
   const Mode mode = spec.mode.value_or(tip->mode);
   const auto pass = ToPass(tip->layer(), mode, spec.input, "input");
   if (!pass.ok()) return done(pass.status());
@@ -83,11 +71,8 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
   absl::Status allowed = CheckMayForward(caller, request, /*folds=*/true);
   if (!allowed.ok()) return done(std::move(allowed));
 
-  BatchMoments moments = MomentsFor(pass->problem);
-  const Outcome outcome = core.backend->ForwardByBatch(
-      pass->problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}},
-      Place::kHost, stop);
-  if (absl::Status status = ToStatus(outcome); !status.ok()) return done(status);
+  const auto moments = MomentsOf(core, pass->problem, input, stop);
+  if (!moments.ok()) return done(moments.status());
 
   ForwardPieces pieces;
   pieces.backend_ = core.backend;
@@ -97,10 +82,10 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
   pieces.header_.set_mode(ToProto(mode));
   *pieces.header_.mutable_output() = ToProto(spec.input);
   if (request.return_batch_statistics()) {
-    *pieces.header_.mutable_batch_statistics() = ToProto(moments);
+    *pieces.header_.mutable_batch_statistics() = ToProto(*moments);
   }
-  pieces.var_ = BiasedVariance(moments);
-  pieces.mean_ = moments.mean;
+  pieces.var_ = BiasedVariance(*moments);
+  pieces.mean_ = moments->mean;
 
   // Shared: `done` is wanted here too if the edit is stale.
   const auto shared = std::make_shared<Done>(std::move(done));
@@ -108,12 +93,12 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
       spec.options,
       [&](InstanceState& next) -> absl::StatusOr<Edited> {
         if (!spec.mode.has_value() && next.mode != mode) return Edited::kStale;
-        FoldBatch(moments, next);
+        FoldBatch(*moments, next);
         return Edited::kChanged;
       },
       [shared, pieces = std::move(pieces)](absl::StatusOr<Changed> changed) mutable {
         if (!changed.ok()) return (*shared)(changed.status());
-        if (changed->state == nullptr) return (*shared)(Deleted());
+        if (changed->state == nullptr) return (*shared)(InstanceDeleted());
         // Normalized with the parameters of the very state that the fold made.
         pieces.state_ = std::move(changed->state);
         pieces.header_.set_version(changed->version);

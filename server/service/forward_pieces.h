@@ -27,16 +27,12 @@ class ForwardPieces {
     kWhole,            // as the unary call does
   };
 
-  // Checks what may be checked without the tensor. A request with a residual needs both
-  // tensors, and so is never kAsItArrives.
-  static absl::StatusOr<Way> WayOf(Core& core, const Caller& caller,
-                                   const v1::ForwardRequest& request, const ForwardSpec& spec);
-
-  // kAsItArrives: from the instance as it is now; nothing where it has changed so that the
-  // way is another.
-  static absl::StatusOr<std::optional<ForwardPieces>> Begin(Core& core,
-                                                            const v1::ForwardRequest& request,
-                                                            const ForwardSpec& spec);
+  // Checks what may be checked without the tensor, and answers the way by the instance as
+  // it is now; where that is kAsItArrives, `pieces` are of it. A request with a residual
+  // needs both tensors, and so is never kAsItArrives.
+  static absl::StatusOr<Way> Begin(Core& core, const Caller& caller,
+                                   const v1::ForwardRequest& request, const ForwardSpec& spec,
+                                   std::optional<ForwardPieces>& pieces);
 
   // kAfterStatistics: takes the statistics of `input`, folds them in, and calls `done` when
   // the change is durable. `input` is used until then. Where the mode has changed

@@ -79,12 +79,17 @@ class Rpc {
   bool inside_ = false;  // of the gate
 };
 
-// What request and answer tell of the call.
-template <class Request, class Response>
-Finished Tell(const Request& request, const Response& response) {
+// What the request tells of the call, and what its answer does.
+template <class Request>
+Finished Tell(const Request& request) {
   Finished finished;
   if constexpr (requires { request.name(); }) finished.instance = request.name();
   if constexpr (requires { request.request_id(); }) finished.request_id = request.request_id();
+  return finished;
+}
+template <class Request, class Response>
+Finished Tell(const Request& request, const Response& response) {
+  Finished finished = Tell(request);
   if constexpr (requires { response.version() + uint64_t{0}; }) {
     finished.version = response.version();
   }

@@ -7,14 +7,16 @@
 
 namespace normd {
 
+absl::Status NoSystemMemory() {
+  return Retryable(absl::StatusCode::kResourceExhausted,
+                   "the system has no memory for the request's tensors", absl::Seconds(1));
+}
+
 absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes) {
   absl::StatusOr<MemoryClaim> claim = core.memory->Claim(bytes);
   if (!claim.ok()) return claim.status();
   Buffer buffer = core.pool->Get(static_cast<size_t>(bytes));
-  if (bytes > 0 && buffer.data() == nullptr) {
-    return Retryable(absl::StatusCode::kResourceExhausted,
-                     "the system has no memory for the request's tensors", absl::Seconds(1));
-  }
+  if (bytes > 0 && buffer.data() == nullptr) return NoSystemMemory();
   return ClaimedBuffer{std::move(buffer), *std::move(claim)};
 }
 
@@ -50,6 +52,16 @@ BatchMoments MomentsFor(const NormProblem& problem) {
   return {.count = problem.set_size(),
           .mean = std::vector<double>(sets),
           .m2 = std::vector<double>(sets)};
+}
+
+absl::StatusOr<BatchMoments> MomentsOf(Core& core, const NormProblem& problem, const char* input,
+                                       const std::stop_token& stop) {
+  BatchMoments moments = MomentsFor(problem);
+  const Outcome outcome = core.backend->ForwardByBatch(
+      problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}}, Place::kHost,
+      stop);
+  if (absl::Status status = ToStatus(outcome); !status.ok()) return status;
+  return moments;
 }
 
 std::vector<double> BiasedVariance(const BatchMoments& moments) {

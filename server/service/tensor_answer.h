@@ -2,6 +2,7 @@
 #ifndef NORMD_SERVER_SERVICE_TENSOR_ANSWER_H_
 #define NORMD_SERVER_SERVICE_TENSOR_ANSWER_H_
 
+#include <stop_token>
 #include <string_view>
 #include <vector>
 
@@ -22,6 +23,9 @@ struct TensorAnswer {
   bool changed = false;  // whether the call changed the instance
 };
 
+// RESOURCE_EXHAUSTED: the budget had room, the system has none.
+absl::Status NoSystemMemory();
+
 // Pooled memory, claimed from the budget first.
 absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes);
 
@@ -35,6 +39,9 @@ absl::Status ToStatus(Outcome outcome);
 std::vector<double> ToDoubles(const Values& values);
 // Room for the moments of a batch.
 BatchMoments MomentsFor(const NormProblem& problem);
+// The moments of `input` itself. Runs on the calling thread and those of the backend.
+absl::StatusOr<BatchMoments> MomentsOf(Core& core, const NormProblem& problem, const char* input,
+                                       const std::stop_token& stop);
 // Biased variance of a batch.
 std::vector<double> BiasedVariance(const BatchMoments& moments);
 

@@ -56,7 +56,7 @@ class TensorCall final : public grpc::ServerUnaryReactor {
     }
     const absl::Status parsed = ParseMessage(*message_, fields, *core_.pool, request_);
     if (!parsed.ok()) return Answer(parsed);
-    finished_ = Tell(request_, Response());
+    finished_ = Tell(request_);
     if (absl::Status allowed = rpc_.Authorize(request_); !allowed.ok()) return Answer(allowed);
     bool all_gathered = true;
     for (Payload& payload : payloads) {

@@ -115,17 +115,10 @@ class ForwardStream {
     auto spec = ToForwardSpec(header);
     if (!spec.ok()) return spec.status();
     spec_ = *std::move(spec);
-    const auto way = ForwardPieces::WayOf(core_, caller, header, spec_);
+    const auto way = ForwardPieces::Begin(core_, caller, header, spec_, pieces_);
     if (!way.ok()) return way.status();
     way_ = *way;
     if (way_ == ForwardPieces::Way::kAsItArrives) {
-      auto pieces = ForwardPieces::Begin(core_, header, spec_);
-      if (!pieces.ok()) return pieces.status();
-      pieces_ = *std::move(pieces);
-      // Where the mode has changed just now, the unary call's way takes whatever it is.
-      if (!pieces_.has_value()) way_ = ForwardPieces::Way::kWhole;
-    }
-    if (pieces_.has_value()) {
       if (absl::Status begun = input_.tensor.Begin(header.input(), "input"); !begun.ok()) {
         return begun;
       }
@@ -499,7 +492,7 @@ class TensorStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc
         if (begun_) return WrongPart("a second header");
         begun_ = true;
         method_.header = std::move(*request.mutable_header());
-        method_.finished = Tell(method_.header, v1::ForwardResponse());
+        method_.finished = Tell(method_.header);
         absl::Status allowed = rpc_.Authorize(method_.header);
         return allowed.ok() ? method_.Begin(rpc_.caller(), made_) : allowed;
       }

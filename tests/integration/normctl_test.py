@@ -233,19 +233,24 @@ class Compute(NormctlCase):
                     f"--grad_residual={self.file('dr.npy')}", *flags)
             self.assertTrue(numpy.array_equal(numpy.load(self.file("dr.npy")), dy * (y > 0)))
 
-    def test_fold_is_the_convolution_and_the_norm(self):
+    def trained_norm(self):
+        """The instance of 4 channels after a batch, as torch has it, in eval mode."""
         self.create(4)
         norm = torch.nn.BatchNorm2d(4)
         x = torch.randn(8, 4, 5, 5) * 3 + 2
         norm(x)
         self.ok("forward", self.name(), f"--input={self.save('x.npy', x.numpy())}", "--mode=train")
+        return norm.eval()
+
+    def test_fold_is_the_convolution_and_the_norm(self):
+        norm = self.trained_norm()
         convolution = torch.nn.Conv2d(3, 4, 3)
         weight, bias = (each.detach().numpy() for each in convolution.parameters())
         self.ok("fold", self.name(), f"--weight={self.save('w.npy', weight)}",
                 f"--bias={self.save('b.npy', bias)}", f"--output={self.file('fw.npy')}",
                 f"--output_bias={self.file('fb.npy')}")
         image = torch.randn(2, 3, 8, 8)
-        due = norm.eval()(convolution(image))
+        due = norm(convolution(image))
         folded = torch.nn.functional.conv2d(image, torch.tensor(numpy.load(self.file("fw.npy"))),
                                             torch.tensor(numpy.load(self.file("fb.npy"))))
         self.assertLess((folded - due).abs().max().item(), 1e-5)
@@ -253,11 +258,7 @@ class Compute(NormctlCase):
                    f"--output={self.file('fw.npy')}", saying="--output_bias")
 
     def test_fold_of_a_transposed_convolution_in_groups(self):
-        self.create(4)
-        norm = torch.nn.BatchNorm2d(4)
-        x = torch.randn(8, 4, 5, 5) * 3 + 2
-        norm(x)
-        self.ok("forward", self.name(), f"--input={self.save('x.npy', x.numpy())}", "--mode=train")
+        norm = self.trained_norm()
         convolution = torch.nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)
         weight = convolution.weight.detach().numpy()
         self.ok("fold", self.name(), f"--weight={self.save('w.npy', weight)}", "--transposed",
@@ -267,7 +268,7 @@ class Compute(NormctlCase):
         folded = torch.nn.functional.conv_transpose2d(
             image, torch.tensor(numpy.load(self.file("fw.npy"))),
             torch.tensor(numpy.load(self.file("fb.npy"))), groups=2)
-        due = norm.eval()(convolution(image))
+        due = norm(convolution(image))
         self.assertLess((folded - due).abs().max().item(), 1e-5)
 
     def test_backward_with_the_input_again(self):

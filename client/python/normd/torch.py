@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from normd import tensors
-from normd.v1 import tensor_pb2
+from normd.v1 import instance_pb2, tensor_pb2
 
 
 def _to_numpy(tensor):
@@ -69,61 +69,34 @@ class _RemoteForward(torch.autograd.Function):
         return grad_input, None, None, None, None
 
 
-def _batch_norm(module):
-    return {
-        "num_features": module.num_features,
-        "eps": module.eps,
-        "momentum": module.momentum,
-        "affine": module.affine,
-        "track_running_stats": module.track_running_stats,
-    }
-
-
-def _layer_norm(module):
-    return {
-        "normalized_shape": list(module.normalized_shape),
-        "eps": module.eps,
-        "elementwise_affine": module.elementwise_affine,
-        "bias": module.bias is not None,
-    }
-
-
-def _group_norm(module):
-    return {
-        "num_groups": module.num_groups,
-        "num_channels": module.num_channels,
-        "eps": module.eps,
-        "affine": module.affine,
-    }
-
-
-def _rms_norm(module):
-    arguments = {
-        "normalized_shape": list(module.normalized_shape),
-        "elementwise_affine": module.elementwise_affine,
-    }
-    if module.eps is not None:
-        arguments["eps"] = module.eps
-    return arguments
-
-
-# Layers by the name that Client.create takes: torch's class, and its arguments as a module
-# of it has them. A later torch brings RMSNorm.
+# Layers by the name that Client.create takes. A later torch brings RMSNorm.
 _LAYERS = {
-    "batch_norm_1d": (torch.nn.BatchNorm1d, _batch_norm),
-    "batch_norm_2d": (torch.nn.BatchNorm2d, _batch_norm),
-    "batch_norm_3d": (torch.nn.BatchNorm3d, _batch_norm),
-    "layer_norm": (torch.nn.LayerNorm, _layer_norm),
-    "group_norm": (torch.nn.GroupNorm, _group_norm),
-    "instance_norm_2d": (torch.nn.InstanceNorm2d, _batch_norm),
+    "batch_norm_1d": torch.nn.BatchNorm1d,
+    "batch_norm_2d": torch.nn.BatchNorm2d,
+    "batch_norm_3d": torch.nn.BatchNorm3d,
+    "layer_norm": torch.nn.LayerNorm,
+    "group_norm": torch.nn.GroupNorm,
+    "instance_norm_2d": torch.nn.InstanceNorm2d,
 }
 if hasattr(torch.nn, "RMSNorm"):
-    _LAYERS["rms_norm"] = (torch.nn.RMSNorm, _rms_norm)
+    _LAYERS["rms_norm"] = torch.nn.RMSNorm
+
+
+def _arguments_of(module, layer):
+    """What Client.create takes to make the like of a torch module: both name things alike."""
+    fields = instance_pb2.InstanceConfig.DESCRIPTOR.fields_by_name[layer].message_type.fields
+    names = [field.name for field in fields if field.name != "cumulative_average"]
+    arguments = {name: getattr(module, name) for name in names}
+    if "bias" in arguments:
+        arguments["bias"] = module.bias is not None
+    if arguments["eps"] is None:  # RMSNorm's default
+        del arguments["eps"]
+    return arguments
 
 
 def _layer_of(module):
     """The name of a torch module's layer; None where normd has no such layer."""
-    for layer, (kind, _) in _LAYERS.items():
+    for layer, kind in _LAYERS.items():
         if type(module) is kind:
             return layer
     return None
@@ -172,7 +145,7 @@ class RemoteNorm(torch.nn.Module):
             layer=layer,
             dtype="float64" if wide else "float32",
             mode="train" if module.training else "eval",
-            **_LAYERS[layer][1](module),
+            **_arguments_of(module, layer),
             **options,
         )
         if state:
@@ -206,7 +179,7 @@ class RemoteNorm(torch.nn.Module):
                 arguments[field.name] = list(value)
             elif not field.has_presence or layer.HasField(field.name):
                 arguments[field.name] = value
-        kind = _LAYERS[self.layer][0]
+        kind = _LAYERS[self.layer]
         without_bias = kind is torch.nn.LayerNorm and not arguments.pop("bias", True)
         local = kind(**arguments)
         if without_bias:
