@@ -41,24 +41,22 @@ Action Info(CLI::App&) {
                                   HumanBytes(static_cast<double>(device.memory_bytes)),
                                   device.healthy ? "" : ", UNHEALTHY")});
     }
-    return Report{
-        .json = {{"version", info->version},
-                 {"backend", info->backend_reason.empty()
-                                 ? info->backend
-                                 : absl::StrCat(info->backend, " (", info->backend_reason, ")")},
-                 {"devices", devices},
-                 {"limits",
-                  {{"max_message_bytes", limits.max_message_bytes},
-                   {"max_instances", limits.max_instances},
-                   {"max_features", limits.max_features},
-                   {"memory_budget", limits.memory_budget},
-                   {"context_budget", limits.context_budget},
-                   {"context_ttl_ms", absl::ToInt64Milliseconds(limits.context_ttl)}}},
-                 {"start_time", JsonTime(info->start_time)},
-                 {"instance_count", info->instance_count},
-                 {"memory_in_use", info->memory_in_use},
-                 {"durability", info->durability}},
-        .text = Facts(facts)};
+    return Report{.json = {{"version", info->version},
+                           {"backend", info->backend},
+                           {"backend_reason", info->backend_reason},
+                           {"devices", devices},
+                           {"limits",
+                            {{"max_message_bytes", limits.max_message_bytes},
+                             {"max_instances", limits.max_instances},
+                             {"max_features", limits.max_features},
+                             {"memory_budget", limits.memory_budget},
+                             {"context_budget", limits.context_budget},
+                             {"context_ttl_ms", absl::ToInt64Milliseconds(limits.context_ttl)}}},
+                           {"start_time", JsonTime(info->start_time)},
+                           {"instance_count", info->instance_count},
+                           {"memory_in_use", info->memory_in_use},
+                           {"durability", info->durability}},
+                  .text = Facts(facts)};
   };
 }
 
