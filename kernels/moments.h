@@ -15,6 +15,10 @@ struct PartialMoments {
   // have given.
   constexpr void Merge(const PartialMoments& other) {
     if (other.count == 0) return;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
     const double total = count + other.count;
     const double delta = other.mean - mean;
     if (delta - delta == 0) {

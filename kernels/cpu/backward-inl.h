@@ -517,10 +517,12 @@ class RowGradient {
         weight_(static_cast<const T*>(rows[0].weight)),
         grad_weight_(static_cast<T*>(rows[0].grad_weight)),
         grad_bias_(static_cast<T*>(rows[0].grad_bias)),
+        sums_(grad_weight_ != nullptr),
         constant_(rows[0].constant),
+        needs_x_(sums_ || !constant_),
         ahead_(tensors.ahead * kRows),
-        count_(rows[0].count) {
-    stream_ = tensors.stream;
+        count_(rows[0].count),
+        stream_(tensors.stream) {
     for (int r = 0; r < kRows; ++r) {
       const Row& row = rows[r];
       begin_[r] = row.begin;
@@ -530,82 +532,104 @@ class RowGradient {
       slope_[r] = static_cast<T>(row.slope);
       offset_[r] = static_cast<T>(row.offset);
       for (const E* out : {grad_x_, grad_residual_}) {
-        stream_ = stream_ && (out == nullptr || ElementsUntilAligned(out + row.begin) == 0);
+        stream_ = stream_ && (out == nullptr || IsAlignedForPair(D(), out + row.begin));
       }
     }
   }
 
-  void Run() const {
-    const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
-    int64_t j = 0;
-    for (; j + lanes <= count_; j += lanes) Step(j, Whole{});
-    if (j < count_) Step(j, Part{static_cast<size_t>(count_ - j)});
-  }
+  // By value: what is stored might otherwise be thought to change it.
+  void Run() const { Loop(*this); }
 
  private:
-  // How elements are loaded and stored: a whole vector, or the first n.
-  struct Whole {
-    template <class From>
-    HWY_INLINE V Load(const From* from) const {
-      return LoadElements(D(), from);
-    }
-    template <class To>
-    HWY_INLINE void Store(V v, To* to, bool stream) const {
-      StoreElements(D(), v, to, stream);
-    }
-    HWY_INLINE V GradY(const GradientInput<E, kMasked>& input, int64_t i) const {
-      return input.GradY(i);
-    }
-  };
-  struct Part {
-    template <class From>
-    HWY_INLINE V Load(const From* from) const {
-      return LoadPartial(D(), from, n);
-    }
-    template <class To>
-    HWY_INLINE void Store(V v, To* to, bool) const {
-      StorePartial(D(), v, to, n);
-    }
-    HWY_INLINE V GradY(const GradientInput<E, kMasked>& input, int64_t i) const {
-      return input.PartialGradY(i, n);
-    }
-    size_t n;
-  };
+  // Pairs, but for a mask: its bits follow elements one after the other.
+  static constexpr bool kPairs = kPairsInterleave<E> && !kMasked;
+  using Order = std::conditional_t<kPairs, E, T>;
 
-  template <class Access>
-  HWY_INLINE void Step(int64_t j, const Access access) const {
+  static void Loop(const RowGradient rows) {
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
+    int64_t j = 0;
+    for (; j + 2 * lanes <= rows.count_; j += 2 * lanes) rows.StepTwo(j);
+    for (; j < rows.count_; j += lanes) rows.StepPart(j, std::min(lanes, rows.count_ - j));
+  }
+
+  HWY_INLINE void StepTwo(int64_t j) const {
     const D d;
-    const bool sums = grad_weight_ != nullptr;
-    const V weight = access.Load(weight_ + j);
-    V grad_weight = sums ? access.Load(grad_weight_ + j) : hn::Zero(d);
-    V grad_bias = sums ? access.Load(grad_bias_ + j) : hn::Zero(d);
+    const Pair<D> zero{hn::Zero(d), hn::Zero(d)};
+    const Pair<D> weight = LoadPairValues<Order>(d, weight_ + j);
+    Pair<D> grad_weight = sums_ ? LoadPairValues<Order>(d, grad_weight_ + j) : zero;
+    Pair<D> grad_bias = sums_ ? LoadPairValues<Order>(d, grad_bias_ + j) : zero;
     for (int r = 0; r < kRows; ++r) {
       const int64_t i = begin_[r] + j;
-      const V dy = access.GradY(input_, i);
-      const V invstd = hn::Set(d, invstd_[r]);
-      if (ahead_ != 0) FetchAhead(input_.grad_y + i + ahead_);
-      V deviation = hn::Zero(d);
-      if (sums || !constant_) {
-        if (ahead_ != 0) FetchAhead(input_.x + i + ahead_);
-        deviation = hn::Sub(access.Load(input_.x + i), hn::Set(d, shift_[r]));
+      if (ahead_ != 0) {
+        FetchTwo(input_.grad_y + i + ahead_);
+        if (needs_x_) FetchTwo(input_.x + i + ahead_);
       }
-      if (sums) {
-        const V normalized = hn::MulAdd(deviation, invstd, hn::Set(d, lost_[r]));
-        grad_weight = hn::MulAdd(dy, normalized, grad_weight);
-        grad_bias = hn::Add(grad_bias, dy);
-      }
-      if (grad_x_ != nullptr) {
-        V dx = hn::Mul(dy, hn::Mul(weight, invstd));
-        if (!constant_) {
-          dx = hn::Add(dx, hn::MulAdd(deviation, hn::Set(d, slope_[r]), hn::Set(d, offset_[r])));
-        }
-        access.Store(dx, grad_x_ + i, stream_);
-      }
-      if (grad_residual_ != nullptr) access.Store(dy, grad_residual_ + i, stream_);
+      const Pair<D> dy = GradY(i);
+      const Pair<D> x = needs_x_ ? Load(input_.x + i) : zero;
+      const Pair<D> dx{Dx(r, dy.a, x.a, weight.a, grad_weight.a, grad_bias.a),
+                       Dx(r, dy.b, x.b, weight.b, grad_weight.b, grad_bias.b)};
+      if (grad_x_ != nullptr) Store(dx, grad_x_ + i);
+      if (grad_residual_ != nullptr) Store(dy, grad_residual_ + i);
     }
-    if (sums) {
-      access.Store(grad_weight, grad_weight_ + j, false);
-      access.Store(grad_bias, grad_bias_ + j, false);
+    if (sums_) {
+      StorePairValues<Order>(d, grad_weight, grad_weight_ + j);
+      StorePairValues<Order>(d, grad_bias, grad_bias_ + j);
+    }
+  }
+
+  // The first `count` lanes of a vector.
+  HWY_INLINE void StepPart(int64_t j, int64_t count) const {
+    const D d;
+    const size_t n = static_cast<size_t>(count);
+    const V weight = LoadPartial(d, weight_ + j, n);
+    V grad_weight = sums_ ? LoadPartial(d, grad_weight_ + j, n) : hn::Zero(d);
+    V grad_bias = sums_ ? LoadPartial(d, grad_bias_ + j, n) : hn::Zero(d);
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t i = begin_[r] + j;
+      const V dy = input_.PartialGradY(i, n);
+      const V x = needs_x_ ? input_.PartialX(i, n) : hn::Zero(d);
+      const V dx = Dx(r, dy, x, weight, grad_weight, grad_bias);
+      if (grad_x_ != nullptr) StorePartial(d, dx, grad_x_ + i, n);
+      if (grad_residual_ != nullptr) StorePartial(d, dy, grad_residual_ + i, n);
+    }
+    if (sums_) {
+      StorePartial(d, grad_weight, grad_weight_ + j, n);
+      StorePartial(d, grad_bias, grad_bias_ + j, n);
+    }
+  }
+
+  // Adds to the parameters' gradients, too.
+  HWY_INLINE V Dx(int r, V dy, V x, V weight, V& grad_weight, V& grad_bias) const {
+    const D d;
+    const V invstd = hn::Set(d, invstd_[r]);
+    const V deviation = hn::Sub(x, hn::Set(d, shift_[r]));
+    if (sums_) {
+      const V normalized = hn::MulAdd(deviation, invstd, hn::Set(d, lost_[r]));
+      grad_weight = hn::MulAdd(dy, normalized, grad_weight);
+      grad_bias = hn::Add(grad_bias, dy);
+    }
+    const V dx = hn::Mul(dy, hn::Mul(weight, invstd));
+    if (constant_) return dx;
+    return hn::Add(dx, hn::MulAdd(deviation, hn::Set(d, slope_[r]), hn::Set(d, offset_[r])));
+  }
+
+  static HWY_INLINE void FetchTwo(const E* from) {
+    FetchAhead(from);
+    if (sizeof(E) > 2) FetchAhead(from + hn::Lanes(D()));
+  }
+  static HWY_INLINE Pair<D> Load(const E* from) {
+    if constexpr (kPairs) return LoadPair(D(), from);
+    return {LoadElements(D(), from), LoadElements(D(), from + hn::Lanes(D()))};
+  }
+  HWY_INLINE Pair<D> GradY(int64_t i) const {
+    if constexpr (!kMasked) return Load(input_.grad_y + i);
+    return {input_.GradY(i), input_.GradY(i + static_cast<int64_t>(hn::Lanes(D())))};
+  }
+  HWY_INLINE void Store(const Pair<D>& v, E* to) const {
+    if constexpr (kPairs) {
+      StorePair(D(), v, to, stream_);
+    } else {
+      StoreTwo(D(), v.a, v.b, to, stream_);
     }
   }
 
@@ -615,7 +639,9 @@ class RowGradient {
   const T* const weight_;
   T* const grad_weight_;
   T* const grad_bias_;
+  const bool sums_;  // of the parameters' gradients are wanted
   const bool constant_;
+  const bool needs_x_;
   const int64_t ahead_;
   const int64_t count_;
   bool stream_;

@@ -204,6 +204,27 @@ HWY_INLINE void StoreTwo(D d, hn::Vec<D> first, hn::Vec<D> second, E* to, bool s
   StoreElements(d, second, to + hn::Lanes(d), stream);
 }
 
+// Values of the computing type that belong to the elements of a pair.
+template <class E, class D>
+HWY_INLINE Pair<D> LoadPairValues(D d, const hn::TFromD<D>* from) {
+  Pair<D> values;
+  if constexpr (kPairsInterleave<E>) {
+    hn::LoadInterleaved2(d, from, values.a, values.b);
+  } else {
+    values = {hn::LoadU(d, from), hn::LoadU(d, from + hn::Lanes(d))};
+  }
+  return values;
+}
+template <class E, class D>
+HWY_INLINE void StorePairValues(D d, const Pair<D>& values, hn::TFromD<D>* to) {
+  if constexpr (kPairsInterleave<E>) {
+    hn::StoreInterleaved2(values.a, values.b, d, to);
+  } else {
+    hn::StoreU(values.a, d, to);
+    hn::StoreU(values.b, d, to + hn::Lanes(d));
+  }
+}
+
 // Whether a pair may be streamed there.
 template <class D, class E>
 HWY_INLINE bool IsAlignedForPair(D d, const E* to) {

@@ -19,7 +19,7 @@ inline constexpr ForwardKernels kForwardKernels = {
     .moments_of_columns = MomentsOfColumns<E>,
     .normalize_planes = NormalizePlanes<E>,
     .normalize_columns = NormalizeColumns<E>,
-    .normalize_row = NormalizeRow<E>,
+    .normalize_rows = NormalizeRows<E>,
 };
 
 const ForwardKernels* ForwardTable(DType dtype) {

@@ -22,6 +22,7 @@ struct Runs {
   int64_t count;
   int64_t length;
   int64_t stride;
+  int64_t ahead = 0;  // as in ForwardTensors
 };
 
 // `rows` rows of `columns` contiguous elements, `stride` apart.
@@ -110,7 +111,8 @@ struct ForwardKernels {
   // The matrix's first element is `begin` elements into the tensors.
   void (*normalize_columns)(const ForwardTensors& tensors, int64_t begin, const Matrix& matrix,
                             const Coefficients& coefficients);
-  void (*normalize_row)(const ForwardTensors& tensors, const Row& row);
+  // `count` rows, kRowsTogether at most, with the same parameters.
+  void (*normalize_rows)(const ForwardTensors& tensors, const Row* rows, int64_t count);
 };
 
 struct BackwardKernels {

@@ -47,6 +47,10 @@ struct MomentSums {
   template <int k>
   HWY_INLINE void AddTwo(int64_t i) {
     const Pair<D> values = LoadPair(d, x + i);
+    if (ahead != 0) {
+      FetchAhead(x + i + ahead);
+      if (sizeof(E) > 2) FetchAhead(x + i + hn::Lanes(d) + ahead);
+    }
     Collect<k>(values.a);
     Collect<k + 1>(values.b);
   }
@@ -69,6 +73,7 @@ struct MomentSums {
 
   D d;
   const E* x = nullptr;
+  int64_t ahead = 0;
   V shift;
   Accumulators<D> sum;
   Accumulators<D> square;
@@ -111,23 +116,60 @@ PartialMoments MomentsOfShortRuns(const E* x, const Runs& runs) {
   return total;
 }
 
-// Merges a block's sums into `total`, and moves the shift to its mean.
+// Merges the sums of a block, shifted by `shift`, into `total`.
+HWY_INLINE void Merge(double elements, double shift, double sum, double square,
+                      PartialMoments& total) {
+  const double missed = sum / elements;
+  const double m2 = square - sum * missed;
+  total.Merge({elements, shift + missed, m2 < 0 ? 0 : m2});
+}
+
+// The same, and moves the shift to the block's mean.
 template <class T>
 HWY_INLINE void MergeBlock(double elements, double sum, double square, T& shift,
                            PartialMoments& total) {
-  const double mean = static_cast<double>(shift) + sum / elements;
-  const double m2 = square - sum * (sum / elements);
-  total.Merge({elements, mean, m2 < 0 ? 0 : m2});
+  Merge(elements, static_cast<double>(shift), sum, square, total);
   shift = static_cast<T>(ShiftOfSums(shift, sum, square, elements));
+}
+
+// A set that is one block: shifted by its first value, which is at hand at once, and only
+// if that was far off (2.4 deviations) a second time, by the mean.
+template <class E>
+PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead) {
+  MomentSums<E> sums;
+  ComputeType<E> shift = ScalarAt(x, 0);
+  sums.x = x;
+  sums.ahead = ahead;
+  const double elements = static_cast<double>(n);
+  double sum = 0, square = 0;
+  const auto add_up = [&]() NORMD_INLINE_LAMBDA {
+    sums.shift = hn::Set(sums.d, shift);
+    sums.Clear();
+    AddRun(sums.d, n, sums);
+    sum = sums.sum.Total();
+    square = sums.square.Total();
+  };
+  add_up();
+  if (HWY_UNLIKELY(sum * sum > 0.85 * elements * square)) {
+    shift = static_cast<ComputeType<E>>(ShiftOfSums(shift, sum, square, elements));
+    add_up();
+  }
+  PartialMoments moments;
+  Merge(elements, static_cast<double>(shift), sum, square, moments);
+  return moments;
 }
 
 template <class E>
 PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs) {
   MomentSums<E> sums;
   const auto d = sums.d;
+  if (runs.count == 1 && runs.length <= BlockOf(d)) {
+    return MomentsOfBlock(x, runs.length, runs.ahead);
+  }
   PartialMoments total;
   ComputeType<E> shift = PilotShift(x, runs.length);
   sums.shift = hn::Set(d, shift);
+  sums.ahead = runs.ahead;
   sums.Clear();
   ForEachPiece(
       d, runs,

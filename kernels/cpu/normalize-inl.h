@@ -7,6 +7,7 @@
 #define NORMD_KERNELS_CPU_NORMALIZE_INL_H_
 #endif
 
+#include <algorithm>
 #include <cstdint>
 
 #include "hwy/highway.h"
@@ -213,12 +214,100 @@ void NormalizeColumns(const ForwardTensors& tensors, int64_t begin, const Matrix
   WithNormalize<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
 }
 
+// kRows rows side by side, so that weight and bias are loaded once for all of them.
+template <class E, int kRows>
+class RowNormalize {
+ public:
+  using T = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  RowNormalize(const ForwardTensors& tensors, const Row* rows)
+      : weight_(static_cast<const T*>(rows[0].weight)),
+        bias_(static_cast<const T*>(rows[0].bias)),
+        count_(rows[0].count),
+        ahead_(tensors.ahead * kRows),
+        stream_(tensors.stream) {
+    for (int r = 0; r < kRows; ++r) {
+      const Row& row = rows[r];
+      x_[r] = static_cast<const E*>(tensors.x) + row.begin;
+      y_[r] = static_cast<E*>(tensors.y) + row.begin;
+      shift_[r] = static_cast<T>(row.shift);
+      invstd_[r] = static_cast<T>(row.invstd);
+      lost_[r] = static_cast<T>(row.lost);
+      stream_ = stream_ && IsAlignedForPair(D(), y_[r]);
+    }
+  }
+
+  void Run() const {
+    if (stream_) {
+      Loop<true>(*this);
+    } else {
+      Loop<false>(*this);
+    }
+  }
+
+ private:
+  // By value: what is stored might otherwise be thought to change it.
+  template <bool kStream>
+  static void Loop(const RowNormalize rows) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    int64_t j = 0;
+    for (; j + 2 * lanes <= rows.count_; j += 2 * lanes) {
+      const Pair<D> weight = LoadPairValues<E>(d, rows.weight_ + j);
+      const Pair<D> bias = LoadPairValues<E>(d, rows.bias_ + j);
+      for (int r = 0; r < kRows; ++r) {
+        if (rows.ahead_ != 0) {
+          FetchAhead(rows.x_[r] + j + rows.ahead_);
+          if (sizeof(E) > 2) FetchAhead(rows.x_[r] + j + lanes + rows.ahead_);
+        }
+        const Pair<D> x = LoadPair(d, rows.x_[r] + j);
+        StorePair(d, Pair<D>{rows.Y(r, x.a, weight.a, bias.a), rows.Y(r, x.b, weight.b, bias.b)},
+                  rows.y_[r] + j, kStream);
+      }
+    }
+    for (; j < rows.count_; j += lanes) {
+      const size_t n = static_cast<size_t>(std::min(lanes, rows.count_ - j));
+      const V weight = LoadPartial(d, rows.weight_ + j, n);
+      const V bias = LoadPartial(d, rows.bias_ + j, n);
+      for (int r = 0; r < kRows; ++r) {
+        const V x = LoadPartial(d, rows.x_[r] + j, n);
+        StorePartial(d, rows.Y(r, x, weight, bias), rows.y_[r] + j, n);
+      }
+    }
+  }
+
+  HWY_INLINE V Y(int r, V x, V weight, V bias) const {
+    const D d;
+    const V deviation = hn::Sub(x, hn::Set(d, shift_[r]));
+    return hn::MulAdd(hn::MulAdd(deviation, hn::Set(d, invstd_[r]), hn::Set(d, lost_[r])), weight,
+                      bias);
+  }
+
+  const T* weight_;
+  const T* bias_;
+  int64_t count_;
+  int64_t ahead_;
+  bool stream_;
+  const E* x_[kRows];
+  E* y_[kRows];
+  T shift_[kRows], invstd_[kRows], lost_[kRows];
+};
+
 template <class E>
-void NormalizeRow(const ForwardTensors& tensors, const Row& row) {
-  const RowCoefficients<ComputeType<E>> source(row);
-  WithNormalize<E>(tensors, [&](auto& op) {
-    WalkColumns(op, row.begin, {1, row.count, row.count}, source);
-  });
+void NormalizeRows(const ForwardTensors& tensors, const Row* rows, int64_t count) {
+  if (tensors.relu || tensors.residual != nullptr) {
+    Normalize<E, true> op(tensors);
+    for (int64_t r = 0; r < count; ++r) {
+      WalkColumns(op, rows[r].begin, {1, rows[r].count, rows[r].count},
+                  RowCoefficients<ComputeType<E>>(rows[r]));
+    }
+  } else if (count == kRowsTogether) {
+    RowNormalize<E, kRowsTogether>(tensors, rows).Run();
+  } else {
+    for (int64_t r = 0; r < count; ++r) RowNormalize<E, 1>(tensors, rows + r).Run();
+  }
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

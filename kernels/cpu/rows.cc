@@ -38,9 +38,12 @@ struct Geometry {
     unit_rows = std::max(unit_rows, (rows + kMostBackwardUnits - 1) / kMostBackwardUnits);
   }
 
-  // Rows whose parameters are the same and which fit the cache together.
-  int64_t RowsTogether() const {
-    return parameters == length && length * element_bytes <= kLongestAheadBytes ? kRowsTogether : 1;
+  // Rows whose parameters are the same and which fit the cache together. Not where stores
+  // bypass the cache, whose speed halves with two streams of them, unless halves keep the
+  // processor busier than memory.
+  int64_t RowsTogether(bool stream) const {
+    const bool may = parameters == length && length * element_bytes <= kLongestAheadBytes;
+    return may && (!stream || element_bytes == 2) ? kRowsTogether : 1;
   }
   // To the next row, or a later one if rows are short, which is fetched while this one is
   // written.
@@ -49,6 +52,9 @@ struct Geometry {
     if (row_bytes > kLongestAheadBytes) return 0;
     return (kShortestAheadBytes + row_bytes - 1) / row_bytes * length;
   }
+
+  // The same while a row is summed: long rows would else leave memory idle meanwhile.
+  int64_t AheadOfSums() const { return length * element_bytes < kShortestAheadBytes ? 0 : Ahead(); }
 
   int64_t units() const { return (rows + unit_rows - 1) / unit_rows; }
   int64_t FirstRow(int64_t unit) const { return unit * unit_rows; }
@@ -122,12 +128,17 @@ class ForwardJob {
 
  private:
   void Apply(int64_t unit) {
-    for (int64_t row = geometry_.FirstRow(unit); row < geometry_.LastRow(unit); ++row) {
-      const SetConstants set = ConstantsOf(row);
-      if (call_.y == nullptr) continue;
-      const int64_t parameter = geometry_.ParameterOf(row);
-      kernels_.normalize_row(tensors_, RowOf(set, row * geometry_.length, geometry_.length,
-                                             weight_.From(parameter), bias_.From(parameter)));
+    Row rows[kRowsTogether];
+    const int64_t together = geometry_.RowsTogether(tensors_.stream);
+    for (int64_t first = geometry_.FirstRow(unit); first < geometry_.LastRow(unit);
+         first += together) {
+      const int64_t count = std::min(together, geometry_.LastRow(unit) - first);
+      const int64_t parameter = geometry_.ParameterOf(first);
+      for (int64_t r = 0; r < count; ++r) {
+        rows[r] = RowOf(ConstantsOf(first + r), (first + r) * geometry_.length, geometry_.length,
+                        weight_.From(parameter), bias_.From(parameter));
+      }
+      if (call_.y != nullptr) kernels_.normalize_rows(tensors_, rows, count);
     }
   }
 
@@ -138,7 +149,7 @@ class ForwardJob {
     const void* begin =
         static_cast<const char*>(call_.x) + row * geometry_.length * geometry_.element_bytes;
     PartialMoments of_row;
-    kernels_.moments_of_runs(begin, 1, {1, geometry_.length, 0}, &of_row);
+    kernels_.moments_of_runs(begin, 1, {1, geometry_.length, 0, geometry_.AheadOfSums()}, &of_row);
     SetMoments moments = CenteredAsAsked(problem_, of_row);
     if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, row);
     call_.moments.mean[row] = moments.mean;
@@ -195,15 +206,17 @@ class BackwardJob {
     }
     const auto flush = [&] {
       double* total = totals_.data() + unit * values;
-      for (int64_t i = 0; i < values; ++i) {
-        total[i] += is_double ? sums.Get<double>()[i] : sums.Get<float>()[i];
+      if (is_double) {
+        Add(sums.Get<double>(), values, total);
+      } else {
+        Add(sums.Get<float>(), values, total);
       }
       std::memset(sums.Get(), 0, static_cast<size_t>(values * width));
     };
 
     int64_t pending = 0;
     Row rows[kRowsTogether];
-    const int64_t together = geometry_.RowsTogether();
+    const int64_t together = geometry_.RowsTogether(tensors_.stream);
     for (int64_t first = geometry_.FirstRow(unit); first < geometry_.LastRow(unit);
          first += together) {
       const int64_t count = std::min(together, geometry_.LastRow(unit) - first);
@@ -224,6 +237,11 @@ class BackwardJob {
       }
     }
     if (wants_parameters() && pending != 0) flush();
+  }
+
+  template <class T>
+  static void Add(const T* __restrict__ values, int64_t count, double* __restrict__ total) {
+    for (int64_t i = 0; i < count; ++i) total[i] += static_cast<double>(values[i]);
   }
 
   // With the sums over it taken.
@@ -295,8 +313,9 @@ Outcome RangeByRows(const RangeCall& call, const Context& context) {
     const int64_t begin = std::max(first, row * geometry.length);
     const int64_t end = std::min(last, (row + 1) * geometry.length);
     const int64_t parameter = geometry.ParameterOf(row) + begin - row * geometry.length;
-    kernels.normalize_row(tensors, RowOf(call.ConstantsOf(row), begin - first, end - begin,
-                                         weight.From(parameter), bias.From(parameter)));
+    const Row of_row = RowOf(call.ConstantsOf(row), begin - first, end - begin,
+                             weight.From(parameter), bias.From(parameter));
+    kernels.normalize_rows(tensors, &of_row, 1);
   });
 }
 

@@ -25,7 +25,8 @@ std::vector<std::string> FindBackendNames() {
 #if NORMD_HAS_CPU_BACKEND
   hwy::SetSupportedTargetsForTest(0);
   for (const int64_t target : kTargets) {
-    if ((hwy::SupportedTargets() & target) != 0 || target == HWY_SCALAR) {
+    // Every Arm machine of 64 bits has NEON: no plain C++ is compiled there.
+    if ((hwy::SupportedTargets() & target) != 0 || (HWY_ARCH_X86 && target == HWY_SCALAR)) {
       names.emplace_back(hwy::TargetName(target));
     }
   }
