@@ -104,10 +104,11 @@ Region::~Region() {
 absl::StatusOr<std::string> Regions::Connect(OwnedFd socket) {
   auto name = NewName();
   if (!name.ok()) return name.status();
+  // In one go: a client that has the name may use it at once.
+  absl::MutexLock lock(&mutex_);
   if (!Send(socket.get(), *name, -1)) {
     return absl::UnavailableError(absl::StrCat("the client is gone: ", std::strerror(errno)));
   }
-  absl::MutexLock lock(&mutex_);
   connections_[*name].socket = std::move(socket);
   return name;
 }
