@@ -28,9 +28,11 @@ class Connection:
             connection=self.name, region_bytes=size), metadata=self.metadata).region
         if not take:
             return region, None
-        name, descriptors, _, _ = socket.recv_fds(self.socket, 64, 1)
-        assert name == region, "the region that came is another"
-        return region, descriptors[0]
+        while True:
+            name, descriptors, _, _ = socket.recv_fds(self.socket, 64, 1)
+            if name == region:
+                return region, descriptors[0]
+            os.close(descriptors[0])  # of one that was not taken
 
     def close(self):
         self.socket.close()

@@ -1,21 +1,47 @@
 """Tensors in shared memory: the same bytes as in messages, and nobody harmed by anyone."""
 
+import concurrent.futures
+import contextlib
+import ctypes
+import fcntl
+import hashlib
 import os
+import pathlib
+import re
+import secrets
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 import unittest
 
 import grpc
 import torch
 from harness import shared_memory
 from harness.errors import refused
-from harness.layer import EVAL, TRAIN, Layer, request_id
+from harness.layer import EVAL, TRAIN, Layer, batch_norm_2d, request_id
 from harness.seed import SEED, generator, torch_generator
 from harness.server import Server, ServerTestCase, eventually
 from harness.shared_memory import Connection, Region
-from harness.tensors import to_proto
+from harness.tensors import raw_bytes, to_proto
 from normd.v1 import norm_service_pb2 as rpc, tensor_pb2
 
 Code = grpc.StatusCode
 PART = 1 << 16  # of a region, for one tensor
+
+F_ADD_SEALS, F_SEAL_WRITE = 1033, 8
+PUNCH_HOLE = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Anywhere(Region):
+    """A region that is not mapped here, or not at all."""
+
+    def __init__(self, name):
+        self.name = name
 
 
 class SharedCase(ServerTestCase):
@@ -325,6 +351,301 @@ class Limits(SharedCase):
                 connection.register(1 << 20)
                 with refused(self, Code.RESOURCE_EXHAUSTED, flag="--memory_budget"):
                     connection.register((1 << 20) + 1)
+
+
+# A client that is killed: it tells its connection's name, takes its region, writes there for
+# ever. No gRPC, which takes long to load.
+VICTIM = """
+import mmap, socket, sys
+s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+s.connect(sys.argv[1])
+sys.stdout.write(s.recv(64).hex() + "\\n")
+sys.stdout.flush()
+_, fds, _, _ = socket.recv_fds(s, 64, 1)
+size = int(sys.argv[2])
+memory = mmap.mmap(fds[0], size)
+sys.stdout.write("mapped\\n")
+sys.stdout.flush()
+value = 0
+while True:
+    value = (value + 1) % 64  # however mixed, no large float32
+    memory[:] = bytes([value]) * size
+"""
+
+
+class Hostile(ServerTestCase):
+    """A thousand clients that do what no client should: the server lives, gives nobody wrong
+    answers, and gets its memory back."""
+
+    FLAGS = ("--shared_memory=on", "--memory_budget=268435456",
+             "--shared_memory_budget=134217728", "--max_regions=8")
+    SHAPE = (16, 16, 32, 32)
+    BYTES = 1 << 20
+
+    def setUp(self):
+        super().setUp()
+        self.socket_path = shared_memory.status(self.stub).socket
+        self.layer = Layer.create(self.stub, f"hostile/{request_id()}", 16)
+        self.x = torch.randn(self.SHAPE, generator=torch_generator(generator(self.id())))
+
+    # --- what the server has ---
+
+    def process_file(self, name):
+        return (pathlib.Path("/proc") / str(self.server.pid) / name).read_text()
+
+    def mappings(self):
+        return self.process_file("maps").count("memfd:normd")
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.server.pid}/fd"))
+
+    def shared_resident(self):
+        return int(re.search(r"RssShmem:\s+(\d+) kB", self.process_file("status"))[1])
+
+    # --- clients ---
+
+    def request(self, region, mode=EVAL, offset=0, out=None):
+        """A Forward whose input is as it lies in the region."""
+        tensor = to_proto(self.x, data=b"")
+        tensor.shared_memory.CopyFrom(region.at(offset, self.BYTES))
+        request = rpc.ForwardRequest(name=self.layer.name, input=tensor, mode=mode)
+        request.output_memory.CopyFrom(region.at(self.BYTES if out is None else out, self.BYTES))
+        return request
+
+    def begun(self, region, mode=EVAL, **where):
+        return self.stub.Forward.future(self.request(region, mode, **where), timeout=60)
+
+    def done(self, *calls):
+        """Waits for calls that may end in any way but the server's failure."""
+        for call in calls:
+            code = call.code()
+            self.assertIn(code, (Code.OK, Code.NOT_FOUND, Code.INVALID_ARGUMENT,
+                                 Code.RESOURCE_EXHAUSTED, Code.CANCELLED), call.details())
+
+    def when_there_is_room(self, ask):
+        """Its answer, though another client may have all the memory for a while."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return ask()
+            except grpc.RpcError as error:
+                if error.code() != Code.RESOURCE_EXHAUSTED or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def region(self, connection):
+        region = self.when_there_is_room(lambda: Region(connection, 2 * self.BYTES))
+        region.memory[:self.BYTES] = raw_bytes(self.x)
+        return region
+
+    # --- what they do ---
+
+    def shrinks(self, rng):
+        with Connection(self.stub, self.socket_path) as connection:
+            region = self.region(connection)
+            call = self.begun(region)
+            for attempt in (lambda: os.ftruncate(region.fd, 0),
+                            lambda: os.ftruncate(region.fd, 1 << 30),
+                            lambda: os.open(f"/proc/self/fd/{region.fd}", os.O_RDWR | os.O_TRUNC),
+                            lambda: fcntl.fcntl(region.fd, F_ADD_SEALS, F_SEAL_WRITE)):
+                with self.assertRaises(PermissionError):
+                    attempt()
+            self.assertEqual(LIBC.fallocate(region.fd, PUNCH_HOLE, ctypes.c_long(0),
+                                            ctypes.c_long(region.size)), 0)
+            region.close()
+            self.done(call)
+
+    def is_killed(self, rng):
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", VICTIM, self.socket_path, str(2 * self.BYTES)],
+            stdout=subprocess.PIPE, text=True)
+        with process:
+            name = bytes.fromhex(process.stdout.readline())
+            region = Anywhere(self.when_there_is_room(lambda: self.stub.RegisterSharedMemory(
+                rpc.RegisterSharedMemoryRequest(
+                    connection=name, region_bytes=2 * self.BYTES))).region)
+            process.stdout.readline()
+            calls = [self.begun(region, rng.choice((TRAIN, EVAL))) for _ in range(2)]
+            process.kill()
+        self.done(*calls)
+
+    def lies_about_offsets(self, rng):
+        with Connection(self.stub, self.socket_path) as connection:
+            region = self.region(connection)
+            for _ in range(5):
+                request = self.request(region)
+                where = rng.choice((request.input.shared_memory, request.output_memory))
+                where.offset = rng.choice((rng.randrange(2**64), 2**64 - 64, region.size,
+                                           64 * rng.randrange(2**58), region.size - 64))
+                where.length = rng.choice((self.BYTES, rng.randrange(2**64), 2**64 - 1))
+                with refused(self, Code.INVALID_ARGUMENT):
+                    self.stub.Forward(request)
+            region.close()
+
+    def names_what_is_not_its_own(self, rng):
+        for name in (rng.randbytes(16), rng.randbytes(rng.randrange(64)), self.gone):
+            with refused(self, Code.NOT_FOUND):
+                self.stub.Forward(self.request(Anywhere(name)))
+            with refused(self, Code.NOT_FOUND):
+                self.stub.RegisterSharedMemory(rpc.RegisterSharedMemoryRequest(
+                    connection=name, region_bytes=64))
+            with refused(self, Code.NOT_FOUND):
+                self.stub.UnregisterSharedMemory(rpc.UnregisterSharedMemoryRequest(region=name))
+
+    def writes_while_it_is_read(self, rng):
+        with Connection(self.stub, self.socket_path) as connection:
+            region = self.region(connection)
+            calls = [self.begun(region, mode) for mode in (TRAIN, EVAL)]
+            calls.append(self.begun(region, TRAIN, out=0))  # in place, while others read it
+            while not all(call.done() for call in calls):
+                region.memory[:self.BYTES] = struct.pack("<f", rng.uniform(-9, 9)) * (
+                    self.BYTES // 4)
+            region.close()
+            self.done(*calls)
+
+    def leaves_in_the_middle(self, rng):
+        with Connection(self.stub, self.socket_path) as connection:
+            region = self.region(connection)
+            calls = [self.begun(region, rng.choice((TRAIN, EVAL))) for _ in range(2)]
+            if rng.random() < 0.5:
+                region.close()
+            else:
+                self.addCleanup(region.close)
+            type(self).gone = region.name
+        self.done(*calls)
+
+    def gives_up_what_it_uses(self, rng):
+        with Connection(self.stub, self.socket_path) as connection:
+            region = self.region(connection)
+            calls = [self.begun(region) for _ in range(3)]
+            self.stub.UnregisterSharedMemory(rpc.UnregisterSharedMemoryRequest(
+                region=region.name))
+            calls[0].cancel()
+            region.close()
+            self.done(*calls)
+
+    def takes_nothing(self, rng):
+        with Connection(self.stub, self.socket_path) as connection:
+            region, _ = self.when_there_is_room(
+                lambda: connection.register(2 * self.BYTES, take=False))
+            self.done(self.begun(Anywhere(region)))
+
+    def knocks_and_runs(self, rng):
+        with contextlib.ExitStack() as stack:
+            for _ in range(5):
+                half = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                half.connect(self.socket_path)
+                if rng.random() < 0.5:
+                    with contextlib.suppress(OSError):
+                        half.send(rng.randbytes(rng.randrange(1, 5000)))
+
+    def asks_for_all_there_is(self, rng):
+        with Connection(self.stub, self.socket_path) as connection:
+            with refused(self, Code.RESOURCE_EXHAUSTED):
+                while True:
+                    connection.register(rng.randrange(1, 1 << 25), take=rng.random() < 0.5)
+
+    def test_a_thousand_clients_harm_nobody(self):
+        attacks = [self.shrinks, self.is_killed, self.lies_about_offsets,
+                   self.names_what_is_not_its_own, self.writes_while_it_is_read,
+                   self.leaves_in_the_middle, self.gives_up_what_it_uses, self.takes_nothing,
+                   self.knocks_and_runs, self.asks_for_all_there_is]
+        type(self).gone = b""
+        honest = Layer.create(self.stub, f"honest/{request_id()}", 16)
+        due = honest.forward(self.x, mode=EVAL).output
+        shared_due = due.data
+        before = self.descriptors()
+        stop = threading.Event()
+        answers = []
+
+        def be_honest():
+            # Its regions are from before: the others may take all there is.
+            with Connection(self.stub, self.socket_path) as connection:
+                region = self.region(connection)
+                request = self.request(region)
+                request.name = honest.name
+                while not stop.is_set():
+                    self.assertEqual(honest.forward(self.x, mode=EVAL).output, due)
+                    got = region.take(self.stub.Forward(request).output)
+                    self.assertEqual(got.data, shared_due)
+                    answers.append(got.shape)
+                region.close()
+
+        def attack(number):
+            rng = generator(f"{self.id()}/{number}")
+            attacks[number % len(attacks)](rng)
+
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            honesty = pool.submit(be_honest)
+            try:
+                for done in [pool.submit(attack, number) for number in range(1000)]:
+                    done.result()
+            finally:
+                stop.set()
+            honesty.result()
+        self.assertGreater(len(answers), 3)
+
+        eventually(lambda: shared_memory.status(self.stub).connections == 0)
+        eventually(lambda: shared_memory.status(self.stub).bytes_in_use == 0)
+        status = shared_memory.status(self.stub)
+        self.assertEqual((status.regions, status.bytes_in_use), (0, 0))
+        info = self.stub.GetServerInfo(rpc.GetServerInfoRequest())
+        self.assertEqual(info.memory_in_use, 0)
+        self.assertEqual((self.mappings(), self.shared_resident()), (0, 0))
+        eventually(lambda: self.descriptors() <= before)
+        # What was written amid the calls were numbers, and so are the statistics.
+        state = self.layer.state_dict()
+        self.assertTrue(torch.isfinite(state["running_mean"]).all())
+        self.assertTrue(torch.isfinite(state["running_var"]).all())
+        self.assertTrue((state["running_var"] >= 0).all())
+        self.assertEqual(honest.forward(self.x, mode=EVAL).output, due)
+
+    def test_without_its_socket_the_server_serves_those_it_knows(self):
+        with Server("--shared_memory=on") as server, Connection(server.stub) as connection:
+            os.unlink(shared_memory.status(server.stub).socket)
+            Layer.create(server.stub, self.layer.name, 16)
+            region = self.region(connection)
+            request = self.request(region)
+            answer = region.take(server.stub.Forward(request).output)
+            self.assertEqual(answer.data, self.layer.forward(self.x, mode=EVAL).output.data)
+            region.close()
+
+
+class Callers(unittest.TestCase):
+    """A region is its caller's, though another may know its name."""
+
+    def test_another_caller_is_told_that_there_is_none(self):
+        with tempfile.TemporaryDirectory() as directory:
+            auth = pathlib.Path(directory) / "auth"
+            tokens = {name: secrets.token_hex(32) for name in ("one", "two")}
+            auth.write_text("".join(
+                f"sha256:{hashlib.sha256(token.encode()).hexdigest()} {name} admin *\n"
+                for name, token in tokens.items()))
+            with Server("--shared_memory=on", f"--auth_file={auth}") as server:
+                one, two = ((("authorization", f"Bearer {token}"),) for token in tokens.values())
+                stub = server.stub
+                stub.CreateInstance(rpc.CreateInstanceRequest(
+                    name="x", config=batch_norm_2d(3)), metadata=one)
+                with refused(self, Code.UNAUTHENTICATED):
+                    shared_memory.status(stub)
+                with Connection(stub, metadata=one) as connection:
+                    region = Region(connection, PART)
+                    tensor = to_proto(torch.ones(2, 3, 4, 4))
+                    region.put(tensor, 0)
+                    request = rpc.ForwardRequest(name="x", input=tensor)
+                    stub.Forward(request, metadata=one)
+                    with refused(self, Code.NOT_FOUND, "input.shared_memory.region"):
+                        stub.Forward(request, metadata=two)
+                    request.ClearField("input")
+                    request.input.CopyFrom(to_proto(torch.ones(2, 3, 4, 4)))
+                    request.output_memory.CopyFrom(region.at(0, 384))
+                    with refused(self, Code.NOT_FOUND, "output_memory.region"):
+                        stub.Forward(request, metadata=two)
+                    giving_up = rpc.UnregisterSharedMemoryRequest(region=region.name)
+                    with refused(self, Code.NOT_FOUND, "region"):
+                        stub.UnregisterSharedMemory(giving_up, metadata=two)
+                    stub.UnregisterSharedMemory(giving_up, metadata=one)
+                    region.close()
 
 
 class Off(ServerTestCase):
