@@ -357,9 +357,13 @@ class SharedTensors {
         });
     if (!no_memory.ok()) return Unavailable(std::move(no_memory));
     if (status.ok()) return true;
-    if (pool_.ForgetIfLost(status)) return Unavailable(std::move(status));
+    lost_ = pool_.ForgetIfLost(status);
+    if (lost_) return Unavailable(std::move(status));
     return status;
   }
+
+  // Whether the server did not know the memory of the call.
+  bool lost() const { return lost_; }
 
   // Where the call goes without, or why it must not.
   absl::StatusOr<bool> Unavailable(absl::Status why) const {
@@ -386,11 +390,12 @@ class SharedTensors {
   const absl::Time deadline_;
   std::vector<std::shared_ptr<internal::Lease>> inputs_;
   std::shared_ptr<internal::Lease> output_;
+  bool lost_ = false;
 };
 
 Tried<ForwardResult> SharedForward(Connection& connection, v1::ForwardRequest request,
                                    const Tensor& input, const std::optional<Tensor>& residual,
-                                   absl::Time deadline) {
+                                   absl::Time deadline, bool again = true) {
   SharedTensors tensors(connection, deadline);
   absl::Status put = tensors.Put(input, request.mutable_input());
   if (put.ok() && residual) put = tensors.Put(*residual, request.mutable_residual());
@@ -399,6 +404,10 @@ Tried<ForwardResult> SharedForward(Connection& connection, v1::ForwardRequest re
       put.ok() ? tensors.Call(kForward, request, &v1::ForwardRequest::mutable_output_memory,
                               input.bytes().size(), &response)
                : tensors.Unavailable(std::move(put));
+  // A restarted server has other memory to lend.
+  if (tensors.lost() && again) {
+    return SharedForward(connection, std::move(request), input, residual, deadline, false);
+  }
   if (!made.ok()) return made.status();
   if (!*made) return std::nullopt;
   Tensor output = tensors.Output(response.output(), input.bytes().size());
@@ -407,7 +416,7 @@ Tried<ForwardResult> SharedForward(Connection& connection, v1::ForwardRequest re
 
 Tried<BackwardResult> SharedBackward(Connection& connection, v1::BackwardRequest request,
                                      const Tensor& grad_output, const std::optional<Tensor>& input,
-                                     absl::Time deadline) {
+                                     absl::Time deadline, bool again = true) {
   SharedTensors tensors(connection, deadline);
   absl::Status put = tensors.Put(grad_output, request.mutable_grad_output());
   if (put.ok() && input) put = tensors.Put(*input, request.mutable_input());
@@ -417,6 +426,9 @@ Tried<BackwardResult> SharedBackward(Connection& connection, v1::BackwardRequest
       put.ok() ? tensors.Call(kBackward, request, &v1::BackwardRequest::mutable_grad_input_memory,
                               bytes, &response)
                : tensors.Unavailable(std::move(put));
+  if (tensors.lost() && again) {
+    return SharedBackward(connection, std::move(request), grad_output, input, deadline, false);
+  }
   if (!made.ok()) return made.status();
   if (!*made) return std::nullopt;
   std::optional<Tensor> grad_input;

@@ -174,6 +174,9 @@ TEST_F(SharedMemoryClient, ARestartedServerIsMetAnew) {
       ASSERT_TRUE(after.ok()) << after.status();
       EXPECT_EQ(after->output.bytes(), due);
     }
+    if (shared_memory) {
+      EXPECT_EQ(Status().regions(), 2);  // input and output, in its own memory
+    }
     // The answer of the server that is no more.
     EXPECT_EQ(before->output.bytes(), due);
   }
