@@ -199,6 +199,7 @@ class ServerImpl final : public Server {
   // After the state: its lock says that nobody else listens in the directory.
   absl::Status ShareMemory() {
     if (!config_.shared_memory) return absl::OkStatus();
+    if (absl::Status able = Region::CheckSystem(); !able.ok()) return able;
     regions_.emplace(&shared_memory_, &memory_,
                      RegionLimits{.max_region_bytes = config_.max_region_bytes,
                                   .max_regions = config_.max_regions});

@@ -1,5 +1,6 @@
-#include "absl/strings/str_cat.h"
-#include "server/error/error.h"
+#include <memory>
+#include <utility>
+
 #include "server/service/handlers.h"
 #include "server/service/shared_tensors.h"
 
@@ -17,8 +18,12 @@ void RegisterSharedMemory(Core& core, const Caller& caller,
 void UnregisterSharedMemory(Core& core, const Caller& caller,
                             const v1::UnregisterSharedMemoryRequest& request,
                             v1::UnregisterSharedMemoryResponse&, Done done) {
-  done(core.regions == nullptr ? NoSharedMemory("")
-                               : core.regions->Unregister(request.region(), caller.name()));
+  if (core.regions == nullptr) return done(NoSharedMemory(""));
+  // To give much memory back takes a while.
+  auto shared_done = std::make_shared<Done>(std::move(done));
+  core.executor->Enqueue([&core, &caller, &request, shared_done] {
+    (*shared_done)(core.regions->Unregister(request.region(), caller.name()));
+  });
 }
 
 void GetSharedMemoryStatus(Core& core, const v1::GetSharedMemoryStatusRequest&,

@@ -3,6 +3,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <utility>
 #include <vector>
 
@@ -74,6 +75,16 @@ bool Send(int socket, absl::string_view bytes, int fd) {
 }
 
 }  // namespace
+
+absl::Status Region::CheckSystem() {
+  int overcommit = 0;
+  if (std::ifstream("/proc/sys/vm/overcommit_memory") >> overcommit && overcommit == 2) {
+    return absl::FailedPreconditionError(
+        "--shared_memory=on is not safe where vm.overcommit_memory is 2; set it to 0 or 1, or "
+        "leave shared memory off");
+  }
+  return absl::OkStatus();
+}
 
 absl::StatusOr<std::shared_ptr<Region>> Region::Make(int64_t bytes, MemoryClaim shared,
                                                      MemoryClaim memory, OwnedFd& fd) {

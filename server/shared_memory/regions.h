@@ -28,6 +28,11 @@ namespace normd {
 // read here may decide where memory is read or written.
 class Region {
  public:
+  // Whether the system keeps what it has promised: FAILED_PRECONDITION with
+  // vm.overcommit_memory=2. There a page that a client has taken out of a region may not
+  // be had again, and touching it would end the server.
+  static absl::Status CheckSystem();
+
   // Memory of `claims`' bytes. Also gives the descriptor to send to the client.
   // RESOURCE_EXHAUSTED where the system has no such memory.
   static absl::StatusOr<std::shared_ptr<Region>> Make(int64_t bytes, MemoryClaim shared,

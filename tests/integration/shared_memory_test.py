@@ -19,17 +19,19 @@ import time
 import unittest
 
 import grpc
+import numpy
 import torch
 from harness import shared_memory
 from harness.errors import refused
 from harness.layer import EVAL, TRAIN, Layer, batch_norm_2d, request_id
 from harness.seed import SEED, generator, torch_generator
-from harness.server import Server, ServerTestCase, eventually
+from harness.server import Server, ServerTestCase, environment, eventually
 from harness.shared_memory import Connection, Region
 from harness.tensors import raw_bytes, to_proto
 from normd.v1 import norm_service_pb2 as rpc, tensor_pb2
 
 Code = grpc.StatusCode
+NORMCTL = os.environ.get("NORMCTL_BIN", "build/release/bin/normctl")
 PART = 1 << 16  # of a region, for one tensor
 
 F_ADD_SEALS, F_SEAL_WRITE = 1033, 8
@@ -646,6 +648,52 @@ class Callers(unittest.TestCase):
                         stub.UnregisterSharedMemory(giving_up, metadata=two)
                     stub.UnregisterSharedMemory(giving_up, metadata=one)
                     region.close()
+
+
+class Normctl(ServerTestCase):
+    FLAGS = ("--shared_memory=on", "--log_level=debug")
+
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = pathlib.Path(directory.name)
+        self.layer = Layer.create(self.stub, f"normctl/{request_id()}", 16)
+        self.layer.eval()
+        numpy.save(self.directory / "x.npy", torch.randn(16, 16, 32, 32).numpy())
+
+    def forward(self, use, server=None):
+        """Its output file and how many regions it asked for; or why it failed."""
+        output = self.directory / f"{use}.npy"
+        before = self.server.log(last=10**6).count("RegisterSharedMemory")
+        done = subprocess.run(
+            [NORMCTL, f"--server={server or self.server.address}", f"--shared_memory={use}",
+             "forward", self.layer.name, f"--input={self.directory / 'x.npy'}",
+             f"--output={output}"],
+            capture_output=True, text=True, timeout=60, check=False, env=environment())
+        if done.returncode != 0:
+            return done.returncode, done.stderr
+        regions = self.server.log(last=10**6).count("RegisterSharedMemory") - before
+        return output.read_bytes(), regions
+
+    def test_uses_it_where_it_is_told_to_or_may(self):
+        plain, regions = self.forward("off")
+        self.assertEqual(regions, 0)
+        for use in ("auto", "on"):
+            got, regions = self.forward(use)
+            self.assertEqual(got, plain)
+            self.assertEqual(regions, 2, "one for the input, one for the output")
+
+    def test_fails_where_it_must_and_cannot(self):
+        with Server() as without:
+            Layer.create(without.stub, self.layer.name, 16)
+            code, error = self.forward("on", without.address)
+            self.assertEqual(code, 1)
+            self.assertIn("--shared_memory=on", error)
+            self.assertIsInstance(self.forward("auto", without.address)[0], bytes)
+        code, error = self.forward("sometimes")
+        self.assertEqual(code, 2)
+        self.assertIn("auto|on|off", error)
 
 
 class Off(ServerTestCase):
