@@ -1,11 +1,15 @@
 // Forward and Backward, in one message or streamed; FoldConvolution.
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "client/internal/change.h"
 #include "client/internal/connection.h"
 #include "client/internal/convert.h"
+#include "client/internal/retry.h"
+#include "client/internal/shared_memory.h"
 #include "client/internal/stream.h"
 #include "client/internal/wire_format.h"
 #include "client/normd_client.h"
@@ -282,17 +286,201 @@ absl::StatusOr<BackwardResult> StreamBackward(Connection& connection, v1::Backwa
   return ResultOf(std::move(answer->header), std::move(grad_input), std::move(grad_residual));
 }
 
+// --- shared memory ---
+
+// How a call through shared memory ended: nothing where it could not be made, and is to be
+// made another way.
+template <class Result>
+using Tried = absl::StatusOr<std::optional<Result>>;
+
+// The server answered for itself, so that it is done with the call's memory.
+bool IsOver(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kAborted:
+    case absl::StatusCode::kFailedPrecondition:
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kPermissionDenied:
+    case absl::StatusCode::kUnauthenticated: return true;
+    default: return false;
+  }
+}
+
+// The tensors of one call in shared memory.
+class SharedTensors {
+ public:
+  SharedTensors(Connection& connection, absl::Time deadline)
+      : connection_(connection), pool_(connection.shared_memory()), deadline_(deadline) {}
+
+  // Names the memory where `tensor` is, or where it has been copied to.
+  absl::Status Put(const Tensor& tensor, v1::Tensor* wire) {
+    *wire = HeaderOf(tensor);
+    if (tensor.bytes().empty()) return absl::OkStatus();
+    if (auto there = pool_.Find(tensor.bytes())) {
+      *wire->mutable_shared_memory() = *std::move(there);
+      return absl::OkStatus();
+    }
+    auto lease = pool_.Get(tensor.bytes().size(), deadline_);
+    if (!lease.ok()) return lease.status();
+    tensor.bytes().copy((*lease)->data(), tensor.bytes().size());
+    *wire->mutable_shared_memory() = (*lease)->Name(tensor.bytes().size());
+    inputs_.push_back(*std::move(lease));
+    return absl::OkStatus();
+  }
+
+  // Makes the call with memory of `bytes` for its output, which `name_output` names in the
+  // request; 0: none is wanted. Each attempt has memory of its own: the server may still be
+  // writing for the one before. False where there is no memory, or the server does not know
+  // ours, and the call may be made another way.
+  template <class Request, class Response>
+  absl::StatusOr<bool> Call(const char* method, Request& request,
+                            v1::SharedMemory* (Request::*name_output)(), size_t bytes,
+                            Response* response) {
+    absl::Status no_memory;
+    absl::Status status =
+        internal::CallWithRetries(connection_.options().retry, deadline_, [&]() -> absl::Status {
+          if (bytes > 0) {
+            auto lease = pool_.Get(bytes, deadline_);
+            no_memory = lease.status();
+            if (!lease.ok()) return absl::InternalError("no memory");
+            output_ = *std::move(lease);
+            *(request.*name_output)() = output_->Name(bytes);
+          }
+          const grpc::ByteBuffer message = internal::MessageOf(request);
+          absl::Status ended = connection_.RunOnce(deadline_, [&](grpc::ClientContext* context) {
+            return connection_.CallRawOnce(context, method, message, response);
+          });
+          if (!IsOver(ended)) Discard();
+          return ended;
+        });
+    if (!no_memory.ok()) return Unavailable(std::move(no_memory));
+    if (status.ok()) return true;
+    lost_ = pool_.ForgetIfLost(status);
+    if (lost_) return Unavailable(std::move(status));
+    return status;
+  }
+
+  // Whether the server did not know the memory of the call.
+  bool lost() const { return lost_; }
+
+  // Where the call goes without, or why it must not.
+  absl::StatusOr<bool> Unavailable(absl::Status why) const {
+    if (pool_.must()) return why;
+    return false;
+  }
+
+  // The answer's tensor where it lies.
+  Tensor Output(const v1::Tensor& wire, size_t bytes) const {
+    const Tensor header = FromWire(wire, "");
+    return Tensor::Share(header.dtype(), header.shape(),
+                         {bytes > 0 ? output_->data() : nullptr, bytes}, output_,
+                         header.memory_format());
+  }
+
+ private:
+  void Discard() {
+    for (const auto& lease : inputs_) lease->Discard();
+    if (output_ != nullptr) output_->Discard();
+  }
+
+  Connection& connection_;
+  internal::SharedMemoryPool& pool_;
+  const absl::Time deadline_;
+  std::vector<std::shared_ptr<internal::Lease>> inputs_;
+  std::shared_ptr<internal::Lease> output_;
+  bool lost_ = false;
+};
+
+Tried<ForwardResult> SharedForward(Connection& connection, v1::ForwardRequest request,
+                                   const Tensor& input, const std::optional<Tensor>& residual,
+                                   absl::Time deadline, bool again = true) {
+  SharedTensors tensors(connection, deadline);
+  absl::Status put = tensors.Put(input, request.mutable_input());
+  if (put.ok() && residual) put = tensors.Put(*residual, request.mutable_residual());
+  v1::ForwardResponse response;
+  const auto made =
+      put.ok() ? tensors.Call(kForward, request, &v1::ForwardRequest::mutable_output_memory,
+                              input.bytes().size(), &response)
+               : tensors.Unavailable(std::move(put));
+  // A restarted server has other memory to lend.
+  if (tensors.lost() && again) {
+    return SharedForward(connection, std::move(request), input, residual, deadline, false);
+  }
+  if (!made.ok()) return made.status();
+  if (!*made) return std::nullopt;
+  Tensor output = tensors.Output(response.output(), input.bytes().size());
+  return ResultOf(std::move(response), std::move(output));
+}
+
+Tried<BackwardResult> SharedBackward(Connection& connection, v1::BackwardRequest request,
+                                     const Tensor& grad_output, const std::optional<Tensor>& input,
+                                     absl::Time deadline, bool again = true) {
+  SharedTensors tensors(connection, deadline);
+  absl::Status put = tensors.Put(grad_output, request.mutable_grad_output());
+  if (put.ok() && input) put = tensors.Put(*input, request.mutable_input());
+  v1::BackwardResponse response;
+  const size_t bytes = request.skip_grad_input() ? 0 : grad_output.bytes().size();
+  const auto made =
+      put.ok() ? tensors.Call(kBackward, request, &v1::BackwardRequest::mutable_grad_input_memory,
+                              bytes, &response)
+               : tensors.Unavailable(std::move(put));
+  if (tensors.lost() && again) {
+    return SharedBackward(connection, std::move(request), grad_output, input, deadline, false);
+  }
+  if (!made.ok()) return made.status();
+  if (!*made) return std::nullopt;
+  std::optional<Tensor> grad_input;
+  if (response.has_grad_input()) grad_input = tensors.Output(response.grad_input(), bytes);
+  // In the message: whether there is one, only the server knows.
+  std::optional<Tensor> grad_residual;
+  if (response.has_grad_residual()) {
+    grad_residual = FromWire(std::move(*response.mutable_grad_residual()));
+  }
+  return ResultOf(std::move(response), std::move(grad_input), std::move(grad_residual));
+}
+
 }  // namespace
+
+absl::StatusOr<TensorBuffer> Client::Allocate(size_t bytes, const CallOptions& call) const {
+  TensorBuffer buffer;
+  buffer.size_ = bytes;
+  internal::SharedMemoryPool& pool = connection_->shared_memory();
+  if (pool.Wants(bytes)) {
+    auto lease = pool.Get(bytes, connection_->DeadlineOf(call));
+    if (lease.ok()) {
+      buffer.data_ = (*lease)->data();
+      buffer.shared_ = true;
+      buffer.owner_ = *std::move(lease);
+      return buffer;
+    }
+    if (pool.must()) return lease.status();
+  }
+  constexpr std::align_val_t kCacheLine{64};
+  buffer.data_ = static_cast<char*>(operator new(bytes, kCacheLine, std::nothrow));
+  if (buffer.data_ == nullptr) {
+    return absl::ResourceExhaustedError(absl::StrCat("no memory for ", bytes, " bytes"));
+  }
+  buffer.owner_ =
+      std::shared_ptr<char>(buffer.data_, [](char* data) { operator delete(data, kCacheLine); });
+  return buffer;
+}
 
 absl::StatusOr<ForwardResult> Client::Forward(std::string_view name, const Tensor& input,
                                               const ForwardOptions& options,
                                               const CallOptions& call) const {
   const absl::Time deadline = connection_->DeadlineOf(call);
   const int64_t payload = ByteCount(input) + ByteCount(options.residual);
+  v1::ForwardRequest request = ForwardHeader(name, options, call);
+  if (connection_->shared_memory().Wants(static_cast<size_t>(payload))) {
+    auto tried = SharedForward(*connection_, request, input, options.residual, deadline);
+    if (!tried.ok()) return tried.status();
+    if (tried->has_value()) return **std::move(tried);
+  }
   const auto must_stream = MustStream(*connection_, payload, Channels(input), deadline);
   if (!must_stream.ok()) return must_stream.status();
 
-  v1::ForwardRequest request = ForwardHeader(name, options, call);
   if (!*must_stream) {
     std::vector<internal::TensorField> tensors;
     if (options.residual) {
@@ -324,10 +512,15 @@ absl::StatusOr<BackwardResult> Client::Backward(std::string_view name, const Ten
                                                 const CallOptions& call) const {
   const absl::Time deadline = connection_->DeadlineOf(call);
   const int64_t payload = ByteCount(grad_output) + ByteCount(options.input);
+  v1::BackwardRequest request = BackwardHeader(name, options, call);
+  if (connection_->shared_memory().Wants(static_cast<size_t>(payload))) {
+    auto tried = SharedBackward(*connection_, request, grad_output, options.input, deadline);
+    if (!tried.ok()) return tried.status();
+    if (tried->has_value()) return **std::move(tried);
+  }
   const auto must_stream = MustStream(*connection_, payload, Channels(grad_output), deadline);
   if (!must_stream.ok()) return must_stream.status();
 
-  v1::BackwardRequest request = BackwardHeader(name, options, call);
   if (!*must_stream) {
     std::vector<internal::TensorField> tensors;
     if (options.input) {

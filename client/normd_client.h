@@ -33,7 +33,8 @@ namespace normd::inline client {
 
 namespace internal {
 class Connection;
-}
+class Lease;
+}  // namespace internal
 
 // --- tensors ---
 
@@ -95,6 +96,35 @@ class Tensor {
   std::vector<int64_t> shape_ = {0};
   MemoryFormat format_ = MemoryFormat::kContiguous;
   std::string_view bytes_;
+  std::shared_ptr<const void> owner_;
+};
+
+// Memory to build a tensor in, from Client::Allocate(). Shared by copies.
+class TensorBuffer {
+ public:
+  char* data() const { return data_; }  // aligned to 64 bytes
+  size_t size() const { return size_; }
+  // Whether the server sees it too: its tensors are not sent.
+  bool shared() const { return shared_; }
+
+  // As values; T as for Tensor::values().
+  template <class T>
+  absl::Span<T> values() const {
+    return {reinterpret_cast<T*>(data_), size_ / sizeof(T)};
+  }
+
+  // The first bytes as a tensor that keeps the memory. Do not write to it during a call
+  // that has the tensor, nor after one that failed for its deadline or connection: the server
+  // may still read it then.
+  // Precondition: the shape's bytes fit.
+  Tensor AsTensor(DataType dtype, std::vector<int64_t> shape,
+                  MemoryFormat format = MemoryFormat::kContiguous) const;
+
+ private:
+  friend class Client;
+  char* data_ = nullptr;
+  size_t size_ = 0;
+  bool shared_ = false;
   std::shared_ptr<const void> owner_;
 };
 
@@ -423,6 +453,15 @@ struct RetryPolicy {
   int max_attempts = 0;  // 0: as many as the timeout allows; 1: no retry
 };
 
+// Whether the tensors of Forward and Backward go through memory that client and server
+// share, where the server is on this host and runs with --shared_memory=on. Outputs lie there
+// too, and keep their piece of the server's --shared_memory_budget while they live.
+enum class SharedMemory {
+  kAuto,  // where it is possible and worth it
+  kOn,    // always: calls fail where it is not possible
+  kOff,
+};
+
 struct ClientOptions {
   // For a call with all its retries, unless the call says otherwise.
   absl::Duration timeout = absl::Seconds(60);
@@ -432,6 +471,7 @@ struct ClientOptions {
   int64_t max_message_bytes = 0;
   // Bytes of tensor in one message of a stream.
   int64_t stream_chunk_bytes = 1 << 20;
+  SharedMemory shared_memory = SharedMemory::kAuto;
   // Files in PEM. With `tls_ca` the connection speaks TLS and believes the certificates
   // that these roots vouch for (but on a Unix socket, which is never encrypted);
   // `tls_cert` and `tls_key` are what it shows of itself.
@@ -465,7 +505,13 @@ class Client {
   absl::StatusOr<Changed> Train(std::string_view name, const CallOptions& call = {}) const;
   absl::StatusOr<Changed> Eval(std::string_view name, const CallOptions& call = {}) const;
 
-  // Through ForwardStream and BackwardStream where one message is too short.
+  // Memory for a tensor: shared with the server where that is possible (with
+  // SharedMemory::kOn an error where it is not), else ordinary. Not initialized.
+  absl::StatusOr<TensorBuffer> Allocate(size_t bytes, const CallOptions& call = {}) const;
+
+  // Through shared memory where the options say so, or through ForwardStream and
+  // BackwardStream where one message is too short. What lies in a shared TensorBuffer is read
+  // there, other tensors are copied into shared memory; outputs are in it and not copied.
   absl::StatusOr<ForwardResult> Forward(std::string_view name, const Tensor& input,
                                         const ForwardOptions& options = {},
                                         const CallOptions& call = {}) const;

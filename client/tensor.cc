@@ -58,6 +58,13 @@ Tensor Tensor::Share(DataType dtype, std::vector<int64_t> shape, std::string_vie
   return tensor;
 }
 
+Tensor TensorBuffer::AsTensor(DataType dtype, std::vector<int64_t> shape,
+                              MemoryFormat format) const {
+  Tensor tensor = Tensor::Share(dtype, std::move(shape), {}, owner_, format);
+  const size_t bytes = static_cast<size_t>(tensor.num_elements()) * SizeOf(dtype);
+  return Tensor::Share(dtype, tensor.shape(), {data_, bytes}, owner_, format);
+}
+
 int64_t Tensor::num_elements() const {
   int64_t count = 1;
   for (const int64_t size : shape_) count *= size;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <utility>
 
@@ -59,6 +60,16 @@ ABSL_FLAG(int64_t, context_budget, 0,
           "Bytes that contexts saved for Backward may take; 0: an eighth of the machine's or "
           "control group's memory");
 ABSL_FLAG(absl::Duration, context_ttl, absl::Minutes(10), "How long a saved context is kept");
+ABSL_FLAG(std::string, shared_memory, "off",
+          "on: clients on this host may hand tensors over in shared memory, without sending them");
+ABSL_FLAG(std::string, shared_memory_socket, "",
+          "Path of the Unix socket through which they get it; empty: shared-memory.sock in "
+          "--state_dir");
+ABSL_FLAG(int64_t, shared_memory_budget, 0,
+          "Bytes of shared memory at most, which count in --memory_budget too; 0: half of that");
+ABSL_FLAG(int64_t, max_region_bytes, int64_t{4} << 30,
+          "Largest piece of shared memory that a client may ask for, in bytes");
+ABSL_FLAG(int64_t, max_regions, 64, "Pieces of shared memory that one client may have");
 ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(30),
           "How long calls under way may take after SIGTERM or SIGINT");
 ABSL_FLAG(std::string, tls_cert, "",
@@ -279,6 +290,12 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
   config.context_budget = absl::GetFlag(FLAGS_context_budget);
   config.context_ttl = absl::GetFlag(FLAGS_context_ttl);
   config.drain_timeout = absl::GetFlag(FLAGS_drain_timeout);
+  const std::string shared_memory = absl::GetFlag(FLAGS_shared_memory);
+  config.shared_memory = shared_memory == "on";
+  config.shared_memory_socket = absl::GetFlag(FLAGS_shared_memory_socket);
+  config.shared_memory_budget = absl::GetFlag(FLAGS_shared_memory_budget);
+  config.max_region_bytes = absl::GetFlag(FLAGS_max_region_bytes);
+  config.max_regions = absl::GetFlag(FLAGS_max_regions);
   config.tls = {.cert = absl::GetFlag(FLAGS_tls_cert),
                 .key = absl::GetFlag(FLAGS_tls_key),
                 .client_ca = absl::GetFlag(FLAGS_tls_client_ca)};
@@ -318,6 +335,10 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
            CheckRange<int64_t>("context_budget", config.context_budget, 0, kMost),
            CheckAtLeast("context_ttl", config.context_ttl, absl::Milliseconds(1)),
            CheckAtLeast("drain_timeout", config.drain_timeout, absl::ZeroDuration()),
+           CheckOneOf("shared_memory", shared_memory, {"on", "off"}),
+           CheckRange<int64_t>("shared_memory_budget", config.shared_memory_budget, 0, kMost),
+           CheckRange<int64_t>("max_region_bytes", config.max_region_bytes, 1, kMost),
+           CheckRange<int64_t>("max_regions", config.max_regions, 1, 100'000),
            CheckTimer("handshake_timeout", config.handshake_timeout),
            CheckTimer("keepalive_time", config.keepalive_time),
            CheckTimer("keepalive_timeout", config.keepalive_timeout),
@@ -338,6 +359,12 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
                                                : Durability::kNone;
   config.log_format = log_format == "json" ? LogFormat::kJson : LogFormat::kText;
   if (config.memory_budget == 0) config.memory_budget = MachineMemoryBytes() / 2;
+  if (config.shared_memory_budget == 0) config.shared_memory_budget = config.memory_budget / 2;
+  if (config.shared_memory_socket.empty()) {
+    config.shared_memory_socket = config.state_dir + "/shared-memory.sock";
+  }
+  // Clients, who are told it, have directories of their own.
+  config.shared_memory_socket = std::filesystem::absolute(config.shared_memory_socket);
   if (config.context_budget == 0) config.context_budget = MachineMemoryBytes() / 8;
   return config;
 }

@@ -34,6 +34,12 @@ struct Config {
   int64_t context_budget = 0;
   absl::Duration context_ttl;
   absl::Duration drain_timeout;
+  // Shared memory with clients on this host.
+  bool shared_memory = false;
+  std::string shared_memory_socket;  // absolute
+  int64_t shared_memory_budget = 0;
+  int64_t max_region_bytes = 0;
+  int64_t max_regions = 0;  // of a connection
   // Who may connect and what they may do.
   TlsFiles tls;           // without a certificate: no TLS
   std::string auth_file;  // empty: everyone may do all

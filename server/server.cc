@@ -25,6 +25,8 @@
 #include "server/service/background.h"
 #include "server/service/core.h"
 #include "server/service/norm_service.h"
+#include "server/shared_memory/hand_over.h"
+#include "server/shared_memory/regions.h"
 #include "server/state/checkpoints.h"
 #include "server/state/sqlite_store.h"
 #include "server/state_directory.h"
@@ -62,6 +64,7 @@ class ServerImpl final : public Server {
         concurrency_(config.max_concurrent_requests),
         memory_(config.memory_budget, "--memory_budget"),
         context_memory_(config.context_budget, "--context_budget"),
+        shared_memory_(config.shared_memory_budget, "--shared_memory_budget"),
         contexts_(&context_memory_, config.context_ttl) {}
 
   ~ServerImpl() override {
@@ -72,6 +75,7 @@ class ServerImpl final : public Server {
     if (absl::Status made = MakeBackend(); !made.ok()) return made;
     if (absl::Status opened = OpenDoors(); !opened.ok()) return opened;
     if (absl::Status opened = OpenState(); !opened.ok()) return opened;
+    if (absl::Status shared = ShareMemory(); !shared.ok()) return shared;
     background_.emplace(config_.checkpoint_interval, [this] { Tick(); });
     core_ = {.limits = {.max_message_bytes = config_.max_message_bytes,
                         .max_instances = config_.max_instances,
@@ -88,6 +92,8 @@ class ServerImpl final : public Server {
              .concurrency = &concurrency_,
              .memory = &memory_,
              .context_memory = &context_memory_,
+             .regions = regions_.has_value() ? &*regions_ : nullptr,
+             .shared_memory_socket = hand_over_ != nullptr ? hand_over_->path() : "",
              .persister = persister_.get(),
              .registry = &*registry_,
              .contexts = &contexts_,
@@ -114,6 +120,7 @@ class ServerImpl final : public Server {
     // Whatever is left now is not to be waited for.
     grpc_->Shutdown(absl::ToChronoTime(absl::Now()));
     grpc_->Wait();
+    hand_over_.reset();
     background_.reset();
     absl::Status kept = persister_->Flush();
     if (config_.durability != Durability::kNone) {
@@ -211,6 +218,20 @@ class ServerImpl final : public Server {
     if (!loaded.ok()) return loaded;
     spdlog::info("restored {} instances from {} in {}", registry_->size(), config_.state_dir,
                  absl::FormatDuration(absl::Now() - start));
+    return absl::OkStatus();
+  }
+
+  // After the state: its lock says that nobody else listens in the directory.
+  absl::Status ShareMemory() {
+    if (!config_.shared_memory) return absl::OkStatus();
+    if (absl::Status able = Region::CheckSystem(); !able.ok()) return able;
+    regions_.emplace(&shared_memory_, &memory_,
+                     RegionLimits{.max_region_bytes = config_.max_region_bytes,
+                                  .max_regions = config_.max_regions});
+    auto hand_over =
+        HandOver::Listen(config_.shared_memory_socket, &*regions_, config_.handshake_timeout);
+    if (!hand_over.ok()) return hand_over.status();
+    hand_over_ = *std::move(hand_over);
     return absl::OkStatus();
   }
 
@@ -330,11 +351,14 @@ class ServerImpl final : public Server {
   ConcurrencyLimit concurrency_;
   MemoryBudget memory_;
   MemoryBudget context_memory_;
+  MemoryBudget shared_memory_;
   std::unique_ptr<StateDirectory> directory_;
   std::unique_ptr<StateStore> store_;
   std::unique_ptr<Checkpoints> checkpoints_;
   std::unique_ptr<Persister> persister_;
   std::optional<Registry> registry_;
+  std::optional<Regions> regions_;
+  std::unique_ptr<HandOver> hand_over_;
   SavedContexts contexts_;
   SavedCheckpoints saved_checkpoints_;
   uint64_t saved_changes_ = 0;

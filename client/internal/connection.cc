@@ -35,6 +35,7 @@ Connection::Connection(const std::string& target, const ClientOptions& options,
       channel_(MakeChannel(target, options, credentials.channel)),
       stub_(v1::NormService::NewStub(channel_)),
       generic_stub_(channel_),
+      shared_memory_(this, target),
       max_message_bytes_(options.max_message_bytes) {}
 
 absl::Time Connection::DeadlineOf(const CallOptions& call) const {
@@ -43,31 +44,40 @@ absl::Time Connection::DeadlineOf(const CallOptions& call) const {
 
 absl::Status Connection::Run(absl::Time deadline,
                              absl::FunctionRef<grpc::Status(grpc::ClientContext*)> attempt) {
-  return CallWithRetries(options_.retry, deadline, [&] {
-    grpc::ClientContext context;
-    context.set_deadline(absl::ToChronoTime(deadline));
-    if (!authorization_.empty()) context.AddMetadata("authorization", authorization_);
-    const grpc::Status status = attempt(&context);
-    return ToAbsl(status, context);
-  });
+  return CallWithRetries(options_.retry, deadline, [&] { return RunOnce(deadline, attempt); });
+}
+
+absl::Status Connection::RunOnce(absl::Time deadline,
+                                 absl::FunctionRef<grpc::Status(grpc::ClientContext*)> attempt) {
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(deadline));
+  if (!authorization_.empty()) context.AddMetadata("authorization", authorization_);
+  const grpc::Status status = attempt(&context);
+  return ToAbsl(status, context);
 }
 
 absl::Status Connection::CallRaw(const std::string& method, const grpc::ByteBuffer& request,
                                  google::protobuf::Message* response, absl::Time deadline) {
   return Run(deadline, [&](grpc::ClientContext* context) {
-    grpc::ByteBuffer answer;
-    grpc::Status status;
-    absl::Notification done;
-    generic_stub_.UnaryCall(context, method, grpc::StubOptions(), &request, &answer,
-                            [&](grpc::Status result) {
-                              status = std::move(result);
-                              done.Notify();
-                            });
-    done.WaitForNotification();
-    if (!status.ok()) return status;
-    return grpc::GenericDeserialize<grpc::ProtoBufferReader, google::protobuf::Message>(&answer,
-                                                                                        response);
+    return CallRawOnce(context, method, request, response);
   });
+}
+
+grpc::Status Connection::CallRawOnce(grpc::ClientContext* context, const std::string& method,
+                                     const grpc::ByteBuffer& request,
+                                     google::protobuf::Message* response) {
+  grpc::ByteBuffer answer;
+  grpc::Status status;
+  absl::Notification done;
+  generic_stub_.UnaryCall(context, method, grpc::StubOptions(), &request, &answer,
+                          [&](grpc::Status result) {
+                            status = std::move(result);
+                            done.Notify();
+                          });
+  done.WaitForNotification();
+  if (!status.ok()) return status;
+  return grpc::GenericDeserialize<grpc::ProtoBufferReader, google::protobuf::Message>(&answer,
+                                                                                      response);
 }
 
 absl::StatusOr<int64_t> Connection::MaxMessageBytes(absl::Time deadline) {

@@ -16,6 +16,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "client/internal/credentials.h"
+#include "client/internal/shared_memory.h"
 #include "client/normd_client.h"
 #include "normd/v1/norm_service.grpc.pb.h"
 
@@ -49,13 +50,35 @@ class Connection {
     return response;
   }
 
+  // Likewise, but once.
+  template <class Request, class Response>
+  absl::StatusOr<Response> CallOnce(Method<Request, Response> method, const Request& request,
+                                    absl::Time deadline) {
+    Response response;
+    absl::Status status = RunOnce(deadline, [&](grpc::ClientContext* context) {
+      return (stub_.get()->*method)(context, request, &response);
+    });
+    if (!status.ok()) return status;
+    return response;
+  }
+
   // A unary method by its name ("/normd.v1.NormService/Forward"), likewise.
   absl::Status CallRaw(const std::string& method, const grpc::ByteBuffer& request,
                        google::protobuf::Message* response, absl::Time deadline);
+  // One attempt of it.
+  grpc::Status CallRawOnce(grpc::ClientContext* context, const std::string& method,
+                           const grpc::ByteBuffer& request, google::protobuf::Message* response);
 
   // `attempt` with a fresh context each time, likewise.
   absl::Status Run(absl::Time deadline,
                    absl::FunctionRef<grpc::Status(grpc::ClientContext*)> attempt);
+
+  // A single attempt.
+  absl::Status RunOnce(absl::Time deadline,
+                       absl::FunctionRef<grpc::Status(grpc::ClientContext*)> attempt);
+
+  // Memory that the server sees too.
+  SharedMemoryPool& shared_memory() { return shared_memory_; }
 
   // The option, or the server's own limit, asked for once.
   absl::StatusOr<int64_t> MaxMessageBytes(absl::Time deadline);
@@ -66,6 +89,8 @@ class Connection {
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<v1::NormService::StubInterface> stub_;
   grpc::GenericStub generic_stub_;
+
+  SharedMemoryPool shared_memory_;
 
   absl::Mutex mutex_;
   int64_t max_message_bytes_ ABSL_GUARDED_BY(mutex_);  // 0: not known yet

@@ -51,6 +51,7 @@ struct Options {
   std::string tls_cert;
   std::string tls_key;
   std::string token_file;
+  SharedMemory shared_memory = SharedMemory::kAuto;
   bool json = false;
   absl::Duration timeout = absl::Seconds(60);
 };
@@ -78,6 +79,12 @@ class Parser {
     add_file("--tls_key", options_.tls_key, "NORMD_CLIENT_TLS_KEY", "Its private key, in PEM");
     add_file("--token_file", options_.token_file, "NORMD_CLIENT_TOKEN_FILE",
              "Token to show to the server, as token new wrote it");
+    AddChoice<SharedMemory>(
+        root_, "--shared_memory",
+        {{"auto", SharedMemory::kAuto}, {"on", SharedMemory::kOn}, {"off", SharedMemory::kOff}},
+        "Hand tensors over in memory, without sending them: auto where the server is on this "
+        "host and allows it",
+        [this](const SharedMemory& use) { options_.shared_memory = use; });
     root_.add_flag("--json", options_.json, "Print JSON, errors too");
     AddDuration(root_, "--timeout", &options_.timeout, "For a call with all its retries");
     root_.footer(
@@ -191,6 +198,7 @@ absl::StatusOr<Report> RunAction(const Parser& parser, Progress& progress) {
   auto client =
       Client::Connect(options.server, {.timeout = options.timeout,
                                        .retry = {.max_attempts = kAttempts},
+                                       .shared_memory = options.shared_memory,
                                        .tls_ca = options.tls_ca,
                                        .tls_cert = options.tls_cert,
                                        .tls_key = options.tls_key,

@@ -11,6 +11,9 @@ namespace {
 constexpr Permission kPermissions[] = {
     // method            role           scope            changes
     {"GetServerInfo", Role::kReader, Scope::kServer, false},
+    {"RegisterSharedMemory", Role::kReader, Scope::kServer, false},
+    {"UnregisterSharedMemory", Role::kReader, Scope::kServer, false},
+    {"GetSharedMemoryStatus", Role::kReader, Scope::kServer, false},
     {"ListInstances", Role::kReader, Scope::kVisible, false},
     {"GetInstance", Role::kReader, Scope::kName, false},
     {"GetState", Role::kReader, Scope::kName, false},

@@ -8,6 +8,7 @@
 #include "server/error/error.h"
 #include "server/service/convert.h"
 #include "server/service/layers.h"
+#include "server/service/shared_tensors.h"
 #include "server/service/validate.h"
 
 namespace normd {
@@ -29,8 +30,8 @@ struct Call {
   BackwardDone done;
   std::optional<SavedContexts::Lease> context = std::nullopt;
   bool retain_context = false;
-  ClaimedBuffer grad_input = {};
-  ClaimedBuffer grad_residual = {};
+  OutputMemory grad_input = {};
+  OutputMemory grad_residual = {};
   TensorAnswer<v1::BackwardResponse> answer = {};
 
   void Refuse(absl::Status status) {
@@ -91,10 +92,38 @@ Values Accumulated(const Values& old, const Values& gradient) {
                      [&](int64_t i) { return old[i] + gradient[i]; });
 }
 
+// INVALID_ARGUMENT where what is written lies amid what is read, or both amid each other.
+absl::Status CheckOutputs(const BackwardOutputs& outputs, int64_t bytes, const Payload& input,
+                          const Payload& grad_output) {
+  for (const auto& [output, field] : {std::pair(&outputs.grad_input, "grad_input_memory"),
+                                      std::pair(&outputs.grad_residual, "grad_residual_memory")}) {
+    for (const Payload* tensor : {&input, &grad_output}) {
+      absl::Status fits = CheckOutput(*output, field, bytes, *tensor);
+      if (!fits.ok()) return fits;
+    }
+  }
+  const SharedBytes& grad_input = outputs.grad_input;
+  const SharedBytes& grad_residual = outputs.grad_residual;
+  if (grad_input.region == nullptr || grad_input.region != grad_residual.region) {
+    return absl::OkStatus();
+  }
+  const uint64_t a = grad_input.name.offset(), b = grad_residual.name.offset();
+  if (bytes == 0 || (a > b ? a - b : b - a) >= static_cast<uint64_t>(bytes)) {
+    return absl::OkStatus();
+  }
+  return InvalidField("grad_residual_memory", absl::StrCat("offset ", b, ", amid grad_input's"),
+                      "memory apart from grad_input's");
+}
+
 }  // namespace
 
 void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Payload grad_output,
-              std::stop_token stop, BackwardDone done) {
+              BackwardOutputs outputs, std::stop_token stop, BackwardDone done) {
+  if (request.has_grad_input_memory() || request.has_grad_residual_memory()) {
+    return done(
+        InvalidField(request.has_grad_input_memory() ? "grad_input_memory" : "grad_residual_memory",
+                     "given", "nothing in a stream, which sends its gradients"));
+  }
   const absl::StatusOr<ChangeOptions> options = ToChangeOptions(request, Method::kBackward);
   if (!options.ok()) return done(options.status());
   const auto wanted_mode = ToMode(request.mode());
@@ -118,11 +147,19 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
     input_spec = *std::move(parsed);
     if (absl::Status s = CheckBytes(input_spec, input.size, "input"); !s.ok()) return done(s);
   }
+  if (request.skip_grad_input()) outputs.grad_input = {};
+  if (!saved) outputs.grad_residual = {};
+  if (absl::Status s = CheckOutputs(outputs, spec->bytes(), input, grad_output); !s.ok()) {
+    return done(s);
+  }
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return done(instance.status());
 
-  auto call = std::make_shared<Call>(
-      Call{.done = std::move(done), .retain_context = request.retain_context()});
+  auto call =
+      std::make_shared<Call>(Call{.done = std::move(done),
+                                  .retain_context = request.retain_context(),
+                                  .grad_input = {.shared = std::move(outputs.grad_input)},
+                                  .grad_residual = {.shared = std::move(outputs.grad_residual)}});
   for (;;) {
     // What accumulates builds on what is about to be, the rest on what was
     // acknowledged.
@@ -156,22 +193,24 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
 
     // In place of grad_output, the first that asks, where no other try will want it.
     const bool only_try = saved || !request.accumulate();
-    const auto get = [&](ClaimedBuffer& buffer) {
-      if (buffer.buffer.data() != nullptr) return absl::OkStatus();
+    const auto get = [&](OutputMemory& output) {
+      if (output.present()) return absl::OkStatus();
       if (only_try && grad_output.gathered.buffer.data() != nullptr) {
-        buffer = std::move(grad_output.gathered);
+        output.own = std::move(grad_output.gathered);
         return absl::OkStatus();
       }
       auto memory = GetBuffer(core, spec->bytes());
-      if (memory.ok()) buffer = *std::move(memory);
+      if (memory.ok()) output.own = *std::move(memory);
       return memory.status();
     };
     const bool wants_residual = saved && call->context->forward().has_residual;
     absl::Status memory;
     if (wants_residual) memory = get(call->grad_residual);
     if (memory.ok() && !request.skip_grad_input()) memory = get(call->grad_input);
+    if (memory.ok() && !only_try) memory = MoveOutOf(core, call->grad_input.shared, input);
+    if (memory.ok() && !only_try) memory = MoveOutOf(core, call->grad_input.shared, grad_output);
     if (!memory.ok()) return call->Refuse(std::move(memory));
-    char* const grad_input = call->grad_input.buffer.data();
+    char* const grad_input = call->grad_input.data();
     ForwardPass pass;
     if (saved) {
       const SavedForward& forward = call->context->forward();
@@ -203,7 +242,7 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
                                         .grad_weight = grad_weight_data,
                                         .grad_bias = grad_bias_data,
                                         .relu_mask = pass.relu_mask,
-                                        .grad_residual = call->grad_residual.buffer.data()},
+                                        .grad_residual = call->grad_residual.data()},
                                        Place::kHost, stop);
     };
     // Into values of the parameters' type, where the layer has them.

@@ -13,14 +13,20 @@
 
 namespace normd {
 
+// Where the gradients go, if the request says.
+struct BackwardOutputs {
+  SharedBytes grad_input = {};
+  SharedBytes grad_residual = {};
+};
+
 using BackwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::BackwardResponse>>)>;
 
 // Serves one Backward, from the unary call and the stream alike: `request`
 // without the tensors' data, which are `input` (empty with a context) and
-// `grad_output`. All are used only until this returns; `done` is called then or
-// later, when the change is durable.
+// `grad_output`, and without the memory for its answer, which is `outputs`. All are used
+// only until this returns; `done` is called then or later, when the change is durable.
 void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Payload grad_output,
-              std::stop_token stop, BackwardDone done);
+              BackwardOutputs outputs, std::stop_token stop, BackwardDone done);
 
 }  // namespace normd
 

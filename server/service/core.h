@@ -20,6 +20,7 @@
 #include "server/registry/saved_contexts.h"
 #include "server/service/background.h"
 #include "server/service/saved_checkpoints.h"
+#include "server/shared_memory/regions.h"
 #include "server/state/checkpoints.h"
 #include "server/state/persister.h"
 #include "server/wire/buffer.h"
@@ -47,6 +48,8 @@ struct Core {
   ConcurrencyLimit* concurrency = nullptr;
   MemoryBudget* memory = nullptr;
   MemoryBudget* context_memory = nullptr;
+  Regions* regions = nullptr;             // null: no shared memory
+  std::string shared_memory_socket = {};  // where its clients connect
   Persister* persister = nullptr;
   Registry* registry = nullptr;
   SavedContexts* contexts = nullptr;

@@ -9,6 +9,7 @@
 #include "server/error/error.h"
 #include "server/service/convert.h"
 #include "server/service/layers.h"
+#include "server/service/shared_tensors.h"
 #include "server/service/validate.h"
 
 namespace normd {
@@ -18,7 +19,7 @@ namespace {
 struct Call {
   Core& core;
   ForwardDone done;
-  ClaimedBuffer output = {};
+  OutputMemory output = {};
   std::shared_ptr<const Buffer> kept_input = nullptr;  // with save_for_backward
   TensorAnswer<v1::ForwardResponse> answer = {};
 
@@ -72,7 +73,7 @@ absl::StatusOr<Normalized> Normalize(Call& call, const InstanceState& state, con
     outcome = call.core.backend->ForwardByBatch(
         pass.problem,
         {.x = input,
-         .y = call.output.buffer.data(),
+         .y = call.output.data(),
          .affine = affine,
          .moments = {made.moments.mean.data(), made.moments.m2.data()},
          .epilogue = epilogue},
@@ -83,7 +84,7 @@ absl::StatusOr<Normalized> Normalize(Call& call, const InstanceState& state, con
     outcome =
         call.core.backend->ForwardByStatistics(pass.problem,
                                                {.x = input,
-                                                .y = call.output.buffer.data(),
+                                                .y = call.output.data(),
                                                 .affine = affine,
                                                 .statistics = {made.mean.data(), made.var.data()},
                                                 .epilogue = epilogue},
@@ -118,6 +119,9 @@ absl::Status KeepInput(Call& call, Payload& input) {
 
 absl::StatusOr<ForwardSpec> ToForwardSpec(const v1::ForwardRequest& request) {
   ForwardSpec spec;
+  if (request.has_output_memory()) {
+    return InvalidField("output_memory", "given", "nothing in a stream, which sends its output");
+  }
   auto options = ToChangeOptions(request, Method::kForward);
   if (!options.ok()) return options.status();
   spec.options = *options;
@@ -146,7 +150,7 @@ absl::Status CheckMayForward(const Caller& caller, const v1::ForwardRequest& req
 }
 
 void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
-             Payload residual, std::stop_token stop, ForwardDone done) {
+             Payload residual, SharedBytes output, std::stop_token stop, ForwardDone done) {
   const auto spec = ToForwardSpec(request);
   if (!spec.ok()) return done(spec.status());
   if (absl::Status s = CheckBytes(spec->input, input.size, "input"); !s.ok()) return done(s);
@@ -155,12 +159,16 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
       return done(s);
     }
   }
-  const Epilogue epilogue{.residual = residual.data, .activation = spec->activation};
+  for (const Payload* tensor : {&input, &residual}) {
+    absl::Status fits = CheckOutput(output, "output_memory", spec->input.bytes(), *tensor);
+    if (!fits.ok()) return done(std::move(fits));
+  }
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return done(instance.status());
   const bool saving = request.save_for_backward();
 
-  auto call = std::make_shared<Call>(Call{.core = core, .done = std::move(done)});
+  auto call = std::make_shared<Call>(
+      Call{.core = core, .done = std::move(done), .output = {.shared = std::move(output)}});
   for (;;) {
     const Snapshot tip = (*instance)->tip();
     if (tip == nullptr) return call->Refuse(InstanceDeleted());
@@ -175,14 +183,21 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
     const Snapshot state = pass->folds ? tip : (*instance)->published();
     if (state == nullptr) return call->Refuse(InstanceDeleted());
 
-    if (call->output.buffer.data() == nullptr) {
+    if (!call->output.present()) {
       // In place, where neither a context nor another try will want the input.
       if (!saving && !pass->folds && input.gathered.buffer.data() != nullptr) {
-        call->output = std::move(input.gathered);
+        call->output.own = std::move(input.gathered);
       } else {
-        auto output = GetBuffer(core, spec->input.bytes());
-        if (!output.ok()) return call->Refuse(output.status());
-        call->output = *std::move(output);
+        auto memory = GetBuffer(core, spec->input.bytes());
+        if (!memory.ok()) return call->Refuse(memory.status());
+        call->output.own = *std::move(memory);
+      }
+    }
+    if (pass->folds) {
+      // Another try will want them.
+      for (Payload* tensor : {&input, &residual}) {
+        absl::Status moved = MoveOutOf(core, call->output.shared, *tensor);
+        if (!moved.ok()) return call->Refuse(std::move(moved));
       }
     }
     MemoryClaim context_claim;
@@ -195,6 +210,7 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
       if (absl::Status kept = KeepInput(*call, input); !kept.ok()) return call->Refuse(kept);
     }
 
+    const Epilogue epilogue{.residual = residual.data, .activation = spec->activation};
     auto made = Normalize(*call, *state, *pass, input.data, epilogue, saving, stop);
     if (!made.ok()) return call->Refuse(made.status());
 

@@ -52,6 +52,16 @@ void LoadCheckpoint(Core& core, const v1::LoadCheckpointRequest& request,
 void ListCheckpoints(Core& core, const v1::ListCheckpointsRequest& request,
                      v1::ListCheckpointsResponse& response, Done done);
 
+// shared_memory.cc; a region is for the caller who made it.
+void RegisterSharedMemory(Core& core, const Caller& caller,
+                          const v1::RegisterSharedMemoryRequest& request,
+                          v1::RegisterSharedMemoryResponse& response, Done done);
+void UnregisterSharedMemory(Core& core, const Caller& caller,
+                            const v1::UnregisterSharedMemoryRequest& request,
+                            v1::UnregisterSharedMemoryResponse& response, Done done);
+void GetSharedMemoryStatus(Core& core, const v1::GetSharedMemoryStatusRequest& request,
+                           v1::GetSharedMemoryStatusResponse& response, Done done);
+
 // server_info.cc
 void GetServerInfo(Core& core, const v1::GetServerInfoRequest& request,
                    v1::GetServerInfoResponse& response, Done done);

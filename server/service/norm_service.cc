@@ -114,7 +114,9 @@ using Base = WithRawMethods<
     V1::WithRawCallbackMethod_SetState, V1::WithRawCallbackMethod_ResetRunningStats,
     V1::WithRawCallbackMethod_ResetParameters, V1::WithRawCallbackMethod_SaveCheckpoint,
     V1::WithRawCallbackMethod_LoadCheckpoint, V1::WithRawCallbackMethod_ListCheckpoints,
-    V1::WithRawCallbackMethod_GetServerInfo>::type;
+    V1::WithRawCallbackMethod_GetServerInfo, V1::WithRawCallbackMethod_RegisterSharedMemory,
+    V1::WithRawCallbackMethod_UnregisterSharedMemory,
+    V1::WithRawCallbackMethod_GetSharedMemoryStatus>::type;
 
 class NormServiceImpl final : public Base {
  public:
@@ -161,6 +163,9 @@ class NormServiceImpl final : public Base {
   NORMD_UNARY(LoadCheckpoint)
   NORMD_UNARY(ListCheckpoints)
   NORMD_UNARY(GetServerInfo)
+  NORMD_UNARY(RegisterSharedMemory)
+  NORMD_UNARY(UnregisterSharedMemory)
+  NORMD_UNARY(GetSharedMemoryStatus)
 #undef NORMD_UNARY
 
  private:

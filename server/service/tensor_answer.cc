@@ -20,11 +20,15 @@ absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes) {
   return ClaimedBuffer{std::move(buffer), *std::move(claim)};
 }
 
-AnswerTensor ToAnswer(int number, const TensorSpec& spec, ClaimedBuffer memory) {
-  return {.number = number,
-          .header = ToProto(spec),
-          .data = std::move(memory.buffer),
-          .keep = std::make_shared<MemoryClaim>(std::move(memory.claim))};
+AnswerTensor ToAnswer(int number, const TensorSpec& spec, OutputMemory memory) {
+  AnswerTensor answer{.number = number, .header = ToProto(spec)};
+  if (memory.shared.region != nullptr) {
+    *answer.header.mutable_shared_memory() = std::move(memory.shared.name);
+  } else {
+    answer.data = std::move(memory.own.buffer);
+    answer.keep = std::make_shared<MemoryClaim>(std::move(memory.own.claim));
+  }
+  return answer;
 }
 
 absl::Status ToStatus(Outcome outcome) {

@@ -11,6 +11,7 @@
 #include "server/admission/memory_budget.h"
 #include "server/service/core.h"
 #include "server/service/validate.h"
+#include "server/shared_memory/regions.h"
 #include "server/wire/buffer.h"
 #include "server/wire/message.h"
 
@@ -29,8 +30,18 @@ absl::Status NoSystemMemory();
 // Pooled memory, claimed from the budget first.
 absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes);
 
+// Where a tensor of an answer is written: memory that the answer takes along, or shared
+// memory that the client named for it.
+struct OutputMemory {
+  ClaimedBuffer own = {};
+  SharedBytes shared = {};
+
+  bool present() const { return shared.region != nullptr || own.buffer.data() != nullptr; }
+  char* data() { return shared.region != nullptr ? shared.data : own.buffer.data(); }
+};
+
 // `memory` as the tensor field `number` of an answer, of `spec`'s type and shape.
-AnswerTensor ToAnswer(int number, const TensorSpec& spec, ClaimedBuffer memory);
+AnswerTensor ToAnswer(int number, const TensorSpec& spec, OutputMemory memory);
 
 // The status that a kernel's outcome means.
 absl::Status ToStatus(Outcome outcome);

@@ -211,7 +211,7 @@ class ForwardStream {
   }
 
   void EndWhole(Messages& answers, EndDone done) {
-    Forward(core_, *caller_, header, input_.TakePayload(), residual_.TakePayload(), stop_,
+    Forward(core_, *caller_, header, input_.TakePayload(), residual_.TakePayload(), {}, stop_,
             [this, &answers, done = std::move(done)](
                 absl::StatusOr<TensorAnswer<v1::ForwardResponse>> answer) mutable {
               if (!answer.ok()) return done(answer.status());
@@ -271,7 +271,7 @@ class BackwardStream {
     absl::Status ended = grad_output_.tensor.End();
     if (ended.ok()) ended = input_.tensor.End();
     if (!ended.ok()) return done(std::move(ended));
-    Backward(core_, header, input_.TakePayload(), grad_output_.TakePayload(), stop_,
+    Backward(core_, header, input_.TakePayload(), grad_output_.TakePayload(), {}, stop_,
              [this, &answers, done = std::move(done)](
                  absl::StatusOr<TensorAnswer<v1::BackwardResponse>> answer) mutable {
                if (!answer.ok()) return done(answer.status());

@@ -152,6 +152,10 @@ absl::StatusOr<std::optional<Mode>> ToMode(v1::Mode mode) {
 
 absl::StatusOr<TensorSpec> ToTensorSpec(const v1::Tensor& tensor, absl::string_view field) {
   TensorSpec spec;
+  if (tensor.has_shared_memory()) {
+    return InvalidField(absl::StrCat(field, ".shared_memory"), "given",
+                        "shared memory for the tensors of Forward and Backward alone");
+  }
   const auto dtype = ToDType(tensor.dtype(), absl::StrCat(field, ".dtype"));
   if (!dtype.ok()) return dtype.status();
   spec.dtype = *dtype;

@@ -21,13 +21,15 @@
 
 namespace normd {
 
-// The `data` of a tensor: bytes that lie in the message itself or were gathered
-// from its slices. Aligned for any element type.
+// The bytes of a tensor: they lie in the message itself, or were gathered from its
+// slices, or lie elsewhere. Aligned for any element type.
 struct Payload {
   const char* data = nullptr;
   size_t size = 0;
-  // Holds the bytes where they were gathered; else they lie in the message.
+  // Holds the bytes where they were gathered.
   ClaimedBuffer gathered;
+  // Keeps them where they lie elsewhere.
+  std::shared_ptr<const void> keep = nullptr;
 };
 
 // One top-level field of type Tensor, and where its payload goes.

@@ -211,7 +211,7 @@ class StandardServices(ServerTestCase):
                  for each in answer.file_descriptor_response.file_descriptor_proto]
         file = next(each for each in files if each.name == "normd/v1/norm_service.proto")
         methods = [method.name for method in file.service[0].method]
-        self.assertEqual(len(methods), 21)
+        self.assertEqual(len(methods), 24)
         self.assertIn("ForwardStream", methods)
 
 

@@ -43,6 +43,9 @@ SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 # table, so that a change of either is seen.
 ROLES = {
     "GetServerInfo": ("reader", "server"),
+    "RegisterSharedMemory": ("reader", "server"),
+    "UnregisterSharedMemory": ("reader", "server"),
+    "GetSharedMemoryStatus": ("reader", "server"),
     "ListInstances": ("reader", "server"),
     "GetInstance": ("reader", "name"),
     "GetState": ("reader", "name"),

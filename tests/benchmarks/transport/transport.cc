@@ -35,6 +35,7 @@
 #include "grpcpp/generic/generic_stub.h"
 #include "grpcpp/grpcpp.h"
 #include "normd/v1/norm_service.grpc.pb.h"
+#include "tests/benchmarks/transport/shared_memory.h"
 
 ABSL_FLAG(std::string, normd, "build/release/bin/normd", "The server to measure");
 ABSL_FLAG(bool, quick, false, "A telling part, in under a minute");
@@ -216,6 +217,8 @@ double Percentile(std::vector<double> values, double p) {
 struct Target {
   std::unique_ptr<grpc::GenericStub> ours;
   std::unique_ptr<grpc::GenericStub> floor;
+  // In the place of `ours`, whose messages still say what the floor sends.
+  std::unique_ptr<SharedMemoryCalls> shared_memory;
 };
 
 std::string SizeText(int64_t bytes) {
@@ -271,6 +274,13 @@ nlohmann::json Run(const std::string& transport, Target& target, const Case& c, 
   int64_t response_bytes = 0;
   Send(*target.ours, path, request, c.in_flight, c.in_flight, &response_bytes);
   const std::string echo = absl::StrCat("/echo/", response_bytes);
+  const std::string instance = c.bytes < 64 * kKiB ? "small" : "large";
+  if (target.shared_memory != nullptr) {
+    normd::v1::Tensor tensor;
+    FillTensor(c.bytes, tensor);
+    target.shared_memory->Put(tensor, c.in_flight);
+    target.shared_memory->Send(instance, c.op, c.in_flight);
+  }
   Send(*target.floor, echo, request, c.in_flight, c.in_flight, &response_bytes);
 
   // Milliseconds a request at this many in flight: the inverse of the throughput.
@@ -279,7 +289,9 @@ nlohmann::json Run(const std::string& transport, Target& target, const Case& c, 
     const auto measure = [&](grpc::GenericStub& stub, const std::string& to,
                              std::vector<double>& into, bool keep) {
       const absl::Time start = absl::Now();
-      const auto each = Send(stub, to, request, c.in_flight, count, &response_bytes);
+      const auto each = keep && target.shared_memory != nullptr
+                            ? target.shared_memory->Send(instance, c.op, count)
+                            : Send(stub, to, request, c.in_flight, count, &response_bytes);
       into.push_back(absl::ToDoubleMilliseconds(absl::Now() - start) / count);
       if (keep) latencies.insert(latencies.end(), each.begin(), each.end());
     };
@@ -337,7 +349,8 @@ int main(int argc, char** argv) {
                         absl::StrCat("--listen=127.0.0.1:0,unix:", directory, "/normd.sock"),
                         absl::StrCat("--port_file=", directory, "/normd.port"),
                         absl::StrCat("--state_dir=", directory, "/state"), "--durability=none",
-                        absl::StrCat("--max_message_bytes=", 512 * kMiB), "--log_level=warn"});
+                        absl::StrCat("--max_message_bytes=", 512 * kMiB), "--shared_memory=on",
+                        "--log_level=warn"});
     const Process floor({"/proc/self/exe", absl::StrCat("--echo=unix:", directory, "/echo.sock")});
     const std::string ours_tcp = AwaitLine(directory + "/normd.port");
     const std::string floor_tcp = AwaitLine(directory + "/echo.sock.port");
@@ -361,10 +374,18 @@ int main(int argc, char** argv) {
     for (const auto& [transport, ours_address, floor_address] :
          {std::tuple("tcp", ours_tcp, floor_tcp),
           std::tuple("unix", "unix:" + directory + "/normd.sock",
-                     "unix:" + directory + "/echo.sock")}) {
+                     "unix:" + directory + "/echo.sock"),
+          std::tuple("shared", ours_tcp, floor_tcp), std::tuple("copied", ours_tcp, floor_tcp)}) {
       Target target{std::make_unique<grpc::GenericStub>(Connect(ours_address)),
-                    std::make_unique<grpc::GenericStub>(Connect(floor_address))};
-      for (const Case& c : cases) rows.push_back(Run(transport, target, c, quick));
+                    std::make_unique<grpc::GenericStub>(Connect(floor_address)), nullptr};
+      if (ours_address == ours_tcp && transport != std::string("tcp")) {
+        target.shared_memory = std::make_unique<SharedMemoryCalls>(ours_address, transport);
+      }
+      for (const Case& c : cases) {
+        // Smaller tensors go in messages: sharing them saves nothing.
+        if (target.shared_memory != nullptr && c.bytes < 64 * kKiB) continue;
+        rows.push_back(Run(transport, target, c, quick));
+      }
     }
   }
   std::filesystem::remove_all(directory);

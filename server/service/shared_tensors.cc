@@ -1,0 +1,74 @@
+#include "server/service/shared_tensors.h"
+
+#include <cstring>
+#include <functional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/error/error.h"
+#include "server/service/tensor_answer.h"
+
+namespace normd {
+
+absl::Status NoSharedMemory(absl::string_view field) {
+  v1::ErrorDetail detail;
+  detail.set_field(std::string(field));
+  detail.set_flag("--shared_memory");
+  absl::Status status = absl::FailedPreconditionError(
+      "the server runs without shared memory; --shared_memory=on allows it");
+  SetDetail(status, detail);
+  return status;
+}
+
+absl::StatusOr<SharedBytes> FindShared(Core& core, const Caller& caller,
+                                       const v1::SharedMemory& name, absl::string_view field) {
+  if (core.regions == nullptr) return NoSharedMemory(field);
+  return core.regions->Find(name, caller.name(), field);
+}
+
+absl::Status TakeShared(Core& core, const Caller& caller, v1::Tensor& tensor,
+                        absl::string_view field, Payload& payload) {
+  if (!tensor.has_shared_memory()) return absl::OkStatus();
+  const std::string name = absl::StrCat(field, ".shared_memory");
+  if (payload.size > 0) {
+    return InvalidField(name, "given beside data", "either data or shared_memory");
+  }
+  auto shared = FindShared(core, caller, tensor.shared_memory(), name);
+  if (!shared.ok()) return shared.status();
+  tensor.clear_shared_memory();
+  payload.data = shared->data;
+  payload.size = shared->size;
+  payload.keep = std::move(shared->region);
+  return absl::OkStatus();
+}
+
+absl::Status CheckOutput(const SharedBytes& output, absl::string_view field, int64_t bytes,
+                         const Payload& input) {
+  if (output.region == nullptr) return absl::OkStatus();
+  if (output.size != static_cast<size_t>(bytes)) {
+    return InvalidField(absl::StrCat(field, ".length"), absl::StrCat(output.size),
+                        absl::StrCat(bytes, ", the tensor's bytes"));
+  }
+  // Pointers into different regions have an order too, by std::less.
+  const std::less<const char*> before;
+  const bool apart = !before(output.data, input.data + input.size) ||
+                     !before(input.data, output.data + output.size);
+  const bool same = output.data == input.data && output.size == input.size;
+  if (apart || same) return absl::OkStatus();
+  return InvalidField(field, absl::StrCat("offset ", output.name.offset(), ", amid a tensor"),
+                      "memory apart from the request's tensors, or all of one's");
+}
+
+absl::Status MoveOutOf(Core& core, const SharedBytes& output, Payload& payload) {
+  if (output.region == nullptr || payload.size == 0 || payload.data != output.data) {
+    return absl::OkStatus();
+  }
+  auto memory = GetBuffer(core, static_cast<int64_t>(payload.size));
+  if (!memory.ok()) return memory.status();
+  payload.gathered = *std::move(memory);
+  std::memcpy(payload.gathered.buffer.data(), payload.data, payload.size);
+  payload.data = payload.gathered.buffer.data();
+  return absl::OkStatus();
+}
+
+}  // namespace normd
