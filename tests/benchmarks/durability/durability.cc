@@ -12,6 +12,7 @@
 #include <fmt/format.h>
 #include <stdlib.h>
 
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "tests/benchmarks/durability/contender.h"
 
@@ -186,4 +187,8 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace normd
 
-int main(int argc, char** argv) { return normd::Main(argc, argv); }
+int main(int argc, char** argv) {
+  // As normd itself does, see server/main.cc.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+  return normd::Main(argc, argv);
+}
