@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <future>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -641,27 +642,15 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
     std::string record;
     StoredInstance decoded;
   };
-  std::vector<Row> batch(kLoadBatch);
-  // Of all names and ids: the index by name, which finds the row to update, must
-  // hold the same as the table.
-  uint64_t sum = 0;
-  code = rows.Prepare(db_.get(),
-                      "SELECT id, name, version, checksum, record FROM instances ORDER BY id");
-  if (code != SQLITE_OK) return StatusOf(code);
-  do {
+  struct Batch {
+    std::vector<Row> rows{kLoadBatch};
     size_t count = 0;
-    while (count < batch.size() && (code = rows.Step()) == SQLITE_ROW) {
-      Row& row = batch[count++];
-      row.id = rows.Int(0);
-      row.name = rows.Bytes(1);
-      row.version = static_cast<uint64_t>(rows.Int(2));
-      row.checksum = rows.Int(3);
-      row.record = rows.Bytes(4);
-      sum += NameHash(row.name, row.id);
-    }
-    if (code != SQLITE_ROW && code != SQLITE_DONE) return StatusOf(code);
-    absl::Status status = ParallelFor(count, [&](size_t i) {
-      Row& row = batch[i];
+    // Last, so that nobody decodes rows that are gone.
+    std::future<absl::Status> decoded;
+  };
+  const auto decode = [this](Batch& batch) {
+    return ParallelFor(batch.count, [&](size_t i) {
+      Row& row = batch.rows[i];
       if (RecordChecksum(row.version, row.record) != row.checksum) {
         return Damaged(fmt::format("instance \"{}\" does not match its checksum", row.name));
       }
@@ -675,9 +664,12 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
       row.decoded = *std::move(decoded);
       return absl::OkStatus();
     });
-    for (size_t i = 0; status.ok() && i < count; ++i) {
-      StoredInstance& stored = batch[i].decoded;
-      if (const auto found = requests.find(batch[i].id); found != requests.end()) {
+  };
+  const auto deliver = [&](Batch& batch) {
+    absl::Status status = batch.decoded.get();
+    for (size_t i = 0; status.ok() && i < batch.count; ++i) {
+      StoredInstance& stored = batch.rows[i].decoded;
+      if (const auto found = requests.find(batch.rows[i].id); found != requests.end()) {
         stored.requests = std::move(found->second);
         requests.erase(found);
         if (stored.requests.size() > RequestLog::kCapacity) {
@@ -687,8 +679,37 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
       }
       status = instance(std::exchange(stored, {}));
     }
-    if (!status.ok()) return status;
-  } while (code == SQLITE_ROW);
+    return status;
+  };
+  // Of all names and ids: the index by name, which finds the row to update, must
+  // hold the same as the table.
+  uint64_t sum = 0;
+  code = rows.Prepare(db_.get(),
+                      "SELECT id, name, version, checksum, record FROM instances ORDER BY id");
+  if (code != SQLITE_OK) return StatusOf(code);
+  // One batch is read while the one before it is decoded.
+  Batch batches[2];
+  for (size_t turn = 0; code != SQLITE_DONE; ++turn) {
+    Batch& batch = batches[turn % 2];
+    batch.count = 0;
+    while (batch.count < batch.rows.size() && (code = rows.Step()) == SQLITE_ROW) {
+      Row& row = batch.rows[batch.count++];
+      row.id = rows.Int(0);
+      row.name = rows.Bytes(1);
+      row.version = static_cast<uint64_t>(rows.Int(2));
+      row.checksum = rows.Int(3);
+      row.record = rows.Bytes(4);
+      sum += NameHash(row.name, row.id);
+    }
+    if (code != SQLITE_ROW && code != SQLITE_DONE) return StatusOf(code);
+    batch.decoded = std::async(std::launch::async, decode, std::ref(batch));
+    if (turn > 0) {
+      if (absl::Status s = deliver(batches[(turn + 1) % 2]); !s.ok()) return s;
+    }
+    if (code == SQLITE_DONE) {
+      if (absl::Status s = deliver(batch); !s.ok()) return s;
+    }
+  }
   code = rows.Prepare(db_.get(),
                       "SELECT name, id FROM instances INDEXED BY sqlite_autoindex_instances_1");
   if (code != SQLITE_OK) return StatusOf(code);
