@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/grpcpp.h"
@@ -32,6 +33,9 @@ namespace normd {
 namespace {
 
 constexpr char kServiceName[] = "normd.v1.NormService";
+// What the health service answers for changes alone: with --durability=interval they are
+// refused, and reads are not, while the store cannot be written.
+constexpr char kChangesName[] = "normd.v1.NormService/changes";
 
 const char* NameOf(Durability durability) {
   switch (durability) {
@@ -113,7 +117,11 @@ class ServerImpl final : public Server {
   absl::Status Drain() override {
     spdlog::info("draining: no new calls; those under way have {}",
                  absl::FormatDuration(config_.drain_timeout));
-    grpc_->GetHealthCheckService()->SetServingStatus(false);
+    {
+      absl::MutexLock lock(&health_mutex_);
+      health_->SetServingStatus(false);
+      health_ = nullptr;
+    }
     if (!gate_.Close(absl::Now() + config_.drain_timeout)) {
       spdlog::warn("calls still under way are cancelled: --drain_timeout={} is over",
                    absl::FormatDuration(config_.drain_timeout));
@@ -166,7 +174,8 @@ class ServerImpl final : public Server {
       if (!store.ok()) return store.status();
       store_ = *std::move(store);
     }
-    persister_ = Persister::Start(store_.get(), config_.durability, config_.checkpoint_interval);
+    persister_ = Persister::Start(store_.get(), config_.durability, config_.checkpoint_interval,
+                                  [this](bool refusing) { ShowChanges(!refusing); });
     registry_.emplace(persister_.get(), config_.max_instances);
     if (store_ != nullptr && had_store) return RestoreFromStore();
     return RestoreFromCheckpoint();
@@ -245,7 +254,16 @@ class ServerImpl final : public Server {
     }
     grpc_->GetHealthCheckService()->SetServingStatus(true);
     grpc_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
+    absl::MutexLock lock(&health_mutex_);
+    health_ = grpc_->GetHealthCheckService();
+    health_->SetServingStatus(kChangesName, changes_taken_);
     return absl::OkStatus();
+  }
+
+  void ShowChanges(bool taken) {
+    absl::MutexLock lock(&health_mutex_);
+    changes_taken_ = taken;
+    if (health_ != nullptr) health_->SetServingStatus(kChangesName, taken);
   }
 
   // Against connections that cost more than they are worth: those that are opened and never
@@ -302,6 +320,10 @@ class ServerImpl final : public Server {
   std::unique_ptr<StateDirectory> directory_;
   std::unique_ptr<StateStore> store_;
   std::unique_ptr<Checkpoints> checkpoints_;
+  // What the health service says of changes, while there is one.
+  absl::Mutex health_mutex_;
+  bool changes_taken_ ABSL_GUARDED_BY(health_mutex_) = true;
+  grpc::HealthCheckServiceInterface* health_ ABSL_GUARDED_BY(health_mutex_) = nullptr;
   std::unique_ptr<Persister> persister_;
   std::optional<Registry> registry_;
   SavedContexts contexts_;

@@ -21,12 +21,12 @@ Change Creation(int number) {
   Layer layer;
   layer.num_features = kChannels;
   const std::string name = fmt::format("net/layer{:07}/bn", number);
-  InstanceState state = InitialState(
-      std::make_shared<const Identity>(Identity{.name = name,
-                                                .uid = fmt::format("{:036x}", number),
-                                                .layer = layer,
-                                                .create_time = absl::Now()}),
-      Mode::kTrain);
+  InstanceState state =
+      InitialState(std::make_shared<const Identity>(Identity{.name = name,
+                                                             .uid = fmt::format("{:036x}", number),
+                                                             .layer = layer,
+                                                             .create_time = absl::Now()}),
+                   Mode::kTrain);
   state.version = 2;
   state.num_batches_tracked = 1;
   state.running_mean = Values::Map(DType::kFloat32, kChannels, [&](int64_t channel) {

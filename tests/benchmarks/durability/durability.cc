@@ -171,8 +171,8 @@ int Main(int argc, char** argv) {
       double one_writer_per_s = 0;
       for (const int writers : {1, 8, 64}) {
         if (options.quick && writers == 8) continue;
-        Measured measured = Measure(
-            {.writers = writers, .channels = channels, .slower = slower}, one_writer_per_s, options);
+        Measured measured = Measure({.writers = writers, .channels = channels, .slower = slower},
+                                    one_writer_per_s, options);
         if (writers == 1) one_writer_per_s = measured.per_s;
         rows.push_back(std::move(measured.json));
       }
