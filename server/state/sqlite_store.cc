@@ -27,16 +27,18 @@
 namespace normd {
 namespace {
 
-constexpr int kFormat = 1;
+// 1: a record may be a safetensors file, EncodeInstance without requests. 2: none that is written.
+constexpr int kFormat = 2;
 constexpr int kApplicationId = 0x4e4f524d;  // "NORM"
 
 // A transaction that writes a page as it is.
-constexpr const char* kCommitNothing = "BEGIN IMMEDIATE; PRAGMA user_version = 1; COMMIT";
-static_assert(kFormat == 1);
+constexpr const char* kCommitNothing = "BEGIN IMMEDIATE; PRAGMA user_version = 2; COMMIT";
+static_assert(kFormat == 2);
 
 // `seq` counts up as requests are stored, so that the newest lie together at one
 // end of the table and the expired at the other; only the memory of this process
 // knows which rows are an instance's.
+// The text, comments too, is kept in the database and compared: it stays as format 1 has it.
 constexpr const char* kTables[] = {
     R"(CREATE TABLE instances (
     id       INTEGER PRIMARY KEY,
@@ -335,7 +337,7 @@ absl::Status SqliteStore::CheckFormat() {
         "it, or use another --state_dir",
         path_, *format, kFormat));
   }
-  if (*format != kFormat) return Damaged(fmt::format("it has the unknown format {}", *format));
+  if (*format < 1) return Damaged(fmt::format("it has the unknown format {}", *format));
   Statement schema;
   int code =
       schema.Prepare(db_.get(), "SELECT sql FROM sqlite_schema WHERE type = 'table' ORDER BY name");
@@ -346,7 +348,19 @@ absl::Status SqliteStore::CheckFormat() {
     }
   }
   if (code != SQLITE_ROW) return StatusOf(code);
+  schema.Reset();
+  // So that a normd that does not know the records written from now on refuses them.
+  if (*format < kFormat) return StatusOf(Execute(kCommitNothing));
   return absl::OkStatus();
+}
+
+// The state in a row's record, of any format.
+absl::StatusOr<std::shared_ptr<const InstanceState>> StateIn(std::string_view record) {
+  if (IsRecord(record)) return DecodeRecord(record);
+  absl::StatusOr<StoredInstance> decoded = DecodeInstance(record);
+  if (!decoded.ok()) return decoded.status();
+  if (!decoded->requests.empty()) return absl::DataLossError("a record with requests");
+  return std::move(decoded->state);
 }
 
 absl::Status SqliteStore::Open() {
@@ -511,7 +525,7 @@ std::vector<absl::Status> SqliteStore::Commit(absl::Span<const Change> changes) 
 }
 
 int SqliteStore::Apply(const Change& change, bool* applied) {
-  const std::string record = EncodeInstance({.state = change.state, .requests = {}});
+  const std::string record = EncodeRecord(*change.state);
   const uint64_t version = change.state->version;
   Statement& put = change.previous_version == 0 ? sql_.insert : sql_.update;
   put.BindText(1, change.name)
@@ -654,14 +668,12 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
       if (RecordChecksum(row.version, row.record) != row.checksum) {
         return Damaged(fmt::format("instance \"{}\" does not match its checksum", row.name));
       }
-      absl::StatusOr<StoredInstance> decoded = DecodeInstance(row.record);
-      if (!decoded.ok()) return Damaged(std::string(decoded.status().message()));
-      const InstanceState& state = *decoded->state;
-      if (state.identity->name != row.name || state.version != row.version ||
-          !decoded->requests.empty()) {
+      auto state = StateIn(row.record);
+      if (!state.ok()) return Damaged(std::string(state.status().message()));
+      if ((*state)->identity->name != row.name || (*state)->version != row.version) {
         return Damaged(fmt::format("the row of \"{}\" holds another record", row.name));
       }
-      row.decoded = *std::move(decoded);
+      row.decoded.state = *std::move(state);
       return absl::OkStatus();
     });
   };

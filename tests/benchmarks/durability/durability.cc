@@ -101,7 +101,7 @@ struct Measured {
 // `one_writer_per_s`: of the same case with one writer, or 0.
 Measured Measure(const Workload& workload, double one_writer_per_s, const Options& options) {
   SlowSyncs(workload.slower);
-  const int rounds = options.quick ? 3 : 9;
+  const int rounds = options.quick ? 3 : 5;
   const absl::Duration duration = absl::Milliseconds(options.quick ? 700 : 2000);
   std::vector<double> ours;
   std::vector<double> batch_sizes;
