@@ -67,9 +67,7 @@ Records RecordsOf(const Workload& workload) {
   Records records;
   for (int writer = 0; writer < workload.writers; ++writer) {
     records.keys.push_back(NameOf(writer));
-    records.records.push_back(EncodeInstance(
-        {.state = std::make_shared<const InstanceState>(NextState(StateOf(workload, writer))),
-         .requests = {}}));
+    records.records.push_back(EncodeRecord(NextState(StateOf(workload, writer))));
   }
   return records;
 }
