@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 import random
 import re
@@ -26,6 +27,11 @@ PAGE_SIZE = 1000  # the largest
 def resident_bytes(server):
     status = pathlib.Path(f"/proc/{server.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+
+
+def processor_seconds(server):
+    user, system = pathlib.Path(f"/proc/{server.pid}/stat").read_text().split(")")[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def milliseconds(call):
@@ -94,6 +100,7 @@ def main():
             if many.alive():
                 many.kill()
             restarts.append(milliseconds(lambda: many.start(timeout=600)) / 1e3)
+        processor = processor_seconds(many)
         resident = resident_bytes(many)
         pages = page_milliseconds(many, count, 100 if options.quick else 500)
         servers = [(one, 1), (many, count)]
@@ -101,7 +108,7 @@ def main():
         trains = forward_milliseconds(servers, TRAIN, rounds)
         row = {
             "suite": "scale", "case": f"batchnorm2d/c64/n{count}", "instances": count,
-            "restart_s": statistics.median(restarts),
+            "restart_s": statistics.median(restarts), "restart_cpu_s": processor,
             "resident_bytes": resident, "peak_bytes": many.peak_bytes(),
             "resident_ratio": resident / (count * STATE_BYTES),
             "eval_ms": evals[1], "eval_ratio": evals[1] / evals[0],
@@ -118,7 +125,8 @@ def main():
             server.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
-    print(f"restart to serving    {row['restart_s']:8.2f} s     ({', '.join(f'{restart:.2f}' for restart in restarts)})")
+    print(f"restart to serving    {row['restart_s']:8.2f} s     of "
+          f"{', '.join(f'{restart:.2f}' for restart in restarts)}; {processor:.1f} s of processors")
     print(f"resident              {resident / 1e6:8.0f} MB    {row['resident_ratio']:.2f} times the "
           f"bytes of state; at most {row['peak_bytes'] / 1e6:.0f} MB")
     print(f"forward, eval         {evals[1]:8.3f} ms    {row['eval_ratio']:.3f} times that with one "
