@@ -12,7 +12,7 @@ declare -A PACKAGES=(
   [demo]="python3 python3-numpy python3-pil"
   [python]="python3 python3-numpy python3-grpcio python3-protobuf"
   [test]="openssl clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev
-    python3 python3-numpy python3-grpcio python3-protobuf python3-torch python3-sklearn python3-onnx"
+    python3 python3-numpy python3-grpcio python3-protobuf python3-torch python3-sklearn python3-onnx python3-yaml"
   [bench]="libdnnl-dev liblmdb-dev python3 python3-numpy python3-torch python3-grpcio python3-protobuf python3-matplotlib"
   [image]="debootstrap buildah"
 )

@@ -7,6 +7,7 @@
 #include <pthread.h>
 
 #include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
 #include "server/config.h"
 #include "server/log.h"
 #include "server/server.h"
@@ -28,6 +29,12 @@ bool WritePortFile(const std::string& path, const std::vector<std::string>& addr
 }  // namespace
 
 int main(int argc, char** argv) {
+#ifdef NDEBUG
+  // Debian's Abseil looks for deadlocks in every build: a node of a graph that is walked under one
+  // lock for each mutex there is, half a KiB and microseconds a locking with a million instances.
+  // Builds with assertions, which the sanitizers' are, keep it.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
+#endif
   const auto config = normd::ReadConfig(argc, argv);
   if (!config.ok()) {
     std::cerr << "normd: " << config.status().message() << "\n";

@@ -1,7 +1,7 @@
 #include "server/server.h"
 
 #include <algorithm>
-#include <atomic>
+#include <chrono>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/grpcpp.h"
@@ -36,6 +37,9 @@ namespace normd {
 namespace {
 
 constexpr char kServiceName[] = "normd.v1.NormService";
+// What the health service answers for changes alone: with --durability=interval they are
+// refused, and reads are not, while the store cannot be written.
+constexpr char kChangesName[] = "normd.v1.NormService/changes";
 
 const char* NameOf(Durability durability) {
   switch (durability) {
@@ -54,6 +58,10 @@ class WithoutPlugins final : public grpc::ServerBuilderOption {
     plugins->clear();
   }
 };
+
+// Automatic checkpoints take one part of this many of the time: with a million instances, a
+// file each, one takes longer than the default interval.
+constexpr int kCheckpointShare = 10;
 
 class ServerImpl final : public Server {
  public:
@@ -112,7 +120,11 @@ class ServerImpl final : public Server {
   absl::Status Drain() override {
     spdlog::info("draining: no new calls; those under way have {}",
                  absl::FormatDuration(config_.drain_timeout));
-    grpc_->GetHealthCheckService()->SetServingStatus(false);
+    {
+      absl::MutexLock lock(&health_mutex_);
+      health_->SetServingStatus(false);
+      health_ = nullptr;
+    }
     if (!gate_.Close(absl::Now() + config_.drain_timeout)) {
       spdlog::warn("calls still under way are cancelled: --drain_timeout={} is over",
                    absl::FormatDuration(config_.drain_timeout));
@@ -127,7 +139,6 @@ class ServerImpl final : public Server {
       const auto saved = SaveIfChanged("shutdown");
       if (kept.ok()) kept = saved;
     }
-    health_ = nullptr;
     grpc_.reset();
     return kept;
   }
@@ -160,8 +171,9 @@ class ServerImpl final : public Server {
   void DeviceFailed(const DeviceInfo& failed, int left) {
     spdlog::error("{} failed and is not used any more; {} left", failed.name, left);
     if (left > 0) return;
+    absl::MutexLock lock(&health_mutex_);
     no_device_left_ = true;
-    if (grpc::HealthCheckServiceInterface* health = health_) health->SetServingStatus(false);
+    if (health_ != nullptr) health_->SetServingStatus(false);
   }
 
   // Who may come in. Before the state, which takes longer to read than flags to mend.
@@ -198,7 +210,8 @@ class ServerImpl final : public Server {
       if (!store.ok()) return store.status();
       store_ = *std::move(store);
     }
-    persister_ = Persister::Start(store_.get(), config_.durability, config_.checkpoint_interval);
+    persister_ = Persister::Start(store_.get(), config_.durability, config_.checkpoint_interval,
+                                  [this](bool refusing) { ShowChanges(!refusing); });
     registry_.emplace(persister_.get(), config_.max_instances);
     if (store_ != nullptr && had_store) return RestoreFromStore();
     return RestoreFromCheckpoint();
@@ -291,10 +304,18 @@ class ServerImpl final : public Server {
     }
     grpc_->GetHealthCheckService()->SetServingStatus(true);
     grpc_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
-    // A device may have failed since the first call came in.
+    absl::MutexLock lock(&health_mutex_);
     health_ = grpc_->GetHealthCheckService();
-    if (no_device_left_) grpc_->GetHealthCheckService()->SetServingStatus(false);
+    health_->SetServingStatus(kChangesName, changes_taken_);
+    // A device may have failed since the first call came in.
+    if (no_device_left_) health_->SetServingStatus(false);
     return absl::OkStatus();
+  }
+
+  void ShowChanges(bool taken) {
+    absl::MutexLock lock(&health_mutex_);
+    changes_taken_ = taken;
+    if (health_ != nullptr) health_->SetServingStatus(kChangesName, taken);
   }
 
   // Against connections that cost more than they are worth: those that are opened and never
@@ -319,10 +340,13 @@ class ServerImpl final : public Server {
   // Runs on the background thread, every --checkpoint_interval.
   void Tick() {
     contexts_.Sweep();
-    if (config_.durability == Durability::kNone) return;
+    const auto begin = std::chrono::steady_clock::now();
+    if (config_.durability == Durability::kNone || begin < next_checkpoint_) return;
     if (absl::Status saved = SaveIfChanged("interval"); !saved.ok()) {
       spdlog::error("the automatic checkpoint failed: {}", std::string(saved.message()));
     }
+    const auto end = std::chrono::steady_clock::now();
+    next_checkpoint_ = end + (kCheckpointShare - 1) * (end - begin);
   }
 
   absl::Status SaveIfChanged(const char* reason) {
@@ -342,8 +366,11 @@ class ServerImpl final : public Server {
   std::unique_ptr<Authenticator> authenticator_;
   std::unique_ptr<AuditLog> audit_log_;
   TbbExecutor executor_;
-  std::atomic<bool> no_device_left_ = false;
-  std::atomic<grpc::HealthCheckServiceInterface*> health_ = nullptr;  // null: not there yet
+  // What the health service says, while there is one.
+  absl::Mutex health_mutex_;
+  bool changes_taken_ ABSL_GUARDED_BY(health_mutex_) = true;
+  bool no_device_left_ ABSL_GUARDED_BY(health_mutex_) = false;
+  grpc::HealthCheckServiceInterface* health_ ABSL_GUARDED_BY(health_mutex_) = nullptr;
   std::unique_ptr<Backend> backend_;
   std::string backend_reason_;  // why it is not another, where --backend does not say
   BufferPool pool_;
@@ -362,6 +389,7 @@ class ServerImpl final : public Server {
   SavedContexts contexts_;
   SavedCheckpoints saved_checkpoints_;
   uint64_t saved_changes_ = 0;
+  std::chrono::steady_clock::time_point next_checkpoint_;  // the background thread's
   std::optional<Background> background_;
   Core core_;
   std::unique_ptr<grpc::Service> service_;

@@ -189,13 +189,17 @@ void Instance::Remove(const ChangeOptions& options, ChangeDone done) {
 void Instance::Submit(normd::Change change, Changed answer, ChangeDone done, bool removal) {
   if (persister_->acknowledges_at_once()) {
     // Submitted under the lock, so that the persister sees the versions in order.
-    persister_->Submit(std::move(change), [](const absl::Status&) {});
-    if (removal) {
+    absl::Status taken;
+    persister_->Submit(std::move(change), [&taken](const absl::Status& status) { taken = status; });
+    if (!taken.ok()) {
+      TakeBack();
+    } else if (removal) {
       removed_ = true;
     } else {
       published_ = answer.state;
     }
     mutex_.Unlock();
+    if (!taken.ok()) return done(taken);
     return done(std::move(answer));
   }
   persister_->Submit(std::move(change),
@@ -204,6 +208,13 @@ void Instance::Submit(normd::Change change, Changed answer, ChangeDone done, boo
                        self->OnDurable(status, epoch, answer, std::move(done), removal);
                      });
   mutex_.Unlock();
+}
+
+void Instance::TakeBack() {
+  ++epoch_;
+  tip_ = published_;
+  removing_ = false;
+  requests_.DropAfter(published_ == nullptr ? 0 : published_->version);
 }
 
 void Instance::OnDurable(const absl::Status& status, uint64_t epoch, const Changed& answer,
@@ -219,10 +230,7 @@ void Instance::OnDurable(const absl::Status& status, uint64_t epoch, const Chang
         published_ = answer.state;
       }
     } else if (epoch == epoch_) {
-      ++epoch_;
-      tip_ = published_;
-      removing_ = false;
-      requests_.DropAfter(published_ == nullptr ? 0 : published_->version);
+      TakeBack();
     } else {
       // It built on a change that could not be kept.
       failed = Retryable(absl::StatusCode::kUnavailable,

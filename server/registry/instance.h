@@ -113,6 +113,8 @@ class Instance : public std::enable_shared_from_this<Instance> {
   // Hands the tip's change to the persister and arranges for `done`.
   void Submit(normd::Change change, Changed answer, ChangeDone done, bool removal)
       ABSL_UNLOCK_FUNCTION(mutex_);
+  // Takes back what is pending: it could not be kept.
+  void TakeBack() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnDurable(const absl::Status& status, uint64_t epoch, const Changed& answer, ChangeDone done,
                  bool removal);
 

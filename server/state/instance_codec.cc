@@ -222,6 +222,95 @@ absl::Status Damaged(std::string_view problem) {
   return absl::DataLossError(fmt::format("no instance of normd: {}", problem));
 }
 
+// What of a state does not go with its layer; empty: nothing. The sizes are right already.
+std::string_view Inconsistency(const InstanceState& state, const Layer& layer) {
+  if (state.weight.present() != layer.has_weight() || state.bias.present() != layer.has_bias()) {
+    return "weight or bias is there though the layer has none, or missing";
+  }
+  if ((!layer.has_weight() && state.grad_weight.present()) ||
+      (!layer.has_bias() && state.grad_bias.present())) {
+    return "gradients of parameters that it does not have";
+  }
+  if (state.running_mean.present() != layer.track_running_stats ||
+      state.running_var.present() != layer.track_running_stats) {
+    return "running statistics are there though untracked, or missing though tracked";
+  }
+  return {};
+}
+
+// As a number it is more than any safetensors header is long, with which a file begins.
+constexpr std::string_view kRecordMagic = "normdrec";
+
+void AppendNumber(std::string& out, uint64_t value) {
+  value = __builtin_bswap64(value);
+  out.append(reinterpret_cast<const char*>(&value), sizeof(value));
+}
+
+void AppendBytes(std::string& out, std::string_view bytes) {
+  AppendNumber(out, bytes.size());
+  out += bytes;
+}
+
+// Takes a record apart. Past its end everything is 0 and empty, and ok() is false.
+class RecordReader {
+ public:
+  explicit RecordReader(std::string_view rest) : rest_(rest) {}
+
+  uint64_t Number() {
+    uint64_t value = 0;
+    if (const std::string_view bytes = Take(sizeof(value)); !bytes.empty()) {
+      std::memcpy(&value, bytes.data(), sizeof(value));
+    }
+    return __builtin_bswap64(value);
+  }
+  // At most `max`.
+  uint64_t Number(uint64_t max) {
+    const uint64_t value = Number();
+    ok_ = ok_ && value <= max;
+    return ok_ ? value : 0;
+  }
+  int64_t Count() { return static_cast<int64_t>(Number(static_cast<uint64_t>(kMaxInt64))); }
+  absl::Time Time() { return absl::FromUnixNanos(static_cast<int64_t>(Number())); }
+  std::string_view Bytes() { return Take(Number()); }
+  // A parameter of the layer, or none.
+  Values Tensor(const Layer& layer) {
+    const std::string_view bytes = Bytes();
+    if (bytes.empty()) return {};
+    ok_ = ok_ && bytes.size() % SizeOf(layer.state_dtype) == 0 &&
+          static_cast<int64_t>(bytes.size() / SizeOf(layer.state_dtype)) == layer.num_features;
+    return ok_ ? Values::FromBytes(layer.state_dtype, bytes) : Values();
+  }
+  bool ok() const { return ok_; }
+  bool at_end() const { return rest_.empty(); }
+
+ private:
+  std::string_view Take(uint64_t count) {
+    ok_ = ok_ && count <= rest_.size();
+    if (!ok_) return {};
+    const std::string_view bytes = rest_.substr(0, count);
+    rest_.remove_prefix(count);
+    return bytes;
+  }
+
+  std::string_view rest_;
+  bool ok_ = true;
+};
+
+// LayerFromJson, quick where one text comes again and again, as it does in a store.
+absl::StatusOr<Layer> LayerFromText(std::string_view text) {
+  thread_local std::string last_text;
+  thread_local Layer last_layer;
+  if (text == last_text) return last_layer;
+  const std::optional<nlohmann::json> json = ParseStrictJson(text);
+  if (!json.has_value()) return absl::DataLossError("its layer is no JSON");
+  absl::StatusOr<Layer> layer = LayerFromJson(*json);
+  if (layer.ok()) {
+    last_text = text;
+    last_layer = *layer;
+  }
+  return layer;
+}
+
 }  // namespace
 
 bool KnownMethod(uint64_t number) {
@@ -330,17 +419,11 @@ absl::StatusOr<StoredInstance> DecodeInstance(std::string_view bytes) {
     for (const auto& [name, member] : kWeightValues) optimizer->weight.*member = tensors.Take(name);
     for (const auto& [name, member] : kBiasValues) optimizer->bias.*member = tensors.Take(name);
   }
-  if (state->weight.present() != layer.has_weight() || state->bias.present() != layer.has_bias()) {
-    tensors.Fail("weight or bias is there though the layer has none, or missing");
+  if (const std::string_view problem = Inconsistency(*state, layer); !problem.empty()) {
+    tensors.Fail(std::string(problem));
   }
-  if ((!layer.has_weight() && state->grad_weight.present()) ||
-      (!layer.has_bias() && state->grad_bias.present())) {
-    tensors.Fail("gradients of parameters that it does not have");
-  }
-  if (state->running_mean.present() != layer.track_running_stats ||
-      state->running_var.present() != layer.track_running_stats ||
-      counted != layer.track_running_stats) {
-    tensors.Fail("running statistics are there though untracked, or missing though tracked");
+  if (counted != layer.track_running_stats) {
+    tensors.Fail("batches are counted though untracked, or not though tracked");
   }
   if (const std::string problem = tensors.Finish(); !problem.empty()) return Damaged(problem);
 
@@ -348,6 +431,87 @@ absl::StatusOr<StoredInstance> DecodeInstance(std::string_view bytes) {
   state->identity = std::move(identity);
   instance.state = std::move(state);
   return instance;
+}
+
+std::string EncodeRecord(const InstanceState& state) {
+  const Identity& identity = *state.identity;
+  static const OptimizerState kNoOptimizer;
+  const OptimizerState& optimizer = state.optimizer ? *state.optimizer : kNoOptimizer;
+  std::string out;
+  out.reserve(768 + 4 * state.layer().num_features * SizeOf(state.layer().state_dtype));
+  out += kRecordMagic;
+  AppendBytes(out, identity.name);
+  AppendBytes(out, identity.uid);
+  std::string layer;
+  AppendLayerJson(layer, identity.layer);
+  AppendBytes(out, layer);
+  AppendNumber(out, state.mode == Mode::kTrain ? 0 : 1);
+  AppendNumber(out, state.version);
+  AppendNumber(out, static_cast<uint64_t>(absl::ToUnixNanos(identity.create_time)));
+  AppendNumber(out, static_cast<uint64_t>(absl::ToUnixNanos(state.update_time)));
+  AppendNumber(out, static_cast<uint64_t>(state.num_batches_tracked));
+  AppendNumber(out, state.optimizer ? 1 + static_cast<uint64_t>(optimizer.rule) : 0);
+  AppendNumber(out, static_cast<uint64_t>(optimizer.weight.step));
+  AppendNumber(out, static_cast<uint64_t>(optimizer.bias.step));
+  for (const auto& [name, member] : kStateValues) AppendBytes(out, (state.*member).bytes());
+  for (const auto& [name, member] : kWeightValues) {
+    AppendBytes(out, (optimizer.weight.*member).bytes());
+  }
+  for (const auto& [name, member] : kBiasValues) AppendBytes(out, (optimizer.bias.*member).bytes());
+  return out;
+}
+
+bool IsRecord(std::string_view bytes) {
+  return bytes.substr(0, kRecordMagic.size()) == kRecordMagic;
+}
+
+absl::StatusOr<std::shared_ptr<const InstanceState>> DecodeRecord(std::string_view bytes) {
+  if (!IsRecord(bytes)) return Damaged("it is no record");
+  RecordReader reader(bytes.substr(kRecordMagic.size()));
+  auto identity = std::make_shared<Identity>();
+  auto state = std::make_shared<InstanceState>();
+  identity->name = reader.Bytes();
+  identity->uid = reader.Bytes();
+  absl::StatusOr<Layer> layer = LayerFromText(reader.Bytes());
+  if (!layer.ok()) return Damaged(std::string(layer.status().message()));
+  identity->layer = *std::move(layer);
+  state->mode = reader.Number(1) == 0 ? Mode::kTrain : Mode::kEval;
+  state->version = reader.Number();
+  identity->create_time = reader.Time();
+  state->update_time = reader.Time();
+  state->num_batches_tracked = reader.Count();
+  OptimizerState optimizer;
+  const uint64_t rule = reader.Number(std::size(kRules));
+  optimizer.weight.step = reader.Count();
+  optimizer.bias.step = reader.Count();
+  for (const auto& [name, member] : kStateValues) {
+    (*state).*member = reader.Tensor(identity->layer);
+  }
+  for (const auto& [name, member] : kWeightValues) {
+    optimizer.weight.*member = reader.Tensor(identity->layer);
+  }
+  for (const auto& [name, member] : kBiasValues) {
+    optimizer.bias.*member = reader.Tensor(identity->layer);
+  }
+  if (!reader.ok() || !reader.at_end())
+    return Damaged("its record is cut, too long or out of range");
+  if (!ValidInstanceName(identity->name) || !ValidUid(identity->uid) || state->version == 0) {
+    return Damaged("its record has no name, uid or version");
+  }
+  if (const auto problem = Inconsistency(*state, identity->layer); !problem.empty()) {
+    return Damaged(problem);
+  }
+  if (!identity->layer.track_running_stats && state->num_batches_tracked != 0) {
+    return Damaged("batches are counted though untracked");
+  }
+  if (rule != 0) {
+    optimizer.rule = static_cast<OptimizerRule>(rule - 1);
+    state->optimizer = std::make_shared<const OptimizerState>(std::move(optimizer));
+  } else if (optimizer != OptimizerState()) {
+    return Damaged("an optimizer's state without its rule");
+  }
+  state->identity = std::move(identity);
+  return state;
 }
 
 }  // namespace normd

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
 #include "absl/base/thread_annotations.h"
@@ -17,10 +18,6 @@
 
 namespace normd {
 namespace {
-
-// How soon a failed commit of kInterval is tried again, unless the interval is
-// shorter.
-constexpr absl::Duration kRetryAfter = absl::Seconds(5);
 
 // kNone: keeps nothing.
 class NullPersister : public Persister {
@@ -161,8 +158,12 @@ class UpdatePersister : public WritingPersister {
 // kInterval: what the changes of an instance come to, some time later.
 class IntervalPersister : public WritingPersister {
  public:
-  IntervalPersister(StateStore* store, absl::Duration interval)
-      : WritingPersister(store), interval_(interval) {
+  IntervalPersister(StateStore* store, absl::Duration interval,
+                    absl::AnyInvocable<void(bool)> on_refusing, absl::Duration patience)
+      : WritingPersister(store),
+        interval_(interval),
+        patience_(patience),
+        on_refusing_(std::move(on_refusing)) {
     StartWriter();
   }
   ~IntervalPersister() override {
@@ -176,17 +177,23 @@ class IntervalPersister : public WritingPersister {
   bool acknowledges_at_once() const override { return true; }
 
   void Submit(Change change, absl::AnyInvocable<void(absl::Status)> done) override {
-    submitted_.fetch_add(1, std::memory_order_relaxed);
+    absl::Status refusal;
     {
       absl::MutexLock lock(&mutex_);
-      if (due_ == absl::InfiniteFuture()) {
-        due_ = absl::Now() + interval_;
-        work_.Signal();
+      refusal = refusal_;
+      if (refusal.ok()) {
+        const absl::Time now = absl::Now();
+        if (waiting_.empty()) waiting_since_ = now;
+        if (due_ == absl::InfiniteFuture()) {
+          due_ = now + interval_;
+          work_.Signal();
+        }
+        std::vector<Change>& steps = waiting_[change.name];
+        AddStep(steps, std::move(change));
+        submitted_.fetch_add(1, std::memory_order_relaxed);
       }
-      std::vector<Change>& steps = waiting_[change.name];
-      AddStep(steps, std::move(change));
     }
-    done(absl::OkStatus());
+    done(std::move(refusal));
   }
 
  private:
@@ -220,6 +227,7 @@ class IntervalPersister : public WritingPersister {
     due_ = absl::InfiniteFuture();
     if (taken_.empty()) {
       std::swap(taken_, waiting_);
+      taken_since_ = waiting_since_;
       return;
     }
     // What an earlier commit could not store comes before what came since.
@@ -251,29 +259,64 @@ class IntervalPersister : public WritingPersister {
       }
       if (failure.ok()) failure = statuses[i];
     }
-    if (!taken_.empty()) {
+    const bool kept = !taken_.empty();
+    const bool was_refusing = refusing_;
+    // Not when time alone has passed: a large commit may take long and go well.
+    refusing_ = kept && absl::Now() - taken_since_ >= interval_ + patience_;
+    if (kept) {
       spdlog::error("changes of {} instances could not be stored and will be tried again: {}",
                     taken_.size(), std::string(failure.message()));
+    }
+    {
       absl::MutexLock lock(&mutex_);
-      due_ = std::min(due_, absl::Now() + std::min(interval_, kRetryAfter));
+      if (kept) due_ = std::min(due_, absl::Now() + std::min(interval_, patience_));
+      refusal_ = refusing_ ? Refusal(failure) : absl::OkStatus();
+    }
+    if (refusing_ != was_refusing) {
+      if (refusing_) {
+        spdlog::error("changes are refused until the store can be written again");
+      } else {
+        spdlog::info("the store can be written again: changes are taken");
+      }
+      on_refusing_(refusing_);
     }
     return failure;
   }
 
+  absl::Status Refusal(const absl::Status& failure) const {
+    return {failure.code(),
+            fmt::format("changes acknowledged since {} could not be stored, so no others are taken "
+                        "until the store can be written again (tried every {}): {}",
+                        absl::FormatTime(absl::RFC3339_sec, taken_since_, absl::UTCTimeZone()),
+                        absl::FormatDuration(std::min(interval_, patience_)),
+                        std::string(failure.message()))};
+  }
+
   const absl::Duration interval_;
+  const absl::Duration patience_;
+  absl::AnyInvocable<void(bool)> on_refusing_;  // the writer's
   Pending waiting_ ABSL_GUARDED_BY(mutex_);
+  absl::Time waiting_since_ ABSL_GUARDED_BY(mutex_);  // of the oldest in `waiting_`
   // When the writer is to commit `waiting_`, and what it kept of a failed commit.
   absl::Time due_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
-  Pending taken_;  // the writer's
+  // What a change is answered; not OK: refused.
+  absl::Status refusal_ ABSL_GUARDED_BY(mutex_);
+  // The writer's.
+  Pending taken_;
+  absl::Time taken_since_;  // of the oldest in `taken_`
+  bool refusing_ = false;
 };
 
 }  // namespace
 
 std::unique_ptr<Persister> Persister::Start(StateStore* store, Durability durability,
-                                            absl::Duration interval) {
+                                            absl::Duration interval,
+                                            absl::AnyInvocable<void(bool)> on_refusing,
+                                            absl::Duration patience) {
   switch (durability) {
     case Durability::kNone: return std::make_unique<NullPersister>();
-    case Durability::kInterval: return std::make_unique<IntervalPersister>(store, interval);
+    case Durability::kInterval:
+      return std::make_unique<IntervalPersister>(store, interval, std::move(on_refusing), patience);
     case Durability::kUpdate: return std::make_unique<UpdatePersister>(store);
   }
   return nullptr;

@@ -20,9 +20,17 @@ enum class Durability : uint8_t {
 // Owns one writer thread. Thread-safe.
 class Persister {
  public:
-  // `store` may be null with kNone; it must outlive the persister.
-  static std::unique_ptr<Persister> Start(StateStore* store, Durability durability,
-                                          absl::Duration interval);
+  // How much longer than its interval kInterval acknowledges changes while none can be
+  // stored. From then on it refuses them, so that no more than these can be lost.
+  static constexpr absl::Duration kPatience = absl::Seconds(5);
+
+  // `store` may be null with kNone; it must outlive the persister. `on_refusing` is called, never
+  // from two threads at once, when kInterval begins to refuse changes (true) and when it takes
+  // them again.
+  static std::unique_ptr<Persister> Start(
+      StateStore* store, Durability durability, absl::Duration interval,
+      absl::AnyInvocable<void(bool)> on_refusing = [](bool) {},
+      absl::Duration patience = kPatience);
   // Flushes, then stops the writer.
   virtual ~Persister() = default;
 
@@ -37,7 +45,9 @@ class Persister {
   //              one commit (group commit)
   //   others     `done` is called before Submit returns; kInterval coalesces the
   //              changes of one instance and keeps those of a failed commit for
-  //              the next try
+  //              the next try. Once commits fail and the oldest change kept is older than
+  //              the interval and `patience`, changes are refused, with the code of the last
+  //              failure, until a commit goes well
   virtual void Submit(Change change, absl::AnyInvocable<void(absl::Status)> done) = 0;
 
   // Returns when everything submitted before is durable, or why it is not.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <future>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -26,16 +27,18 @@
 namespace normd {
 namespace {
 
-constexpr int kFormat = 1;
+// 1: a record may be a safetensors file, EncodeInstance without requests. 2: none that is written.
+constexpr int kFormat = 2;
 constexpr int kApplicationId = 0x4e4f524d;  // "NORM"
 
 // A transaction that writes a page as it is.
-constexpr const char* kCommitNothing = "BEGIN IMMEDIATE; PRAGMA user_version = 1; COMMIT";
-static_assert(kFormat == 1);
+constexpr const char* kCommitNothing = "BEGIN IMMEDIATE; PRAGMA user_version = 2; COMMIT";
+static_assert(kFormat == 2);
 
 // `seq` counts up as requests are stored, so that the newest lie together at one
 // end of the table and the expired at the other; only the memory of this process
 // knows which rows are an instance's.
+// The text, comments too, is kept in the database and compared: it stays as format 1 has it.
 constexpr const char* kTables[] = {
     R"(CREATE TABLE instances (
     id       INTEGER PRIMARY KEY,
@@ -334,7 +337,7 @@ absl::Status SqliteStore::CheckFormat() {
         "it, or use another --state_dir",
         path_, *format, kFormat));
   }
-  if (*format != kFormat) return Damaged(fmt::format("it has the unknown format {}", *format));
+  if (*format < 1) return Damaged(fmt::format("it has the unknown format {}", *format));
   Statement schema;
   int code =
       schema.Prepare(db_.get(), "SELECT sql FROM sqlite_schema WHERE type = 'table' ORDER BY name");
@@ -345,7 +348,19 @@ absl::Status SqliteStore::CheckFormat() {
     }
   }
   if (code != SQLITE_ROW) return StatusOf(code);
+  schema.Reset();
+  // So that a normd that does not know the records written from now on refuses them.
+  if (*format < kFormat) return StatusOf(Execute(kCommitNothing));
   return absl::OkStatus();
+}
+
+// The state in a row's record, of any format.
+absl::StatusOr<std::shared_ptr<const InstanceState>> StateIn(std::string_view record) {
+  if (IsRecord(record)) return DecodeRecord(record);
+  absl::StatusOr<StoredInstance> decoded = DecodeInstance(record);
+  if (!decoded.ok()) return decoded.status();
+  if (!decoded->requests.empty()) return absl::DataLossError("a record with requests");
+  return std::move(decoded->state);
 }
 
 absl::Status SqliteStore::Open() {
@@ -510,7 +525,7 @@ std::vector<absl::Status> SqliteStore::Commit(absl::Span<const Change> changes) 
 }
 
 int SqliteStore::Apply(const Change& change, bool* applied) {
-  const std::string record = EncodeInstance({.state = change.state, .requests = {}});
+  const std::string record = EncodeRecord(*change.state);
   const uint64_t version = change.state->version;
   Statement& put = change.previous_version == 0 ? sql_.insert : sql_.update;
   put.BindText(1, change.name)
@@ -641,43 +656,32 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
     std::string record;
     StoredInstance decoded;
   };
-  std::vector<Row> batch(kLoadBatch);
-  // Of all names and ids: the index by name, which finds the row to update, must
-  // hold the same as the table.
-  uint64_t sum = 0;
-  code = rows.Prepare(db_.get(),
-                      "SELECT id, name, version, checksum, record FROM instances ORDER BY id");
-  if (code != SQLITE_OK) return StatusOf(code);
-  do {
+  struct Batch {
+    std::vector<Row> rows{kLoadBatch};
     size_t count = 0;
-    while (count < batch.size() && (code = rows.Step()) == SQLITE_ROW) {
-      Row& row = batch[count++];
-      row.id = rows.Int(0);
-      row.name = rows.Bytes(1);
-      row.version = static_cast<uint64_t>(rows.Int(2));
-      row.checksum = rows.Int(3);
-      row.record = rows.Bytes(4);
-      sum += NameHash(row.name, row.id);
-    }
-    if (code != SQLITE_ROW && code != SQLITE_DONE) return StatusOf(code);
-    absl::Status status = ParallelFor(count, [&](size_t i) {
-      Row& row = batch[i];
+    // Last, so that nobody decodes rows that are gone.
+    std::future<absl::Status> decoded;
+  };
+  const auto decode = [this](Batch& batch) {
+    return ParallelFor(batch.count, [&](size_t i) {
+      Row& row = batch.rows[i];
       if (RecordChecksum(row.version, row.record) != row.checksum) {
         return Damaged(fmt::format("instance \"{}\" does not match its checksum", row.name));
       }
-      absl::StatusOr<StoredInstance> decoded = DecodeInstance(row.record);
-      if (!decoded.ok()) return Damaged(std::string(decoded.status().message()));
-      const InstanceState& state = *decoded->state;
-      if (state.identity->name != row.name || state.version != row.version ||
-          !decoded->requests.empty()) {
+      auto state = StateIn(row.record);
+      if (!state.ok()) return Damaged(std::string(state.status().message()));
+      if ((*state)->identity->name != row.name || (*state)->version != row.version) {
         return Damaged(fmt::format("the row of \"{}\" holds another record", row.name));
       }
-      row.decoded = *std::move(decoded);
+      row.decoded.state = *std::move(state);
       return absl::OkStatus();
     });
-    for (size_t i = 0; status.ok() && i < count; ++i) {
-      StoredInstance& stored = batch[i].decoded;
-      if (const auto found = requests.find(batch[i].id); found != requests.end()) {
+  };
+  const auto deliver = [&](Batch& batch) {
+    absl::Status status = batch.decoded.get();
+    for (size_t i = 0; status.ok() && i < batch.count; ++i) {
+      StoredInstance& stored = batch.rows[i].decoded;
+      if (const auto found = requests.find(batch.rows[i].id); found != requests.end()) {
         stored.requests = std::move(found->second);
         requests.erase(found);
         if (stored.requests.size() > RequestLog::kCapacity) {
@@ -687,8 +691,37 @@ absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> i
       }
       status = instance(std::exchange(stored, {}));
     }
-    if (!status.ok()) return status;
-  } while (code == SQLITE_ROW);
+    return status;
+  };
+  // Of all names and ids: the index by name, which finds the row to update, must
+  // hold the same as the table.
+  uint64_t sum = 0;
+  code = rows.Prepare(db_.get(),
+                      "SELECT id, name, version, checksum, record FROM instances ORDER BY id");
+  if (code != SQLITE_OK) return StatusOf(code);
+  // One batch is read while the one before it is decoded.
+  Batch batches[2];
+  for (size_t turn = 0; code != SQLITE_DONE; ++turn) {
+    Batch& batch = batches[turn % 2];
+    batch.count = 0;
+    while (batch.count < batch.rows.size() && (code = rows.Step()) == SQLITE_ROW) {
+      Row& row = batch.rows[batch.count++];
+      row.id = rows.Int(0);
+      row.name = rows.Bytes(1);
+      row.version = static_cast<uint64_t>(rows.Int(2));
+      row.checksum = rows.Int(3);
+      row.record = rows.Bytes(4);
+      sum += NameHash(row.name, row.id);
+    }
+    if (code != SQLITE_ROW && code != SQLITE_DONE) return StatusOf(code);
+    batch.decoded = std::async(std::launch::async, decode, std::ref(batch));
+    if (turn > 0) {
+      if (absl::Status s = deliver(batches[(turn + 1) % 2]); !s.ok()) return s;
+    }
+    if (code == SQLITE_DONE) {
+      if (absl::Status s = deliver(batch); !s.ok()) return s;
+    }
+  }
   code = rows.Prepare(db_.get(),
                       "SELECT name, id FROM instances INDEXED BY sqlite_autoindex_instances_1");
   if (code != SQLITE_OK) return StatusOf(code);

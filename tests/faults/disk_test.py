@@ -10,6 +10,8 @@ import time
 import unittest
 
 import grpc
+import health_pb2
+import health_pb2_grpc
 import torch
 from faults.model import CHANNELS, batch
 from harness.errors import refused
@@ -147,6 +149,38 @@ class FailingDisk(Disk):
             self.control.write_text("")
             after = self.state()
             time.sleep(1)  # ten times the interval after which it is tried again
+            self.kill_and_restart()
+            self.assertEqual(self.state(), after)
+
+    def test_with_interval_changes_are_refused_when_none_can_be_written_for_long(self):
+        self.start_with_bad_disk("--durability=interval", "--checkpoint_interval=500ms")
+
+        def changes():
+            return health_pb2_grpc.HealthStub(self.server.channel).Check(
+                health_pb2.HealthCheckRequest(service="normd.v1.NormService/changes")).status
+        for fault, code in ((f"write {errno.ENOSPC}", grpc.StatusCode.RESOURCE_EXHAUSTED),
+                            (f"sync {errno.EIO}", grpc.StatusCode.UNAVAILABLE)):
+            self.assertEqual(changes(), health_pb2.HealthCheckResponse.SERVING)
+            self.control.write_text(fault)
+            self.forward()  # is acknowledged: the disk may be well again soon
+            eventually(lambda: changes() == health_pb2.HealthCheckResponse.NOT_SERVING, 30)
+            before = self.state()
+            retried = request_id()
+            with refused(self, code, message="state.sqlite"):
+                self.forward(request_id=retried)
+            with refused(self, code, message="state.sqlite"):
+                Layer.create(self.server.stub, "b", CHANNELS)
+            with refused(self, code, message="state.sqlite"):
+                self.layer.delete()
+            self.assertEqual(self.state(), before)
+            self.forward(mode=EVAL)  # reads go on
+            self.control.write_text("")
+            eventually(lambda: changes() == health_pb2.HealthCheckResponse.SERVING, 30)
+            answer = self.forward(request_id=retried)
+            self.assertEqual((answer.version, answer.replayed), (before["a"][0] + 1, False))
+            # Two intervals: what was taken back by a refusal is in nobody's way.
+            time.sleep(2)
+            after = self.state()
             self.kill_and_restart()
             self.assertEqual(self.state(), after)
 

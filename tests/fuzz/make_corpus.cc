@@ -50,6 +50,8 @@ void WriteAll(const std::filesystem::path& directory) {
     }
     instance.state = std::make_shared<const InstanceState>(std::move(state));
     Write(directory / "instance_codec" / (large ? "trained" : "plain"), EncodeInstance(instance));
+    Write(directory / "instance_codec" / (large ? "record_trained" : "record_plain"),
+          EncodeRecord(*instance.state));
   }
 
   Manifest manifest{

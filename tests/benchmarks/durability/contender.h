@@ -11,10 +11,12 @@
 
 namespace normd {
 
-// The same instances for all: `writers` of them, of `channels` channels.
+// The same instances for all: `writers` of them, of `channels` channels, on a disk whose syncs
+// take `slower` more.
 struct Workload {
   int writers = 1;
   int channels = 64;
+  absl::Duration slower;
 };
 
 // What our persister did with the workload in one round.
@@ -28,10 +30,8 @@ struct Run {
 // for `duration`: Persister with --durability=update over SqliteStore.
 Run RunOurs(const std::string& directory, const Workload& workload, absl::Duration duration);
 
-// Stores the instances of the workload, one a writer.
-void FillStore(const std::string& directory, const Workload& workload);
-// Opens the store and loads all that it holds; returns how many instances that is.
-int LoadStore(const std::string& directory);
+// From now on each sync to disk of this process takes `delay` more; whole milliseconds.
+void SlowSyncs(absl::Duration delay);
 
 // A bare engine: puts one record for each key and makes the whole batch durable.
 class Engine {

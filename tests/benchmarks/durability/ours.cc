@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <thread>
 #include <utility>
 
@@ -68,44 +67,9 @@ Records RecordsOf(const Workload& workload) {
   Records records;
   for (int writer = 0; writer < workload.writers; ++writer) {
     records.keys.push_back(NameOf(writer));
-    records.records.push_back(EncodeInstance(
-        {.state = std::make_shared<const InstanceState>(NextState(StateOf(workload, writer))),
-         .requests = {}}));
+    records.records.push_back(EncodeRecord(NextState(StateOf(workload, writer))));
   }
   return records;
-}
-
-void FillStore(const std::string& directory, const Workload& workload) {
-  auto store = OpenSqliteStore(directory);
-  if (!store.ok()) Die(std::string(store.status().message()));
-  constexpr int kBatch = 20'000;
-  for (int begin = 0; begin < workload.writers; begin += kBatch) {
-    std::vector<Change> changes;
-    for (int i = begin; i < std::min(begin + kBatch, workload.writers); ++i) {
-      changes.push_back(
-          {.name = NameOf(i),
-           .previous_version = 0,
-           .state = std::make_shared<const InstanceState>(NextState(StateOf(workload, i))),
-           .requests = {}});
-    }
-    for (const absl::Status& status : (*store)->Commit(changes)) {
-      if (!status.ok()) Die(std::string(status.message()));
-    }
-  }
-}
-
-int LoadStore(const std::string& directory) {
-  auto store = OpenSqliteStore(directory);
-  if (!store.ok()) Die(std::string(store.status().message()));
-  std::vector<StoredInstance> loaded;
-  const absl::Status status = (*store)->Load(
-      [&](StoredInstance instance) {
-        loaded.push_back(std::move(instance));
-        return absl::OkStatus();
-      },
-      [](const Tombstone&) { return absl::OkStatus(); });
-  if (!status.ok()) Die(std::string(status.message()));
-  return static_cast<int>(loaded.size());
 }
 
 Run RunOurs(const std::string& directory, const Workload& workload, absl::Duration duration) {

@@ -158,6 +158,80 @@ TEST(InstanceCodec, RefusesEveryCutAndMostDamage) {
   }
 }
 
+TEST(Record, KeepsEveryKindOfState) {
+  Layer bare = SampleLayer(5);
+  bare.affine = bare.track_running_stats = false;
+  Layer tokens = {.kind = LayerKind::kLayerNorm, .num_features = 6, .normalized_shape = {2, 3}};
+  tokens.track_running_stats = tokens.bias = false;
+  Layer wide = SampleLayer(4);
+  wide.state_dtype = DType::kFloat64;
+  // Twice: the second time the layer's text is the one before.
+  for (const Layer& layer : {SampleLayer(), SampleLayer(), bare, tokens, wide}) {
+    for (const bool trained : {true, false}) {
+      const InstanceState state = trained && layer.bias
+                                      ? TrainedState("net/bn", layer)
+                                      : InitialState(SampleIdentity("a", layer), Mode::kEval);
+      const std::string record = EncodeRecord(state);
+      EXPECT_TRUE(IsRecord(record));
+      const auto decoded = DecodeRecord(record);
+      ASSERT_TRUE(decoded.ok()) << decoded.status();
+      EXPECT_TRUE(SameState(**decoded, state));
+      EXPECT_EQ(EncodeRecord(**decoded), record);
+    }
+  }
+  EXPECT_FALSE(IsRecord(EncodeInstance({.state = Share(TrainedState("bn")), .requests = {}})));
+}
+
+TEST(Record, RefusesEveryCutAndMostDamage) {
+  const std::string sound = EncodeRecord(TrainedState("bn"));
+  for (size_t size = 0; size < sound.size(); ++size) {
+    const auto decoded = DecodeRecord(sound.substr(0, size));
+    ASSERT_EQ(decoded.status().code(), absl::StatusCode::kDataLoss) << "cut to " << size;
+  }
+  ASSERT_FALSE(DecodeRecord(sound + '\0').ok());
+  // As for a file: only what could have been written itself.
+  for (size_t at = 0; at < sound.size(); ++at) {
+    for (int bit = 0; bit < 8; ++bit) {
+      std::string damaged = sound;
+      damaged[at] = static_cast<char>(damaged[at] ^ 1 << bit);
+      const auto decoded = DecodeRecord(damaged);
+      if (decoded.ok()) {
+        const auto again = DecodeRecord(EncodeRecord(**decoded));
+        ASSERT_TRUE(again.ok()) << again.status();
+        ASSERT_TRUE(SameState(**again, **decoded));
+      } else {
+        ASSERT_EQ(decoded.status().code(), absl::StatusCode::kDataLoss);
+      }
+    }
+  }
+}
+
+TEST(Record, RefusesWhatDoesNotGoTogether) {
+  const auto refused = [](InstanceState state) {
+    return DecodeRecord(EncodeRecord(state)).status().code() == absl::StatusCode::kDataLoss;
+  };
+  const InstanceState sound = TrainedState("bn");
+  EXPECT_FALSE(refused(sound));
+  const auto with = [&](const auto& edit) {
+    InstanceState state = sound;
+    edit(state);
+    return state;
+  };
+  EXPECT_TRUE(refused(with([](InstanceState& s) { s.weight = {}; })));
+  EXPECT_TRUE(refused(with([](InstanceState& s) { s.running_mean = {}; })));
+  EXPECT_TRUE(refused(with([](InstanceState& s) { s.version = 0; })));
+  EXPECT_TRUE(refused(with([](InstanceState& s) { s.num_batches_tracked = -1; })));
+  EXPECT_TRUE(
+      refused(with([](InstanceState& s) { s.bias = Values::Filled(DType::kFloat32, 4, 0); })));
+  EXPECT_TRUE(
+      refused(with([](InstanceState& s) { s.identity = SampleIdentity("../bn", SampleLayer()); })));
+  Layer untracked = SampleLayer();
+  untracked.track_running_stats = false;
+  InstanceState counted = TrainedState("bn", untracked);
+  counted.num_batches_tracked = 1;
+  EXPECT_TRUE(refused(counted));
+}
+
 // Decodes what `edit` made of the file of a sound instance.
 absl::Status StatusAfter(const std::function<void(Safetensors&)>& edit) {
   const std::string bytes = EncodeInstance(

@@ -10,12 +10,14 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
 #include "tests/unit/server/sample_instances.h"
 
 namespace normd {
 namespace {
 
 using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
 
@@ -291,7 +293,8 @@ TEST(PersisterInterval, KeepsTheChangesOfAFailedCommitForTheNext) {
   persister->Submit(Step("b", 0, 1), kIgnore);
   EXPECT_EQ(persister->Flush().code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(persister->health().code(), absl::StatusCode::kUnavailable);
-  persister->Submit(Step("a", 1, 2, 1), kIgnore);
+  // One failure alone refuses nothing.
+  persister->Submit(Step("a", 1, 2, 1), [](const absl::Status& s) { EXPECT_TRUE(s.ok()) << s; });
   store.Fail(absl::OkStatus());
   ASSERT_TRUE(persister->Flush().ok());
   EXPECT_TRUE(persister->health().ok());
@@ -314,6 +317,35 @@ TEST(PersisterInterval, TriesAgainByItself) {
   store.Fail(absl::OkStatus());
   EXPECT_TRUE(persister->Flush().ok());
   EXPECT_EQ(store.versions().at("a"), 1u);
+}
+
+TEST(PersisterInterval, RefusesChangesOnceTheOldestCouldNotBeStoredForTooLong) {
+  FakeStore store;
+  store.Fail(absl::ResourceExhaustedError("full"));
+  std::atomic<int> begun = 0;
+  std::atomic<int> ended = 0;
+  const auto persister = Persister::Start(
+      &store, Durability::kInterval, absl::Milliseconds(10),
+      [&](bool refusing) { ++(refusing ? begun : ended); }, absl::Milliseconds(100));
+  const auto submit = [&](uint64_t from, uint64_t to) {
+    absl::Status answer = absl::UnknownError("not answered");
+    persister->Submit(Step("a", from, to), [&](const absl::Status& status) { answer = status; });
+    return answer;
+  };
+  ASSERT_TRUE(submit(0, 1).ok());
+  while (begun == 0) absl::SleepFor(absl::Milliseconds(1));
+  const absl::Status refused = submit(1, 2);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("full"));
+  EXPECT_EQ(ended, 0);
+  store.Fail(absl::OkStatus());
+  while (ended == 0) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_EQ(store.versions().at("a"), 1u);  // by itself
+  ASSERT_TRUE(submit(1, 2).ok());
+  ASSERT_TRUE(persister->Flush().ok());
+  EXPECT_EQ(store.versions().at("a"), 2u);
+  EXPECT_EQ(begun, 1);
+  EXPECT_EQ(ended, 1);
 }
 
 TEST(PersisterInterval, WritesWhatWaitsWhenItEnds) {

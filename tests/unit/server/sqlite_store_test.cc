@@ -11,6 +11,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "server/state/instance_codec.h"
+#include "server/state/sha256.h"
 #include "tests/unit/server/sample_instances.h"
 #include "tests/unit/server/temporary_directory.h"
 
@@ -361,10 +363,44 @@ TEST(SqliteStore, RefusesDatabasesOfOthersAndOfTheFuture) {
   EXPECT_EQ(OpenSqliteStore(directory.path()).status().code(), absl::StatusCode::kDataLoss);
 
   Open(directory.File("future"));
-  ExecuteSql(directory.File("future"), "PRAGMA user_version = 2");
+  ExecuteSql(directory.File("future"), "PRAGMA user_version = 3");
   const auto store = OpenSqliteStore(directory.File("future"));
   EXPECT_EQ(store.status().code(), absl::StatusCode::kDataLoss);
   EXPECT_THAT(std::string(store.status().message()), HasSubstr("newer normd"));
+}
+
+TEST(SqliteStore, ReadsTheFilesThatFormat1HeldAsRecords) {
+  const TemporaryDirectory directory;
+  const InstanceState state = TrainedState("net/bn");
+  ASSERT_TRUE(CommitOne(*Open(directory.path()), CreateChange(state)).ok());
+  // As format 1 has it.
+  const std::string file = EncodeInstance({.state = Share(state), .requests = {}});
+  std::string checked(8, '\0');
+  checked[7] = static_cast<char>(state.version);
+  sqlite3* db = nullptr;
+  ASSERT_EQ(sqlite3_open((directory.File("state.sqlite")).c_str(), &db), SQLITE_OK);
+  sqlite3_stmt* update = nullptr;
+  ASSERT_EQ(sqlite3_prepare_v2(db, "UPDATE instances SET record = ?1, checksum = ?2", -1, &update,
+                               nullptr),
+            SQLITE_OK);
+  sqlite3_bind_blob64(update, 1, file.data(), file.size(), SQLITE_STATIC);
+  sqlite3_bind_int64(update, 2, static_cast<int64_t>(Sha256Prefix(checked + file)));
+  EXPECT_EQ(sqlite3_step(update), SQLITE_DONE);
+  sqlite3_finalize(update);
+  sqlite3_close(db);
+  ExecuteSql(directory.path(), "PRAGMA user_version = 1");
+
+  const InstanceState next = Next(state);
+  {
+    const auto store = Open(directory.path());
+    auto contents = ContentsOf(*store);
+    ASSERT_TRUE(contents.ok()) << contents.status();
+    EXPECT_TRUE(SameState(*contents->instances.at("net/bn").state, state));
+    ASSERT_TRUE(CommitOne(*store, UpdateChange(state, next)).ok());
+  }
+  const auto contents = ContentsOf(*Open(directory.path()));
+  ASSERT_TRUE(contents.ok()) << contents.status();
+  EXPECT_TRUE(SameState(*contents->instances.at("net/bn").state, next));
 }
 
 TEST(SqliteStore, RefusesADirectoryThatCannotBeMade) {
