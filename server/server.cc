@@ -20,6 +20,7 @@
 #include "server/auth/audit_log.h"
 #include "server/auth/authenticator.h"
 #include "server/auth/tls.h"
+#include "server/clock.h"
 #include "server/service/background.h"
 #include "server/service/core.h"
 #include "server/service/norm_service.h"
@@ -114,7 +115,7 @@ class ServerImpl final : public Server {
     spdlog::info("draining: no new calls; those under way have {}",
                  absl::FormatDuration(config_.drain_timeout));
     grpc_->GetHealthCheckService()->SetServingStatus(false);
-    if (!gate_.Close(absl::Now() + config_.drain_timeout)) {
+    if (!gate_.Close(SteadyNow() + config_.drain_timeout)) {
       spdlog::warn("calls still under way are cancelled: --drain_timeout={} is over",
                    absl::FormatDuration(config_.drain_timeout));
     }
@@ -173,7 +174,7 @@ class ServerImpl final : public Server {
   }
 
   absl::Status RestoreFromStore() {
-    const absl::Time start = absl::Now();
+    const absl::Time start = SteadyNow();
     absl::Status loaded = store_->Load(
         [this](StoredInstance instance) {
           registry_->Restore(std::move(instance));
@@ -185,7 +186,7 @@ class ServerImpl final : public Server {
         });
     if (!loaded.ok()) return loaded;
     spdlog::info("restored {} instances from {} in {}", registry_->size(), config_.state_dir,
-                 absl::FormatDuration(absl::Now() - start));
+                 absl::FormatDuration(SteadyNow() - start));
     return absl::OkStatus();
   }
 

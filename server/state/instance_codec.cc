@@ -89,10 +89,11 @@ std::string InstanceJson(const StoredInstance& instance) {
   AppendJsonString(out, identity.uid);
   out += R"(,"layer":)";
   AppendLayerJson(out, identity.layer);
-  fmt::format_to(std::back_inserter(out),
-                 R"(,"mode":"{}","version":{},"create_unix_ns":{},"update_unix_ns":{})",
-                 state.mode == Mode::kTrain ? "train" : "eval", state.version,
-                 absl::ToUnixNanos(identity.create_time), absl::ToUnixNanos(state.update_time));
+  fmt::format_to(
+      std::back_inserter(out),
+      R"(,"mode":"{}","version":{},"parameters_version":{},"create_unix_ns":{},"update_unix_ns":{})",
+      state.mode == Mode::kTrain ? "train" : "eval", state.version, state.parameters_version,
+      absl::ToUnixNanos(identity.create_time), absl::ToUnixNanos(state.update_time));
   if (state.optimizer != nullptr) {
     for (const auto& [rule, name] : kRules) {
       if (state.optimizer->rule == rule) {
@@ -226,7 +227,7 @@ absl::Status Damaged(std::string_view problem) {
 
 bool KnownMethod(uint64_t number) {
   return number >= static_cast<uint64_t>(Method::kCreate) &&
-         number <= static_cast<uint64_t>(Method::kResetParameters);
+         number <= static_cast<uint64_t>(Method::kResetOptimizer);
 }
 
 std::string EncodeInstance(const StoredInstance& instance) {
@@ -286,6 +287,17 @@ absl::StatusOr<StoredInstance> DecodeInstance(std::string_view bytes) {
   if (mode != "train" && mode != "eval") members.Fail("mode", "is neither train nor eval");
   state->mode = mode == "train" ? Mode::kTrain : Mode::kEval;
   state->version = members.Uint("version", 1);
+  // Records of before do not have it, and may have changed them just now.
+  state->parameters_version = state->version;
+  if (const nlohmann::json* json_version = members.TakeOptional("parameters_version")) {
+    if (json_version->is_number_unsigned()) {
+      state->parameters_version = json_version->get<uint64_t>();
+    }
+    if (!json_version->is_number_unsigned() || state->parameters_version < 1 ||
+        state->parameters_version > state->version) {
+      members.Fail("parameters_version", "is none from 1 to the version");
+    }
+  }
   identity->create_time = absl::FromUnixNanos(members.Int("create_unix_ns", kMinInt64, kMaxInt64));
   state->update_time = absl::FromUnixNanos(members.Int("update_unix_ns", kMinInt64, kMaxInt64));
   std::shared_ptr<OptimizerState> optimizer;

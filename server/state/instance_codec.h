@@ -11,7 +11,7 @@
 //   format          "pt"
 //   normd.format    "1"
 //   normd.instance  JSON: name, uid, layer and its arguments, mode, version,
-//                   times, optimizer rule, remembered requests
+//                   parameters_version, times, optimizer rule, remembered requests
 #ifndef NORMD_SERVER_STATE_INSTANCE_CODEC_H_
 #define NORMD_SERVER_STATE_INSTANCE_CODEC_H_
 

@@ -14,6 +14,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/synchronization/mutex.h"
+#include "server/clock.h"
 
 namespace normd {
 namespace {
@@ -41,7 +42,7 @@ class WritingPersister : public Persister {
   absl::Status Flush() final {
     absl::MutexLock lock(&mutex_);
     const uint64_t flush = ++flushes_asked_;
-    work_.Signal();
+    work_.SignalAll();
     while (flushes_done_ < flush) flushed_.Wait(&mutex_);
     return health_;
   }
@@ -73,7 +74,7 @@ class WritingPersister : public Persister {
     {
       absl::MutexLock lock(&mutex_);
       stopping_ = true;
-      work_.Signal();
+      work_.SignalAll();
     }
     writer_.join();
   }
@@ -81,14 +82,14 @@ class WritingPersister : public Persister {
   StateStore* const store_;
   std::atomic<uint64_t> submitted_ = 0;
   mutable absl::Mutex mutex_;
-  absl::CondVar work_;  // what Due answers has changed
+  SteadyCondVar work_;  // what Due answers has changed
 
  private:
   void Run() {
     absl::MutexLock lock(&mutex_);
     for (;;) {
-      while (!stopping_ && flushes_done_ == flushes_asked_ && absl::Now() < Due()) {
-        work_.WaitWithDeadline(&mutex_, Due());
+      while (!stopping_ && flushes_done_ == flushes_asked_ && SteadyNow() < Due()) {
+        work_.WaitUntil(&mutex_, Due());
       }
       const bool last = stopping_;
       const uint64_t flush = flushes_asked_;
@@ -127,7 +128,7 @@ class UpdatePersister : public WritingPersister {
     absl::MutexLock lock(&mutex_);
     waiting_.changes.push_back(std::move(change));
     waiting_.done.push_back(std::move(done));
-    work_.Signal();
+    work_.SignalAll();
   }
 
  private:
@@ -180,8 +181,8 @@ class IntervalPersister : public WritingPersister {
     {
       absl::MutexLock lock(&mutex_);
       if (due_ == absl::InfiniteFuture()) {
-        due_ = absl::Now() + interval_;
-        work_.Signal();
+        due_ = SteadyNow() + interval_;
+        work_.SignalAll();
       }
       std::vector<Change>& steps = waiting_[change.name];
       AddStep(steps, std::move(change));
@@ -255,7 +256,7 @@ class IntervalPersister : public WritingPersister {
       spdlog::error("changes of {} instances could not be stored and will be tried again: {}",
                     taken_.size(), std::string(failure.message()));
       absl::MutexLock lock(&mutex_);
-      due_ = std::min(due_, absl::Now() + std::min(interval_, kRetryAfter));
+      due_ = std::min(due_, SteadyNow() + std::min(interval_, kRetryAfter));
     }
     return failure;
   }
