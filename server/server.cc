@@ -23,6 +23,7 @@
 #include "server/auth/audit_log.h"
 #include "server/auth/authenticator.h"
 #include "server/auth/tls.h"
+#include "server/clock.h"
 #include "server/service/background.h"
 #include "server/service/core.h"
 #include "server/service/norm_service.h"
@@ -125,7 +126,7 @@ class ServerImpl final : public Server {
       health_->SetServingStatus(false);
       health_ = nullptr;
     }
-    if (!gate_.Close(absl::Now() + config_.drain_timeout)) {
+    if (!gate_.Close(SteadyNow() + config_.drain_timeout)) {
       spdlog::warn("calls still under way are cancelled: --drain_timeout={} is over",
                    absl::FormatDuration(config_.drain_timeout));
     }
@@ -218,7 +219,7 @@ class ServerImpl final : public Server {
   }
 
   absl::Status RestoreFromStore() {
-    const absl::Time start = absl::Now();
+    const absl::Time start = SteadyNow();
     absl::Status loaded = store_->Load(
         [this](StoredInstance instance) {
           registry_->Restore(std::move(instance));
@@ -230,7 +231,7 @@ class ServerImpl final : public Server {
         });
     if (!loaded.ok()) return loaded;
     spdlog::info("restored {} instances from {} in {}", registry_->size(), config_.state_dir,
-                 absl::FormatDuration(absl::Now() - start));
+                 absl::FormatDuration(SteadyNow() - start));
     return absl::OkStatus();
   }
 

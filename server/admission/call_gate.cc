@@ -20,14 +20,14 @@ absl::Status CallGate::Enter() {
 
 void CallGate::Leave() {
   absl::MutexLock lock(&mutex_);
-  --inside_;
+  if (--inside_ == 0 && closed_) empty_.SignalAll();
 }
 
 bool CallGate::Close(absl::Time deadline) {
   absl::MutexLock lock(&mutex_);
   closed_ = true;
-  const auto empty = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return inside_ == 0; };
-  return mutex_.AwaitWithDeadline(absl::Condition(&empty), deadline);
+  while (inside_ > 0 && SteadyNow() < deadline) empty_.WaitUntil(&mutex_, deadline);
+  return inside_ == 0;
 }
 
 }  // namespace normd

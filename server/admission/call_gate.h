@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "server/clock.h"
 
 namespace normd {
 
@@ -21,11 +22,12 @@ class CallGate {
   void Leave();
 
   // Lets nobody in from now on. Returns whether all were out before `deadline`, and waits
-  // until they are or it passes.
+  // until they are or it passes, by SteadyNow().
   bool Close(absl::Time deadline);
 
  private:
   absl::Mutex mutex_;
+  SteadyCondVar empty_;
   bool closed_ ABSL_GUARDED_BY(mutex_) = false;
   int64_t inside_ ABSL_GUARDED_BY(mutex_) = 0;
 };

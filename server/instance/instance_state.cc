@@ -6,10 +6,10 @@ bool SameState(const InstanceState& a, const InstanceState& b) {
   const bool same_optimizer = (a.optimizer == nullptr) == (b.optimizer == nullptr) &&
                               (a.optimizer == nullptr || *a.optimizer == *b.optimizer);
   return *a.identity == *b.identity && a.mode == b.mode && a.version == b.version &&
-         a.update_time == b.update_time && a.weight == b.weight && a.bias == b.bias &&
-         a.running_mean == b.running_mean && a.running_var == b.running_var &&
-         a.num_batches_tracked == b.num_batches_tracked && a.grad_weight == b.grad_weight &&
-         a.grad_bias == b.grad_bias && same_optimizer;
+         a.parameters_version == b.parameters_version && a.update_time == b.update_time &&
+         a.weight == b.weight && a.bias == b.bias && a.running_mean == b.running_mean &&
+         a.running_var == b.running_var && a.num_batches_tracked == b.num_batches_tracked &&
+         a.grad_weight == b.grad_weight && a.grad_bias == b.grad_bias && same_optimizer;
 }
 
 InstanceState InitialState(std::shared_ptr<const Identity> identity, Mode mode) {

@@ -52,6 +52,9 @@ struct InstanceState {
   std::shared_ptr<const Identity> identity;
   Mode mode = Mode::kTrain;
   uint64_t version = 1;
+  // Of the last change of weight or bias: an output of this version or a later one is
+  // what the same input gives today.
+  uint64_t parameters_version = 1;
   absl::Time update_time;
 
   // Of layer.state_dtype; absent where the layer has none.

@@ -20,6 +20,10 @@ void RequestLog::Add(const AppliedRequest& request) {
   entries_.push_back(request);
 }
 
+void RequestLog::NoneAfter(absl::Time now) {
+  for (AppliedRequest& entry : entries_) entry.time = std::min(entry.time, now);
+}
+
 void RequestLog::DropAfter(uint64_t version) {
   while (!entries_.empty() && entries_.back().version > version) entries_.pop_back();
 }

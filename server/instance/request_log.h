@@ -24,7 +24,13 @@ enum class Method : uint8_t {
   kSetState = 9,
   kResetRunningStats = 10,
   kResetParameters = 11,
+  kResetOptimizer = 12,  // a Step that had no gradients, and reset the optimizer
 };
+
+// Whether a change of method `applied` is what a call of `called` may have made.
+inline bool SameCall(Method applied, Method called) {
+  return applied == called || (applied == Method::kResetOptimizer && called == Method::kStep);
+}
 
 // A change that was applied.
 struct AppliedRequest {
@@ -32,7 +38,7 @@ struct AppliedRequest {
   Method method = Method::kForward;
   uint64_t version = 0;             // that the change made
   int64_t num_batches_tracked = 0;  // then
-  absl::Time time;
+  absl::Time time;                  // by SteadyNow()
 
   bool operator==(const AppliedRequest&) const = default;
 };
@@ -48,6 +54,9 @@ class RequestLog {
   std::optional<AppliedRequest> Find(absl::uint128 id, absl::Time now) const;
   // Adds, and forgets what is past kCapacity or kKeep.
   void Add(const AppliedRequest& request);
+  // Dates what is later than `now` back to it: the clock has been set back since, and
+  // nothing is to be kept for longer than kKeep from now.
+  void NoneAfter(absl::Time now);
   // Forgets changes past `version`: they were taken back.
   void DropAfter(uint64_t version);
 

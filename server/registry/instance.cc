@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/random/random.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
+#include "server/clock.h"
 #include "server/error/error.h"
 
 namespace normd {
@@ -30,12 +33,35 @@ absl::Status OtherMethod() {
 
 }  // namespace
 
+std::string NewUid() {
+  absl::BitGen bits;
+  const auto high = absl::Uniform<uint64_t>(bits);
+  const auto low = absl::Uniform<uint64_t>(bits);
+  return absl::StrFormat("%08x-%04x-4%03x-%04x-%012x", high >> 32, (high >> 16) & 0xffff,
+                         high & 0xfff, ((low >> 48) & 0x3fff) | 0x8000, low & 0xffffffffffff);
+}
+
 absl::Status InstanceDeleted() { return absl::NotFoundError("the instance was deleted"); }
+
+absl::Status NoLongerKnown(const std::string& request_id, const AppliedRequest& applied) {
+  v1::ErrorDetail detail;
+  detail.set_field("request_id");
+  detail.set_value(request_id);
+  detail.set_allowed("repeated while what its output was computed from is the same");
+  detail.set_applied_version(applied.version);
+  auto status = absl::FailedPreconditionError(
+      absl::StrCat("the call of this request_id was applied and made version ", applied.version,
+                   "; its output can no longer be told, for what it was computed from has "
+                   "changed since"));
+  SetDetail(status, detail);
+  return status;
+}
 
 std::shared_ptr<Instance> Instance::Restored(Persister* persister, StoredInstance stored) {
   auto instance = std::make_shared<Instance>(persister, std::move(stored));
   absl::MutexLock lock(&instance->mutex_);
   instance->published_ = instance->tip_;
+  instance->requests_.NoneAfter(SteadyNow());
   return instance;
 }
 
@@ -47,6 +73,12 @@ Snapshot Instance::published() const {
 Snapshot Instance::tip() const {
   absl::ReaderMutexLock lock(&mutex_);
   return removing_ || removed_ || published_ == nullptr ? nullptr : tip_;
+}
+
+std::optional<AppliedRequest> Instance::Applied(std::optional<absl::uint128> request_id) const {
+  if (!request_id.has_value()) return std::nullopt;
+  absl::ReaderMutexLock lock(&mutex_);
+  return requests_.Find(*request_id, SteadyNow());
 }
 
 StoredInstance Instance::ForCheckpoint() const {
@@ -92,12 +124,13 @@ bool Instance::Change(const ChangeOptions& options,
   };
 
   if (removing_ || removed_ || published_ == nullptr) return answer_now(InstanceDeleted());
-  const absl::Time now = absl::Now();
+  const absl::Time now = SteadyNow();
   if (options.request_id.has_value()) {
     if (const auto applied = requests_.Find(*options.request_id, now)) {
-      if (applied->method != options.method) return answer_now(OtherMethod());
+      if (!SameCall(applied->method, options.method)) return answer_now(OtherMethod());
       return answer_when_published({.version = applied->version,
                                     .replayed = true,
+                                    .method = applied->method,
                                     .num_batches_tracked = applied->num_batches_tracked,
                                     .state = tip_});
     }
@@ -115,28 +148,35 @@ bool Instance::Change(const ChangeOptions& options,
   }
   if (*edited == Edited::kUnchanged) {
     return answer_when_published({.version = tip_->version,
+                                  .method = options.method,
                                   .num_batches_tracked = tip_->num_batches_tracked,
                                   .state = tip_});
   }
 
   const uint64_t previous_version = tip_->version;
+  const Method method = *edited == Edited::kReset ? Method::kResetOptimizer : options.method;
   next.version = previous_version + 1;
-  next.update_time = now;
+  if (next.weight.data() != tip_->weight.data() || next.bias.data() != tip_->bias.data()) {
+    next.parameters_version = next.version;
+  }
+  next.update_time = absl::Now();
   tip_ = std::make_shared<const InstanceState>(std::move(next));
   normd::Change change{
       .name = tip_->identity->name, .previous_version = previous_version, .state = tip_};
   if (options.request_id.has_value()) {
     change.requests.push_back({.id = *options.request_id,
-                               .method = options.method,
+                               .method = method,
                                .version = tip_->version,
                                .num_batches_tracked = tip_->num_batches_tracked,
                                .time = now});
     requests_.Add(change.requests.back());
   }
-  Submit(
-      std::move(change),
-      {.version = tip_->version, .num_batches_tracked = tip_->num_batches_tracked, .state = tip_},
-      std::move(done), /*removal=*/false);
+  Submit(std::move(change),
+         {.version = tip_->version,
+          .method = method,
+          .num_batches_tracked = tip_->num_batches_tracked,
+          .state = tip_},
+         std::move(done), /*removal=*/false);
   return true;
 }
 
@@ -150,9 +190,11 @@ void Instance::Replace(const StoredInstance& loaded, ChangeDone done) {
   InstanceState next = *loaded.state;
   // The checkpoint's layer, under the identity of the instance that lives.
   Identity identity = *tip_->identity;
+  if (identity.layer != next.layer()) identity.uid = NewUid();
   identity.layer = next.layer();
   next.identity = std::make_shared<const Identity>(std::move(identity));
   next.version = previous_version + 1;
+  next.parameters_version = next.version;
   next.update_time = absl::Now();
   tip_ = std::make_shared<const InstanceState>(std::move(next));
   Submit({.name = tip_->identity->name, .previous_version = previous_version, .state = tip_},
@@ -167,7 +209,7 @@ void Instance::Remove(const ChangeOptions& options, ChangeDone done) {
   } else if (options.expected_version.has_value() && *options.expected_version != tip_->version) {
     refused = VersionMismatch(*options.expected_version, tip_->version);
   } else if (options.request_id.has_value() &&
-             requests_.Find(*options.request_id, absl::Now()).has_value()) {
+             requests_.Find(*options.request_id, SteadyNow()).has_value()) {
     refused = OtherMethod();  // a delete would have ended the log
   }
   if (!refused.ok()) {
@@ -180,7 +222,7 @@ void Instance::Remove(const ChangeOptions& options, ChangeDone done) {
     change.requests.push_back({.id = *options.request_id,
                                .method = Method::kDelete,
                                .version = tip_->version,
-                               .time = absl::Now()});
+                               .time = SteadyNow()});
   }
   Submit(std::move(change), {.version = tip_->version, .state = tip_}, std::move(done),
          /*removal=*/true);

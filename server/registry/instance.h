@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "absl/functional/any_invocable.h"
@@ -25,6 +26,13 @@ using Snapshot = std::shared_ptr<const InstanceState>;
 // NOT_FOUND: of an instance that was found, and has been deleted since.
 absl::Status InstanceDeleted();
 
+// FAILED_PRECONDITION: of a repeated call whose tensors cannot be computed again, since
+// they are not kept and what they were computed from has changed. Tells what was applied.
+absl::Status NoLongerKnown(const std::string& request_id, const AppliedRequest& applied);
+
+// A random UUID (RFC 4122, version 4), for an instance.
+std::string NewUid();
+
 // What every changing call brings along.
 struct ChangeOptions {
   Method method = Method::kForward;
@@ -38,6 +46,8 @@ struct Changed {
   // The request_id was applied before; `version` and `num_batches_tracked` are
   // those of then.
   bool replayed = false;
+  // What the change was.
+  Method method = Method::kForward;
   int64_t num_batches_tracked = 0;
   // The state that the change made; with `replayed`, that of now.
   Snapshot state;
@@ -48,6 +58,7 @@ using ChangeDone = absl::AnyInvocable<void(absl::StatusOr<Changed>)>;
 // What an edit made of the state.
 enum class Edited {
   kChanged,    // publish it as the next version
+  kReset,      // likewise; remembered as Method::kResetOptimizer
   kUnchanged,  // nothing to change: answer the version that is
   kStale,      // computed from what is no longer so: nothing happened, try again
 };
@@ -77,6 +88,9 @@ class Instance : public std::enable_shared_from_this<Instance> {
   // to be computed must build on. Null as above.
   Snapshot tip() const;
 
+  // The change that `request_id` made, while it is remembered.
+  std::optional<AppliedRequest> Applied(std::optional<absl::uint128> request_id) const;
+
   // Submits the state the instance was made with. `replace` is true for one that
   // the store may hold under the same name.
   void Create(absl::AnyInvocable<void(absl::Status)> done);
@@ -96,7 +110,8 @@ class Instance : public std::enable_shared_from_this<Instance> {
   void Remove(const ChangeOptions& options, ChangeDone done);
 
   // Replaces the state by one from a checkpoint: the tip's version + 1, its own
-  // uid and create time. `done` as above.
+  // uid (a new one where the checkpoint's layer is another: contexts saved so far are of
+  // no use to that) and create time. `done` as above.
   void Replace(const StoredInstance& loaded, ChangeDone done);
 
   // State and remembered requests of one version, for a checkpoint; null state

@@ -1,27 +1,18 @@
 #include "server/registry/registry.h"
 
+#include <algorithm>
 #include <utility>
 
-#include "absl/random/random.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/blocking_counter.h"
 #include "absl/time/clock.h"
+#include "server/clock.h"
 #include "server/error/error.h"
 
 namespace normd {
 namespace {
-
-// A random UUID (RFC 4122, version 4).
-std::string NewUid() {
-  absl::BitGen bits;
-  const auto high = absl::Uniform<uint64_t>(bits);
-  const auto low = absl::Uniform<uint64_t>(bits);
-  return absl::StrFormat("%08x-%04x-4%03x-%04x-%012x", high >> 32, (high >> 16) & 0xffff,
-                         high & 0xfff, ((low >> 48) & 0x3fff) | 0x8000, low & 0xffffffffffff);
-}
 
 absl::Status NoSuchInstance(absl::string_view name) {
   v1::ErrorDetail detail;
@@ -53,11 +44,15 @@ void Registry::Restore(StoredInstance stored) {
   instances_.insert_or_assign(std::move(name), std::move(instance));
 }
 
-void Registry::Restore(Tombstone tombstone) { Remember(std::move(tombstone)); }
+void Registry::Restore(Tombstone tombstone) {
+  // Of a clock that was set back since.
+  tombstone.request.time = std::min(tombstone.request.time, SteadyNow());
+  Remember(std::move(tombstone));
+}
 
 void Registry::Remember(Tombstone tombstone) {
   absl::MutexLock lock(&mutex_);
-  const absl::Time oldest = absl::Now() - RequestLog::kKeep;
+  const absl::Time oldest = SteadyNow() - RequestLog::kKeep;
   // Swept as it grows, so that it holds no more than ten minutes of removals.
   if (tombstones_.size() >= 1024 && (tombstones_.size() & (tombstones_.size() - 1)) == 0) {
     absl::erase_if(tombstones_, [&](const auto& entry) { return entry.second.time < oldest; });
@@ -73,7 +68,7 @@ std::optional<AppliedRequest> Registry::FindRemoval(const std::string& name,
   absl::ReaderMutexLock lock(&mutex_);
   const auto it = tombstones_.find(name);
   if (it == tombstones_.end() || it->second.id != *request_id ||
-      absl::Now() - it->second.time > RequestLog::kKeep) {
+      SteadyNow() - it->second.time > RequestLog::kKeep) {
     return std::nullopt;
   }
   return it->second;
@@ -81,13 +76,12 @@ std::optional<AppliedRequest> Registry::FindRemoval(const std::string& name,
 
 void Registry::Create(const std::string& name, const Layer& layer, Mode mode,
                       std::optional<absl::uint128> request_id, ChangeDone done) {
-  const absl::Time now = absl::Now();
   auto identity = std::make_shared<const Identity>(
-      Identity{.name = name, .uid = NewUid(), .layer = layer, .create_time = now});
+      Identity{.name = name, .uid = NewUid(), .layer = layer, .create_time = absl::Now()});
   StoredInstance initial{std::make_shared<const InstanceState>(InitialState(identity, mode)), {}};
   if (request_id.has_value()) {
     initial.requests.push_back(
-        {.id = *request_id, .method = Method::kCreate, .version = 1, .time = now});
+        {.id = *request_id, .method = Method::kCreate, .version = 1, .time = SteadyNow()});
   }
   auto instance = std::make_shared<Instance>(persister_, initial);
 
@@ -158,7 +152,7 @@ void Registry::Delete(const std::string& name, const ChangeOptions& options, Cha
                   .request = {.id = *id,
                               .method = Method::kDelete,
                               .version = changed->version,
-                              .time = absl::Now()}});
+                              .time = SteadyNow()}});
       }
     }
     done(std::move(changed));

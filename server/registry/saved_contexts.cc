@@ -4,7 +4,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/string_view.h"
-#include "absl/time/clock.h"
+#include "server/clock.h"
 #include "server/error/error.h"
 
 namespace normd {
@@ -35,7 +35,7 @@ absl::StatusOr<MemoryClaim> SavedContexts::Claim(int64_t bytes) {
   absl::MutexLock lock(&mutex_);
   absl::StatusOr<MemoryClaim> claim = budget_->Claim(bytes);
   if (!claim.ok() && bytes <= budget_->limit()) {
-    DropExpired(absl::Now());
+    DropExpired(SteadyNow());
     claim = budget_->Claim(bytes);
     while (!claim.ok() && DropOneSpent()) claim = budget_->Claim(bytes);
   }
@@ -44,7 +44,7 @@ absl::StatusOr<MemoryClaim> SavedContexts::Claim(int64_t bytes) {
 }
 
 std::string SavedContexts::Put(SavedForward forward, MemoryClaim claim) {
-  Entry entry{.uid = forward.uid, .expires = absl::Now() + ttl_};
+  Entry entry{.uid = forward.uid, .expires = SteadyNow() + ttl_};
   entry.claim = std::move(claim);
   entry.forward = std::make_shared<const SavedForward>(std::move(forward));
   absl::BitGen bits;
@@ -60,7 +60,7 @@ absl::StatusOr<SavedContexts::Lease> SavedContexts::Use(const std::string& id,
                                                         std::optional<absl::uint128> request_id) {
   absl::MutexLock lock(&mutex_);
   const auto it = entries_.find(id);
-  if (it == entries_.end() || it->second.uid != uid || it->second.expires <= absl::Now()) {
+  if (it == entries_.end() || it->second.uid != uid || it->second.expires <= SteadyNow()) {
     return ContextError(absl::StatusCode::kNotFound, id, "names no context of this instance",
                         "what a Forward with save_for_backward returned, within --context_ttl");
   }
@@ -108,9 +108,18 @@ void SavedContexts::Drop(const std::string& id) {
   entries_.erase(id);
 }
 
+void SavedContexts::DropOf(const std::string& uid) {
+  absl::MutexLock lock(&mutex_);
+  absl::erase_if(entries_, [&uid](auto& entry) {
+    if (entry.second.uid != uid) return false;
+    entry.second.expires = absl::InfinitePast();  // where a Backward still uses it
+    return !entry.second.in_use;
+  });
+}
+
 void SavedContexts::Sweep() {
   absl::MutexLock lock(&mutex_);
-  DropExpired(absl::Now());
+  DropExpired(SteadyNow());
 }
 
 void SavedContexts::DropExpired(absl::Time now) {

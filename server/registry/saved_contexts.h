@@ -77,6 +77,9 @@ class SavedContexts {
   // Forgets a context whose Forward was refused after all.
   void Drop(const std::string& id);
 
+  // Forgets those of an instance that is gone.
+  void DropOf(const std::string& uid);
+
   // NOT_FOUND: no such context of this instance, or expired. FAILED_PRECONDITION:
   // spent, or under use. A spent one is lent again to the request that spent it.
   absl::StatusOr<Lease> Use(const std::string& id, const std::string& uid,

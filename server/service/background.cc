@@ -2,8 +2,6 @@
 
 #include <utility>
 
-#include "absl/time/clock.h"
-
 namespace normd {
 
 Background::Background(absl::Duration period, absl::AnyInvocable<void()> tick)
@@ -13,6 +11,7 @@ Background::~Background() {
   {
     absl::MutexLock lock(&mutex_);
     stopping_ = true;
+    woken_.SignalAll();
   }
   thread_.join();
 }
@@ -20,18 +19,18 @@ Background::~Background() {
 void Background::Run(absl::AnyInvocable<void()> task) {
   absl::MutexLock lock(&mutex_);
   tasks_.push_back(std::move(task));
+  woken_.SignalAll();
 }
 
 void Background::Loop() {
-  absl::Time next_tick = absl::Now() + period_;
+  absl::Time next_tick = SteadyNow() + period_;
   for (;;) {
     absl::AnyInvocable<void()> task;
     {
       absl::MutexLock lock(&mutex_);
-      const auto woken = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
-        return stopping_ || !tasks_.empty();
-      };
-      mutex_.AwaitWithDeadline(absl::Condition(&woken), next_tick);
+      while (!stopping_ && tasks_.empty() && SteadyNow() < next_tick) {
+        woken_.WaitUntil(&mutex_, next_tick);
+      }
       if (!tasks_.empty()) {
         task = std::move(tasks_.front());
         tasks_.pop_front();
@@ -40,9 +39,9 @@ void Background::Loop() {
       }
     }
     if (task) task();
-    if (absl::Now() >= next_tick) {
+    if (SteadyNow() >= next_tick) {
       tick_();
-      next_tick = absl::Now() + period_;
+      next_tick = SteadyNow() + period_;
     }
   }
 }

@@ -10,6 +10,7 @@
 #include "absl/functional/any_invocable.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "server/clock.h"
 
 namespace normd {
 
@@ -32,6 +33,7 @@ class Background {
   const absl::Duration period_;
   absl::AnyInvocable<void()> tick_;
   absl::Mutex mutex_;
+  SteadyCondVar woken_;
   std::deque<absl::AnyInvocable<void()>> tasks_ ABSL_GUARDED_BY(mutex_);
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;

@@ -170,6 +170,9 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
     }
     const Mode mode = wanted_mode->value_or(state->mode);
 
+    if (call->context.has_value() && call->context->forward().uid != state->identity->uid) {
+      call->context.reset();  // of a layer that a checkpoint has replaced meanwhile
+    }
     if (saved && !call->context.has_value()) {
       auto lease =
           core.contexts->Use(request.context_id(), state->identity->uid, options->request_id);
@@ -187,6 +190,13 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
       auto checked = ToPass(state->layer(), mode, input_spec, "input");
       if (!checked.ok()) return call->Refuse(checked.status());
       of_layer = *std::move(checked);
+      const auto applied = (*instance)->Applied(options->request_id);
+      const bool same = !applied.has_value() || applied->version == tip->version ||
+                        (wanted_mode->has_value() && of_layer.by_batch &&
+                         tip->parameters_version <= applied->version);
+      if (request.accumulate() && !same && applied->method == Method::kBackward) {
+        return call->Refuse(NoLongerKnown(request.request_id(), *applied));
+      }
     }
     absl::Status same = CheckSameTensor(*spec, "grad_output", forward_spec, "the output");
     if (!same.ok()) return call->Refuse(std::move(same));
@@ -272,6 +282,7 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
         *options,
         [&](InstanceState& next) -> absl::StatusOr<Edited> {
           if (!request.accumulate() || !layer.has_weight()) return Edited::kUnchanged;
+          if (next.identity->uid != state->identity->uid) return Edited::kStale;
           // Without a context the gradients are those of the state as it is.
           if (!saved && (next.weight.data() != state->weight.data() ||
                          (!wanted_mode->has_value() && next.mode != mode) ||

@@ -25,6 +25,11 @@ void ChangeInstance(Core& core, const Request& request, Response& response, Meth
                         if (changed.ok()) {
                           response.set_version(changed->version);
                           response.set_replayed(changed->replayed);
+                          if constexpr (requires { response.set_stepped(true); }) {
+                            if (changed->replayed) {
+                              response.set_stepped(changed->method == Method::kStep);
+                            }
+                          }
                         }
                         done(changed.status());
                       });

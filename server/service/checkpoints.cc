@@ -5,6 +5,9 @@
 #include <utility>
 #include <vector>
 
+#include <spdlog/spdlog.h>
+
+#include "absl/strings/str_cat.h"
 #include "server/error/error.h"
 #include "server/service/convert.h"
 #include "server/service/handlers.h"
@@ -41,7 +44,11 @@ absl::Status Save(Core& core, absl::uint128 request_id, v1::SaveCheckpointRespon
   return core.persister->Flush();
 }
 
-absl::Status Load(Core& core, const v1::LoadCheckpointRequest& request,
+// A checkpoint holds everyone's instances: who may not act on all of them is not told the
+// names of its files.
+constexpr char kDamagedSomewhere[] = "it is damaged; the server's log says where";
+
+absl::Status Load(Core& core, bool of_all, const v1::LoadCheckpointRequest& request,
                   v1::LoadCheckpointResponse& response) {
   uint64_t number = 0;
   if (!request.checkpoint_id().empty() && !ParseGenerationId(request.checkpoint_id(), &number)) {
@@ -50,11 +57,23 @@ absl::Status Load(Core& core, const v1::LoadCheckpointRequest& request,
   }
   const std::vector<std::string> names(request.names().begin(), request.names().end());
   const auto loaded = core.checkpoints->Load(request.checkpoint_id(), names);
+  if (absl::IsDataLoss(loaded.status()) && !of_all) {
+    spdlog::error("LoadCheckpoint: {}", std::string(loaded.status().message()));
+    return ForField(
+        absl::DataLossError(absl::StrCat("the checkpoint cannot be loaded: ", kDamagedSomewhere)),
+        "checkpoint_id");
+  }
   if (!loaded.ok()) return ForField(loaded.status(), "checkpoint_id");
   const auto versions = core.registry->Load(loaded->instances);
   if (!versions.ok()) return versions.status();
   *response.mutable_checkpoint() = ToProto(loaded->info);
-  for (const CheckpointInfo& damaged : loaded->damaged) *response.add_damaged() = ToProto(damaged);
+  for (const CheckpointInfo& damaged : loaded->damaged) {
+    v1::Checkpoint& told = *response.add_damaged();
+    told = ToProto(damaged);
+    if (of_all) continue;
+    spdlog::error("LoadCheckpoint passed over {}: {}", damaged.id, damaged.problem);
+    told.set_problem(kDamagedSomewhere);
+  }
   response.set_instance_count(static_cast<int64_t>(versions->size()));
   for (size_t i = 0; i < std::min<size_t>(versions->size(), kMostListed); ++i) {
     v1::LoadedInstance& instance = *response.add_instances();
@@ -75,15 +94,15 @@ void SaveCheckpoint(Core& core, const v1::SaveCheckpointRequest& request,
                         done = std::move(done)]() mutable { done(Save(core, id, response)); });
 }
 
-void LoadCheckpoint(Core& core, const v1::LoadCheckpointRequest& request,
+void LoadCheckpoint(Core& core, const Caller& caller, const v1::LoadCheckpointRequest& request,
                     v1::LoadCheckpointResponse& response, Done done) {
   for (const std::string& name : request.names()) {
     if (absl::Status s = CheckName(name); !s.ok()) return done(ForField(s, "names"));
   }
   if (core.checkpoints == nullptr) return done(NoCheckpoints());
-  core.background->Run([&core, &request, &response, done = std::move(done)]() mutable {
-    done(Load(core, request, response));
-  });
+  core.background->Run(
+      [&core, of_all = caller.MayOnAll(Role::kAdmin), &request, &response,
+       done = std::move(done)]() mutable { done(Load(core, of_all, request, response)); });
 }
 
 void ListCheckpoints(Core& core, const v1::ListCheckpointsRequest& request,

@@ -172,7 +172,13 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
   for (;;) {
     const Snapshot tip = (*instance)->tip();
     if (tip == nullptr) return call->Refuse(InstanceDeleted());
-    const Mode mode = spec->mode.value_or(tip->mode);
+    // What is remembered has folded, and so was in train mode whichever is set today.
+    const auto applied = (*instance)->Applied(spec->options.request_id);
+    const bool again = applied.has_value() && applied->method == Method::kForward;
+    if (again && tip->parameters_version > applied->version) {
+      return call->Refuse(NoLongerKnown(request.request_id(), *applied));
+    }
+    const Mode mode = again ? Mode::kTrain : spec->mode.value_or(tip->mode);
     const auto pass = ToPass(tip->layer(), mode, spec->input, "input");
     if (!pass.ok()) return call->Refuse(pass.status());
     if (absl::Status allowed = CheckMayForward(caller, request, pass->folds); !allowed.ok()) {
@@ -246,7 +252,7 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
           if (!pass->folds) return Edited::kUnchanged;  // and the version was checked
           // Whoever came between changed what this output should have been.
           if (next.weight.data() != state->weight.data() ||
-              next.bias.data() != state->bias.data() ||
+              next.bias.data() != state->bias.data() || next.identity->uid != tip->identity->uid ||
               (!spec->mode.has_value() && next.mode != mode)) {
             return Edited::kStale;
           }

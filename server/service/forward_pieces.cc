@@ -30,7 +30,9 @@ absl::StatusOr<ForwardPieces::Way> ForwardPieces::Begin(Core& core, const Caller
   if (!pass.ok()) return pass.status();
   absl::Status allowed = CheckMayForward(caller, request, pass->folds);
   if (!allowed.ok()) return allowed;
-  if (request.save_for_backward()) return Way::kWhole;
+  // What a request_id did before is answered by the unary call's way.
+  const bool again = (*instance)->Applied(spec.options.request_id).has_value();
+  if (request.save_for_backward() || again) return Way::kWhole;
   if (pass->folds) return IsPerSample(*pass) ? Way::kWhole : Way::kAfterStatistics;
   const bool another_version =
       spec.options.expected_version.has_value() && *spec.options.expected_version != state->version;
@@ -92,6 +94,7 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
   const bool fresh = (*instance)->Change(
       spec.options,
       [&](InstanceState& next) -> absl::StatusOr<Edited> {
+        if (next.identity->uid != tip->identity->uid) return Edited::kStale;
         if (!spec.mode.has_value() && next.mode != mode) return Edited::kStale;
         FoldBatch(*moments, next);
         return Edited::kChanged;
@@ -99,10 +102,10 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
       [shared, pieces = std::move(pieces)](absl::StatusOr<Changed> changed) mutable {
         if (!changed.ok()) return (*shared)(changed.status());
         if (changed->state == nullptr) return (*shared)(InstanceDeleted());
+        if (changed->replayed) return (*shared)(std::nullopt);
         // Normalized with the parameters of the very state that the fold made.
         pieces.state_ = std::move(changed->state);
         pieces.header_.set_version(changed->version);
-        pieces.header_.set_replayed(changed->replayed);
         pieces.header_.set_num_batches_tracked(changed->num_batches_tracked);
         (*shared)(std::optional<ForwardPieces>(std::move(pieces)));
       });

@@ -47,7 +47,8 @@ void ResetParameters(Core& core, const v1::ResetParametersRequest& request,
 // checkpoints.cc
 void SaveCheckpoint(Core& core, const v1::SaveCheckpointRequest& request,
                     v1::SaveCheckpointResponse& response, Done done);
-void LoadCheckpoint(Core& core, const v1::LoadCheckpointRequest& request,
+// Tells only who may act on every instance which file is damaged.
+void LoadCheckpoint(Core& core, const Caller& caller, const v1::LoadCheckpointRequest& request,
                     v1::LoadCheckpointResponse& response, Done done);
 void ListCheckpoints(Core& core, const v1::ListCheckpointsRequest& request,
                      v1::ListCheckpointsResponse& response, Done done);

@@ -41,12 +41,7 @@ void ZeroGrad(Core& core, const v1::ZeroGradRequest& request, v1::ZeroGradRespon
 void Step(Core& core, const v1::StepRequest& request, v1::StepResponse& response, Done done) {
   const auto settings = ToOptimizerSettings(request.optimizer());
   if (!settings.ok()) return done(settings.status());
-  // A call that is remembered by its id has changed something: it stepped.
-  auto answer = [&response, done = std::move(done)](const absl::Status& status) mutable {
-    if (status.ok() && response.replayed()) response.set_stepped(true);
-    done(status);
-  };
-  ChangeInstance(core, request, response, Method::kStep, std::move(answer),
+  ChangeInstance(core, request, response, Method::kStep, std::move(done),
                  [&](InstanceState& next) -> absl::StatusOr<Edited> {
                    if (!next.weight.present()) return NoParameters();
                    if (request.reset_optimizer()) next.optimizer = nullptr;
@@ -54,7 +49,7 @@ void Step(Core& core, const v1::StepRequest& request, v1::StepResponse& response
                      return OtherRule();
                    response.set_stepped(next.grad_weight.present() || next.grad_bias.present());
                    if (!response.stepped()) {
-                     return request.reset_optimizer() ? Edited::kChanged : Edited::kUnchanged;
+                     return request.reset_optimizer() ? Edited::kReset : Edited::kUnchanged;
                    }
                    normd::Step(*settings, next);
                    if (request.zero_grad()) {

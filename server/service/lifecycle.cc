@@ -76,8 +76,9 @@ void DeleteInstance(Core& core, const v1::DeleteInstanceRequest& request,
   if (!options.ok()) return done(options.status());
   core.registry->Delete(
       request.name(), *options,
-      [&response, done = std::move(done)](absl::StatusOr<Changed> deleted) mutable {
+      [&core, &response, done = std::move(done)](absl::StatusOr<Changed> deleted) mutable {
         if (deleted.ok()) {
+          if (deleted->state != nullptr) core.contexts->DropOf(deleted->state->identity->uid);
           response.set_version(deleted->version);
           response.set_replayed(deleted->replayed);
         }

@@ -36,7 +36,7 @@ Rpc::~Rpc() {
 }
 
 grpc::Status Rpc::Finish(const absl::Status& status, const Finished& finished) {
-  const double ms = absl::ToDoubleMilliseconds(absl::Now() - start_);
+  const double ms = absl::ToDoubleMilliseconds(SteadyNow() - start_);
   const bool own_fault = absl::IsInternal(status) || absl::IsDataLoss(status);
   spdlog::log(own_fault ? spdlog::level::err : spdlog::level::debug,
               "{} instance={} status={} ms={:.3f} bytes_in={} bytes_out={} peer={}{}{}", method_,

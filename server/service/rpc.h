@@ -10,11 +10,11 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "grpcpp/grpcpp.h"
 #include "server/auth/caller.h"
 #include "server/auth/permissions.h"
+#include "server/clock.h"
 #include "server/service/core.h"
 
 namespace normd {
@@ -72,7 +72,7 @@ class Rpc {
   Core& core_;
   const char* const method_;
   grpc::CallbackServerContext* const context_;
-  const absl::Time start_ = absl::Now();
+  const absl::Time start_ = SteadyNow();
   const Permission* const permission_;    // null: the method has no row
   std::shared_ptr<const Caller> caller_;  // null: nobody was made out
   absl::Status admitted_;

@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "server/clock.h"
 #include "spdlog/spdlog.h"
 
 namespace normd {
@@ -125,11 +125,11 @@ void HandOver::Accept() {
   if (peers_.size() >= kMostConnections) return;
   const int number = socket.get();
   auto connection = regions_->Connect(std::move(socket));
-  if (connection.ok()) peers_.push_back({*std::move(connection), number, absl::Now()});
+  if (connection.ok()) peers_.push_back({*std::move(connection), number, SteadyNow()});
 }
 
 void HandOver::CloseIdle() {
-  const absl::Time now = absl::Now();
+  const absl::Time now = SteadyNow();
   for (size_t i = peers_.size(); i-- > 0;) {
     Peer& peer = peers_[i];
     if (regions_->HasRegions(peer.connection)) {

@@ -89,10 +89,11 @@ std::string InstanceJson(const StoredInstance& instance) {
   AppendJsonString(out, identity.uid);
   out += R"(,"layer":)";
   AppendLayerJson(out, identity.layer);
-  fmt::format_to(std::back_inserter(out),
-                 R"(,"mode":"{}","version":{},"create_unix_ns":{},"update_unix_ns":{})",
-                 state.mode == Mode::kTrain ? "train" : "eval", state.version,
-                 absl::ToUnixNanos(identity.create_time), absl::ToUnixNanos(state.update_time));
+  fmt::format_to(
+      std::back_inserter(out),
+      R"(,"mode":"{}","version":{},"parameters_version":{},"create_unix_ns":{},"update_unix_ns":{})",
+      state.mode == Mode::kTrain ? "train" : "eval", state.version, state.parameters_version,
+      absl::ToUnixNanos(identity.create_time), absl::ToUnixNanos(state.update_time));
   if (state.optimizer != nullptr) {
     for (const auto& [rule, name] : kRules) {
       if (state.optimizer->rule == rule) {
@@ -315,7 +316,7 @@ absl::StatusOr<Layer> LayerFromText(std::string_view text) {
 
 bool KnownMethod(uint64_t number) {
   return number >= static_cast<uint64_t>(Method::kCreate) &&
-         number <= static_cast<uint64_t>(Method::kResetParameters);
+         number <= static_cast<uint64_t>(Method::kResetOptimizer);
 }
 
 std::string EncodeInstance(const StoredInstance& instance) {
@@ -375,6 +376,17 @@ absl::StatusOr<StoredInstance> DecodeInstance(std::string_view bytes) {
   if (mode != "train" && mode != "eval") members.Fail("mode", "is neither train nor eval");
   state->mode = mode == "train" ? Mode::kTrain : Mode::kEval;
   state->version = members.Uint("version", 1);
+  // Records of before do not have it, and may have changed them just now.
+  state->parameters_version = state->version;
+  if (const nlohmann::json* json_version = members.TakeOptional("parameters_version")) {
+    if (json_version->is_number_unsigned()) {
+      state->parameters_version = json_version->get<uint64_t>();
+    }
+    if (!json_version->is_number_unsigned() || state->parameters_version < 1 ||
+        state->parameters_version > state->version) {
+      members.Fail("parameters_version", "is none from 1 to the version");
+    }
+  }
   identity->create_time = absl::FromUnixNanos(members.Int("create_unix_ns", kMinInt64, kMaxInt64));
   state->update_time = absl::FromUnixNanos(members.Int("update_unix_ns", kMinInt64, kMaxInt64));
   std::shared_ptr<OptimizerState> optimizer;
@@ -447,6 +459,7 @@ std::string EncodeRecord(const InstanceState& state) {
   AppendBytes(out, layer);
   AppendNumber(out, state.mode == Mode::kTrain ? 0 : 1);
   AppendNumber(out, state.version);
+  AppendNumber(out, state.parameters_version);
   AppendNumber(out, static_cast<uint64_t>(absl::ToUnixNanos(identity.create_time)));
   AppendNumber(out, static_cast<uint64_t>(absl::ToUnixNanos(state.update_time)));
   AppendNumber(out, static_cast<uint64_t>(state.num_batches_tracked));
@@ -477,6 +490,7 @@ absl::StatusOr<std::shared_ptr<const InstanceState>> DecodeRecord(std::string_vi
   identity->layer = *std::move(layer);
   state->mode = reader.Number(1) == 0 ? Mode::kTrain : Mode::kEval;
   state->version = reader.Number();
+  state->parameters_version = reader.Number();
   identity->create_time = reader.Time();
   state->update_time = reader.Time();
   state->num_batches_tracked = reader.Count();
@@ -495,7 +509,8 @@ absl::StatusOr<std::shared_ptr<const InstanceState>> DecodeRecord(std::string_vi
   }
   if (!reader.ok() || !reader.at_end())
     return Damaged("its record is cut, too long or out of range");
-  if (!ValidInstanceName(identity->name) || !ValidUid(identity->uid) || state->version == 0) {
+  if (!ValidInstanceName(identity->name) || !ValidUid(identity->uid) || state->version == 0 ||
+      state->parameters_version == 0 || state->parameters_version > state->version) {
     return Damaged("its record has no name, uid or version");
   }
   if (const auto problem = Inconsistency(*state, identity->layer); !problem.empty()) {

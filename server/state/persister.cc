@@ -15,6 +15,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/synchronization/mutex.h"
+#include "server/clock.h"
 
 namespace normd {
 namespace {
@@ -38,7 +39,7 @@ class WritingPersister : public Persister {
   absl::Status Flush() final {
     absl::MutexLock lock(&mutex_);
     const uint64_t flush = ++flushes_asked_;
-    work_.Signal();
+    work_.SignalAll();
     while (flushes_done_ < flush) flushed_.Wait(&mutex_);
     return health_;
   }
@@ -70,7 +71,7 @@ class WritingPersister : public Persister {
     {
       absl::MutexLock lock(&mutex_);
       stopping_ = true;
-      work_.Signal();
+      work_.SignalAll();
     }
     writer_.join();
   }
@@ -78,14 +79,14 @@ class WritingPersister : public Persister {
   StateStore* const store_;
   std::atomic<uint64_t> submitted_ = 0;
   mutable absl::Mutex mutex_;
-  absl::CondVar work_;  // what Due answers has changed
+  SteadyCondVar work_;  // what Due answers has changed
 
  private:
   void Run() {
     absl::MutexLock lock(&mutex_);
     for (;;) {
-      while (!stopping_ && flushes_done_ == flushes_asked_ && absl::Now() < Due()) {
-        work_.WaitWithDeadline(&mutex_, Due());
+      while (!stopping_ && flushes_done_ == flushes_asked_ && SteadyNow() < Due()) {
+        work_.WaitUntil(&mutex_, Due());
       }
       const bool last = stopping_;
       const uint64_t flush = flushes_asked_;
@@ -124,7 +125,7 @@ class UpdatePersister : public WritingPersister {
     absl::MutexLock lock(&mutex_);
     waiting_.changes.push_back(std::move(change));
     waiting_.done.push_back(std::move(done));
-    work_.Signal();
+    work_.SignalAll();
   }
 
  private:
@@ -182,11 +183,11 @@ class IntervalPersister : public WritingPersister {
       absl::MutexLock lock(&mutex_);
       refusal = refusal_;
       if (refusal.ok()) {
-        const absl::Time now = absl::Now();
+        const absl::Time now = SteadyNow();
         if (waiting_.empty()) waiting_since_ = now;
         if (due_ == absl::InfiniteFuture()) {
           due_ = now + interval_;
-          work_.Signal();
+          work_.SignalAll();
         }
         std::vector<Change>& steps = waiting_[change.name];
         AddStep(steps, std::move(change));
@@ -262,14 +263,14 @@ class IntervalPersister : public WritingPersister {
     const bool kept = !taken_.empty();
     const bool was_refusing = refusing_;
     // Not when time alone has passed: a large commit may take long and go well.
-    refusing_ = kept && absl::Now() - taken_since_ >= interval_ + patience_;
+    refusing_ = kept && SteadyNow() - taken_since_ >= interval_ + patience_;
     if (kept) {
       spdlog::error("changes of {} instances could not be stored and will be tried again: {}",
                     taken_.size(), std::string(failure.message()));
     }
     {
       absl::MutexLock lock(&mutex_);
-      if (kept) due_ = std::min(due_, absl::Now() + std::min(interval_, patience_));
+      if (kept) due_ = std::min(due_, SteadyNow() + std::min(interval_, patience_));
       refusal_ = refusing_ ? Refusal(failure) : absl::OkStatus();
     }
     if (refusing_ != was_refusing) {

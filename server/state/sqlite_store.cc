@@ -19,6 +19,7 @@
 #include "absl/hash/hash.h"
 #include "absl/numeric/int128.h"
 #include "absl/synchronization/mutex.h"
+#include "server/clock.h"
 #include "server/state/files.h"
 #include "server/state/instance_codec.h"
 #include "server/state/parallel.h"
@@ -440,7 +441,7 @@ absl::Status SqliteStore::Open() {
 // The time before which a request has expired, as packed rows compare.
 std::string ExpiryKey() {
   std::string key;
-  AppendNumber(key, static_cast<uint64_t>(absl::ToUnixNanos(absl::Now() - RequestLog::kKeep)));
+  AppendNumber(key, static_cast<uint64_t>(absl::ToUnixNanos(SteadyNow() - RequestLog::kKeep)));
   return key;
 }
 
@@ -627,7 +628,7 @@ int SqliteStore::PruneExpired() {
 absl::Status SqliteStore::Load(absl::FunctionRef<absl::Status(StoredInstance)> instance,
                                absl::FunctionRef<absl::Status(Tombstone)> tombstone) {
   absl::MutexLock lock(&mutex_);
-  const absl::Time oldest = absl::Now() - RequestLog::kKeep;
+  const absl::Time oldest = SteadyNow() - RequestLog::kKeep;
 
   // Whether every page hangs together; what the rows hold has its own checksums.
   Statement rows;

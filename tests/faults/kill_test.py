@@ -21,6 +21,7 @@ from normd.v1 import instance_pb2, norm_service_pb2 as rpc
 
 from faults.history import Call, Restart, age_of_lost, check
 from faults.model import CHANNELS, Model, batch, new_state
+from harness.errors import error_detail
 from harness.layer import batch_norm_2d
 from harness.server import Server, environment
 from harness.tensors import from_proto, named, state_dict, to_proto
@@ -141,16 +142,18 @@ class Client(threading.Thread):
             try:
                 response, answer = send(stub, name, kind, seed, request_id)
             except (grpc.RpcError, ValueError) as error:  # ValueError: the channel is closed
+                detail = error_detail(error) if isinstance(error, grpc.RpcError) else None
+                if detail is not None and detail.applied_version:
+                    # It counts, and its output cannot be told any more.
+                    return Call(kind, begin, time.monotonic_ns(), detail.applied_version, seed, {},
+                                epoch, True)
                 if isinstance(error, grpc.RpcError) and error.code() not in (
                         grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                     raise
                 self.lives.after(epoch)
                 continue
-            replayed = getattr(response, "replayed", False)
-            if replayed:  # the output is by weight and bias of now
-                answer.pop("output", None)
             return Call(kind, begin, time.monotonic_ns(), response.version, seed, answer, epoch,
-                        replayed)
+                        getattr(response, "replayed", False))
 
 
 class Killed(unittest.TestCase):

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import torch
+from harness import streams
 from harness.errors import error_detail, refused
 from harness.layer import EVAL, TRAIN, Layer, batch_norm_2d, request_id
 from harness.seed import generator, torch_generator
-from harness.server import ServerTestCase
+from harness.server import ServerTestCase, eventually
 from harness.tensors import from_proto, named, to_proto
 from normd.v1 import instance_pb2, norm_service_pb2 as rpc, norm_service_pb2_grpc, optimizer_pb2, tensor_pb2
 
@@ -225,6 +226,44 @@ class Retries(ConcurrencyCase):
         self.assertEqual(late.batch_statistics, first.batch_statistics)
         self.assertEqual(layer.info().num_batches_tracked, 6)
 
+    def test_a_retried_forward_is_answered_as_the_first_whichever_mode_is_set_now(self):
+        layer = self.layer()
+        x, again = self.batch(), request_id()
+        first = layer.forward(x, request_id=again)
+        layer.eval()
+        late = layer.forward(x, request_id=again)
+        self.assertEqual((late.replayed, late.version, late.mode), (True, 2, TRAIN))
+        self.assertEqual(late.output.data, first.output.data)
+
+    def test_a_retry_whose_output_can_no_longer_be_told_says_so(self):
+        layer = self.layer()
+        x, again = self.batch(), request_id()
+        layer.forward(x, request_id=again)
+        layer.train()
+        layer.load_state_dict({**layer.state_dict(), "weight": torch.full((CHANNELS,), 2.0)})
+        calls = (lambda: layer.forward(x, request_id=again),
+                 lambda: streams.forward(layer.stub, layer.name, x, request_id=again))
+        for restarted in (False, True):
+            for call in calls:
+                with refused(self, grpc.StatusCode.FAILED_PRECONDITION, "request_id") as refusal:
+                    call()
+                self.assertEqual(refusal.detail.applied_version, 2)
+            self.assertEqual(layer.info().num_batches_tracked, 1)
+            self.server.restart()
+            type(self).stub = layer.stub = self.server.stub
+
+    def test_a_retried_backward_without_a_context_says_so_too(self):
+        layer = self.layer()
+        x, again = self.batch(), request_id()
+        first = layer.backward(x, x=x, mode=TRAIN, accumulate=True, request_id=again)
+        layer.forward(self.batch(1))  # changes neither weight nor bias
+        late = layer.backward(x, x=x, mode=TRAIN, accumulate=True, request_id=again)
+        self.assertEqual((late.replayed, late.grad_input.data), (True, first.grad_input.data))
+        layer.load_state_dict({**layer.state_dict(), "weight": torch.full((CHANNELS,), 2.0)})
+        with refused(self, grpc.StatusCode.FAILED_PRECONDITION, "request_id") as refusal:
+            layer.backward(x, x=x, mode=TRAIN, accumulate=True, request_id=again)
+        self.assertEqual(refusal.detail.applied_version, first.version)
+
     def test_a_retried_forward_gives_a_context_that_works(self):
         layer = self.layer()
         x, again = self.batch(), request_id()
@@ -260,6 +299,15 @@ class Retries(ConcurrencyCase):
         sgd = optimizer_pb2.Optimizer(sgd=optimizer_pb2.Sgd(lr=0.5, momentum=0.9))
         answers = self.three_times(layer, lambda layer, id: layer.step(sgd, request_id=id))
         self.assertEqual({answer.stepped for answer in answers}, {True})
+
+    def test_a_step_that_only_reset_the_optimizer_did_not_step(self):
+        layer = self.layer()
+        layer.backward(self.batch(), x=self.batch(), accumulate=True)
+        sgd = optimizer_pb2.Optimizer(sgd=optimizer_pb2.Sgd(lr=0.5, momentum=0.9))
+        layer.step(sgd, zero_grad=True)
+        answers = self.three_times(layer, lambda layer, id: layer.step(
+            sgd, reset_optimizer=True, request_id=id))
+        self.assertEqual({answer.stepped for answer in answers}, {False})
 
     def test_the_others(self):
         layer = self.layer()
@@ -315,6 +363,78 @@ class Retries(ConcurrencyCase):
             self.assertTrue(answer.replayed, index)
             self.assertEqual(answer.version, index + 2)
         self.assertEqual(layer.info().version, version)
+
+
+class Everything(ConcurrencyCase):
+    """32 threads that create, delete, compute and checkpoint under the same few names."""
+
+    FLAGS = ("--durability=update", "--checkpoint_interval=200ms", "--keep_checkpoints=2")
+    NAMES = ("a", "b", "c")
+    CALLS = 25  # a thread
+    # Somebody else was faster.
+    LOST = {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.ABORTED,
+            grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT}
+
+    def test_at_once_on_the_same_names(self):
+        sgd = optimizer_pb2.Optimizer(sgd=optimizer_pb2.Sgd(lr=1e-3, momentum=0.9))
+        outcomes = []
+
+        def work(stub, seed):
+            rng = generator(f"{self.id()}/{seed}")
+            x = torch.randn(2, 3, 4, 4)
+            wider = torch.randn(2, 5, 4, 4)
+
+            def learn(layer, x):
+                context = layer.forward(x, save=True, request_id=request_id()).context_id
+                layer.backward(x, context, accumulate=True)
+                layer.step(sgd, zero_grad=True)
+
+            ways = [
+                lambda layer: stub.CreateInstance(rpc.CreateInstanceRequest(
+                    name=layer.name, config=batch_norm_2d(rng.choice((3, 5)),
+                                                          affine=rng.random() < 0.7))),
+                lambda layer: layer.delete(),
+                lambda layer: layer.forward(x, mode=TRAIN),
+                lambda layer: layer.forward(x, mode=EVAL),
+                lambda layer: learn(layer, x),
+                lambda layer: learn(layer, wider),
+                lambda layer: layer.train(),
+                lambda layer: layer.get_state(gradients=True, optimizer=True),
+                lambda layer: stub.ListInstances(rpc.ListInstancesRequest()),
+                lambda layer: stub.SaveCheckpoint(rpc.SaveCheckpointRequest()),
+                lambda layer: stub.LoadCheckpoint(rpc.LoadCheckpointRequest()),
+            ]
+            for _ in range(self.CALLS):
+                try:
+                    rng.choice(ways)(Layer(stub, rng.choice(self.NAMES)))
+                    outcomes.append(None)
+                except grpc.RpcError as error:
+                    self.assertIn(error.code(), self.LOST, error.details())
+                    outcomes.append(error.code())
+        self.at_once([lambda stub=stub, seed=seed: work(stub, seed)
+                      for seed, stub in enumerate(self.stubs(32))])
+        self.assertEqual(len(outcomes), 32 * self.CALLS)
+        self.assertGreater(outcomes.count(None), len(outcomes) / 4)
+
+        # What is left hangs together, and is the same after a kill.
+        def left():
+            states = {}
+            for told in self.server.stub.ListInstances(rpc.ListInstancesRequest()).instances:
+                layer = Layer(self.server.stub, told.name)
+                channels = told.config.batch_norm_2d.num_features
+                state = layer.state_dict()
+                for key in ("running_mean", "running_var"):
+                    self.assertEqual(list(state[key].shape), [channels])
+                    self.assertTrue(state[key].isfinite().all())
+                for value in layer.gradients().values():
+                    self.assertEqual(list(value.shape), [channels])
+                states[told.name] = layer.get_state(gradients=True, optimizer=True)
+            return states
+        before = left()
+        self.server.kill()
+        self.server.start()
+        type(self).stub = self.server.stub
+        self.assertEqual(left(), before)
 
 
 class OtherInstances(ConcurrencyCase):
@@ -373,6 +493,19 @@ class ContextLifetime(ConcurrencyCase):
         time.sleep(1.5)
         with refused(self, grpc.StatusCode.NOT_FOUND, "context_id"):
             layer.backward(x, context)
+
+    def test_those_of_a_deleted_instance_give_their_memory_back(self):
+        def held():
+            return self.stub.GetServerInfo(rpc.GetServerInfoRequest()).memory_in_use
+        layer, x = self.layer(), torch.randn(4, CHANNELS, 32, 32)
+        before = held()
+        contexts = [layer.forward(x, save=True).context_id for _ in range(3)]
+        self.assertGreater(held() - before, 3 * x.numel() * 4 - 1)
+        layer.delete()
+        eventually(lambda: held() <= before)  # gRPC may hold an answer for a moment
+        again = Layer.create(self.stub, layer.name, CHANNELS)
+        with refused(self, grpc.StatusCode.NOT_FOUND, "context_id"):
+            again.backward(x, contexts[0])
 
     def test_retain_keeps_it_for_more(self):
         layer = self.layer()

@@ -275,6 +275,27 @@ class EveryRpc(WithFiles):
                 self.stub.LoadCheckpoint(pb.LoadCheckpointRequest(names=names),
                                          metadata=self.who("b-admin"))
 
+    def test_what_is_damaged_elsewhere_is_not_named_to_an_admin_of_a_prefix(self):
+        saved = self.stub.SaveCheckpoint(pb.SaveCheckpointRequest(), metadata=self.who("root"))
+        damaged = saved.checkpoint.id
+        folder = self.server.checkpoint_directory() / damaged
+        file = next(folder.rglob("a%2Fx.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        self.addCleanup(shutil.rmtree, folder)
+
+        def load(who, id=damaged):
+            return self.stub.LoadCheckpoint(
+                pb.LoadCheckpointRequest(checkpoint_id=id, names=["b/1"]), metadata=self.who(who))
+        with refused(self, grpc.StatusCode.DATA_LOSS, message=file.name):
+            load("root")
+        with refused(self, grpc.StatusCode.DATA_LOSS, "checkpoint_id",
+                     message="the server's log says where") as refusal:
+            load("b-admin")
+        self.assertNotIn("safetensors", refusal.error.details() + str(refusal.detail))
+        self.assertIn(file.name, self.server.log())
+
     def test_health_is_open_and_reflection_is_not_there(self):
         health = health_pb2_grpc.HealthStub(self.channel)
         self.assertEqual(health.Check(health_pb2.HealthCheckRequest()).status,

@@ -65,6 +65,23 @@ TEST(InstanceCodec, KeepsDoublesBitForBit) {
   }
 }
 
+TEST(InstanceCodec, TakesARecordOfBeforeForOneWhoseParametersHaveJustChanged) {
+  InstanceState state = TrainedState("bn", SampleLayer(2));
+  state.version = 9;
+  state.parameters_version = 4;
+  const std::string bytes = EncodeInstance({.state = Share(state), .requests = {}});
+  EXPECT_EQ((*DecodeInstance(bytes)).state->parameters_version, 4u);
+  auto file = ParseSafetensors(bytes);
+  ASSERT_TRUE(file.ok());
+  std::string& json = file->metadata["normd.instance"];
+  const std::string member = R"("parameters_version":4,)";
+  ASSERT_NE(json.find(member), std::string::npos);
+  json.erase(json.find(member), member.size());
+  const auto decoded = DecodeInstance(WriteSafetensors(*file));
+  ASSERT_TRUE(decoded.ok()) << decoded.status();
+  EXPECT_EQ(decoded->state->parameters_version, 9u);
+}
+
 TEST(InstanceCodec, KeepsEachOptimizerRule) {
   for (const OptimizerRule rule :
        {OptimizerRule::kSgd, OptimizerRule::kAdam, OptimizerRule::kAdamW}) {
