@@ -216,6 +216,20 @@ absl::StatusOr<ServerInfo> Client::GetServerInfo(const CallOptions& call) const 
   return FromWire(*response);
 }
 
+absl::StatusOr<SharedMemoryStatus> Client::GetSharedMemoryStatus(const CallOptions& call) const {
+  const auto wire =
+      connection_->Call(&Stub::GetSharedMemoryStatus, v1::GetSharedMemoryStatusRequest(), call);
+  if (!wire.ok()) return wire.status();
+  return SharedMemoryStatus{.enabled = wire->enabled(),
+                            .socket = wire->socket(),
+                            .connections = wire->connections(),
+                            .regions = wire->regions(),
+                            .bytes_in_use = wire->bytes_in_use(),
+                            .shared_memory_budget = wire->shared_memory_budget(),
+                            .max_region_bytes = wire->max_region_bytes(),
+                            .max_regions = wire->max_regions()};
+}
+
 absl::StatusOr<Health> Client::CheckHealth(std::string_view service,
                                            const CallOptions& call) const {
   // HealthCheckRequest and HealthCheckResponse have one field each, and on the

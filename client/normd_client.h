@@ -421,6 +421,18 @@ struct ServerInfo {
   std::string durability;  // "interval", "update", "none"
 };
 
+// What the server lends to the clients on its host; all 0 without --shared_memory=on.
+struct SharedMemoryStatus {
+  bool enabled = false;
+  std::string socket;
+  int64_t connections = 0;
+  int64_t regions = 0;
+  int64_t bytes_in_use = 0;
+  int64_t shared_memory_budget = 0;
+  int64_t max_region_bytes = 0;
+  int64_t max_regions = 0;  // of a connection
+};
+
 // grpc.health.v1.HealthCheckResponse.ServingStatus.
 enum class Health { kUnknown, kServing, kNotServing, kServiceUnknown };
 
@@ -557,6 +569,7 @@ class Client {
                                                  const CallOptions& call = {}) const;
 
   absl::StatusOr<ServerInfo> GetServerInfo(const CallOptions& call = {}) const;
+  absl::StatusOr<SharedMemoryStatus> GetSharedMemoryStatus(const CallOptions& call = {}) const;
   // Of the whole server, or of "normd.v1.NormService".
   absl::StatusOr<Health> CheckHealth(std::string_view service = "",
                                      const CallOptions& call = {}) const;

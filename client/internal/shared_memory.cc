@@ -274,7 +274,9 @@ absl::StatusOr<std::shared_ptr<Lease>> SharedMemoryPool::Get(size_t bytes, absl:
     status = block.status();
   }
   refused_ = status;
-  const bool off = absl::IsFailedPrecondition(status) || absl::IsUnimplemented(status);
+  // Not found: the socket is another server's than the one that answers, behind a tunnel.
+  const bool off = absl::IsFailedPrecondition(status) || absl::IsUnimplemented(status) ||
+                   absl::IsNotFound(status);
   ask_again_ = absl::Now() + (off ? kOffFor : kNotNowFor);
   return status;
 }

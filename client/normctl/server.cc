@@ -15,6 +15,9 @@ Action Info(CLI::App&) {
   return [](Session& session) -> absl::StatusOr<Report> {
     const auto info = session.client.GetServerInfo();
     if (!info.ok()) return info.status();
+    // A server of before has none.
+    const auto shared = session.client.GetSharedMemoryStatus();
+    if (!shared.ok() && !absl::IsUnimplemented(shared.status())) return shared.status();
     const ServerInfo::Limits& limits = info->limits;
     Json devices = Json::array();
     std::vector<std::pair<std::string, std::string>> facts = {
@@ -31,6 +34,20 @@ Action Info(CLI::App&) {
                                         absl::FormatDuration(limits.context_ttl))},
         {"longest message", Limit(limits.max_message_bytes)},
         {"most channels", absl::StrCat(limits.max_features)}};
+    Json shared_memory;  // null: off
+    if (shared.ok() && shared->enabled) {
+      shared_memory = {{"socket", shared->socket},
+                       {"connections", shared->connections},
+                       {"regions", shared->regions},
+                       {"bytes_in_use", shared->bytes_in_use},
+                       {"shared_memory_budget", shared->shared_memory_budget},
+                       {"max_region_bytes", shared->max_region_bytes},
+                       {"max_regions", shared->max_regions}};
+      facts.push_back(
+          {"shared memory", absl::StrCat(HumanBytes(static_cast<double>(shared->bytes_in_use)),
+                                         " of ", Limit(shared->shared_memory_budget), ", of ",
+                                         shared->connections, " connections at ", shared->socket)});
+    }
     for (const ServerInfo::Device& device : info->devices) {
       devices.push_back({{"name", device.name},
                          {"parallelism", device.parallelism},
@@ -55,6 +72,7 @@ Action Info(CLI::App&) {
                            {"start_time", JsonTime(info->start_time)},
                            {"instance_count", info->instance_count},
                            {"memory_in_use", info->memory_in_use},
+                           {"shared_memory", shared_memory},
                            {"durability", info->durability}},
                   .text = Facts(facts)};
   };

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -687,6 +688,22 @@ class Normctl(ServerTestCase):
             got, regions = self.forward(use)
             self.assertEqual(got, plain)
             self.assertEqual(regions, 2, "one for the input, one for the output")
+
+    def test_info_tells_of_it(self):
+        def info(*flags):
+            return subprocess.run([NORMCTL, f"--server={self.server.address}", *flags, "info"],
+                                  capture_output=True, text=True, timeout=60, check=True,
+                                  env=environment()).stdout
+
+        with Connection(self.stub) as connection:
+            connection.register(PART)
+            self.assertEqual(json.loads(info("--json"))["shared_memory"]["bytes_in_use"], PART)
+        self.assertIn(str(self.server.state_dir / "shared-memory.sock"), info())
+        with Server() as without:
+            done = subprocess.run([NORMCTL, f"--server={without.address}", "--json", "info"],
+                                  capture_output=True, text=True, timeout=60, check=True,
+                                  env=environment())
+            self.assertIsNone(json.loads(done.stdout)["shared_memory"])
 
     def test_fails_where_it_must_and_cannot(self):
         with Server() as without:
