@@ -137,7 +137,7 @@ class Instance:
 
     def change(self, request_id, method, parameters=False):
         self.version += 1
-        if parameters:
+        if parameters and self.layer.has_weight:
             self.parameters_version = self.version
         self.remember(request_id, method)
         return self.version
