@@ -123,10 +123,10 @@ class ServerImpl final : public Server {
     spdlog::info("draining: no new calls; those under way have {}",
                  absl::FormatDuration(config_.drain_timeout));
     {
-      absl::MutexLock lock(&health_mutex_);
-      health_->SetServingStatus(false);
-      health_ = nullptr;
+      absl::MutexLock lock(&changes_mutex_);
+      changes_health_ = nullptr;
     }
+    grpc_->GetHealthCheckService()->SetServingStatus(false);
     if (!gate_.Close(absl::Now() + config_.drain_timeout)) {
       spdlog::warn("calls still under way are cancelled: --drain_timeout={} is over",
                    absl::FormatDuration(config_.drain_timeout));
@@ -259,16 +259,16 @@ class ServerImpl final : public Server {
     }
     grpc_->GetHealthCheckService()->SetServingStatus(true);
     grpc_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
-    absl::MutexLock lock(&health_mutex_);
-    health_ = grpc_->GetHealthCheckService();
-    health_->SetServingStatus(kChangesName, changes_taken_);
+    absl::MutexLock lock(&changes_mutex_);
+    changes_health_ = grpc_->GetHealthCheckService();
+    changes_health_->SetServingStatus(kChangesName, changes_taken_);
     return absl::OkStatus();
   }
 
   void ShowChanges(bool taken) {
-    absl::MutexLock lock(&health_mutex_);
+    absl::MutexLock lock(&changes_mutex_);
     changes_taken_ = taken;
-    if (health_ != nullptr) health_->SetServingStatus(kChangesName, taken);
+    if (changes_health_ != nullptr) changes_health_->SetServingStatus(kChangesName, taken);
   }
 
   // Against connections that cost more than they are worth: those that are opened and never
@@ -328,10 +328,10 @@ class ServerImpl final : public Server {
   std::unique_ptr<StateDirectory> directory_;
   std::unique_ptr<StateStore> store_;
   std::unique_ptr<Checkpoints> checkpoints_;
-  // What the health service says of changes, while there is one.
-  absl::Mutex health_mutex_;
-  bool changes_taken_ ABSL_GUARDED_BY(health_mutex_) = true;
-  grpc::HealthCheckServiceInterface* health_ ABSL_GUARDED_BY(health_mutex_) = nullptr;
+  // What the health service says of changes, while it serves.
+  absl::Mutex changes_mutex_;
+  bool changes_taken_ ABSL_GUARDED_BY(changes_mutex_) = true;
+  grpc::HealthCheckServiceInterface* changes_health_ ABSL_GUARDED_BY(changes_mutex_) = nullptr;
   std::unique_ptr<Persister> persister_;
   std::optional<Registry> registry_;
   SavedContexts contexts_;
