@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cassert>
+#include <chrono>
+#include <condition_variable>
 #include <iterator>
 #include <string>
 #include <thread>
@@ -18,6 +20,13 @@
 
 namespace normd {
 namespace {
+
+// Not the wall clock, which may be set back: a change is to be stored an interval later all the
+// same. absl's waits go by the wall clock, so they are not used here.
+using Clock = std::chrono::steady_clock;
+constexpr Clock::time_point kNever = Clock::time_point::max();
+// Longer intervals are not told from it.
+constexpr absl::Duration kLongestInterval = absl::Hours(24 * 365);
 
 // kNone: keeps nothing.
 class NullPersister : public Persister {
@@ -38,7 +47,7 @@ class WritingPersister : public Persister {
   absl::Status Flush() final {
     absl::MutexLock lock(&mutex_);
     const uint64_t flush = ++flushes_asked_;
-    work_.Signal();
+    work_.notify_one();
     while (flushes_done_ < flush) flushed_.Wait(&mutex_);
     return health_;
   }
@@ -54,8 +63,8 @@ class WritingPersister : public Persister {
   explicit WritingPersister(StateStore* store) : store_(store) {}
   ~WritingPersister() override { assert(!writer_.joinable()); }
 
-  // When what waits is to be committed; InfiniteFuture when nothing does.
-  virtual absl::Time Due() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) = 0;
+  // When what waits is to be committed; kNever when nothing does.
+  virtual Clock::time_point Due() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) = 0;
   // Takes what waits, for CommitTaken.
   virtual void Take() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) = 0;
   // Commits what was taken, and returns the commit's error.
@@ -70,7 +79,7 @@ class WritingPersister : public Persister {
     {
       absl::MutexLock lock(&mutex_);
       stopping_ = true;
-      work_.Signal();
+      work_.notify_one();
     }
     writer_.join();
   }
@@ -78,18 +87,36 @@ class WritingPersister : public Persister {
   StateStore* const store_;
   std::atomic<uint64_t> submitted_ = 0;
   mutable absl::Mutex mutex_;
-  absl::CondVar work_;  // what Due answers has changed
+  std::condition_variable_any work_;  // what Due answers has changed
 
  private:
+  // `mutex_` as the standard library takes one.
+  struct Lock {
+    void lock() ABSL_NO_THREAD_SAFETY_ANALYSIS { mutex.Lock(); }
+    void unlock() ABSL_NO_THREAD_SAFETY_ANALYSIS { mutex.Unlock(); }
+    absl::Mutex& mutex;
+  };
+
+  void WaitForWork() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    Lock lock{mutex_};
+    for (;;) {
+      const Clock::time_point due = Due();
+      if (stopping_ || flushes_done_ != flushes_asked_ || Clock::now() >= due) return;
+      if (due == kNever) {
+        work_.wait(lock);
+      } else {
+        work_.wait_until(lock, due);
+      }
+    }
+  }
+
   void Run() {
     absl::MutexLock lock(&mutex_);
     for (;;) {
-      while (!stopping_ && flushes_done_ == flushes_asked_ && absl::Now() < Due()) {
-        work_.WaitWithDeadline(&mutex_, Due());
-      }
+      WaitForWork();
       const bool last = stopping_;
       const uint64_t flush = flushes_asked_;
-      if (Due() < absl::InfiniteFuture()) {
+      if (Due() != kNever) {
         Take();
         mutex_.Unlock();
         absl::Status status = CommitTaken();
@@ -124,7 +151,7 @@ class UpdatePersister : public WritingPersister {
     absl::MutexLock lock(&mutex_);
     waiting_.changes.push_back(std::move(change));
     waiting_.done.push_back(std::move(done));
-    work_.Signal();
+    work_.notify_one();
   }
 
  private:
@@ -133,8 +160,8 @@ class UpdatePersister : public WritingPersister {
     std::vector<absl::AnyInvocable<void(absl::Status)>> done;  // one a change
   };
 
-  absl::Time Due() const override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return waiting_.changes.empty() ? absl::InfiniteFuture() : absl::InfinitePast();
+  Clock::time_point Due() const override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return waiting_.changes.empty() ? kNever : Clock::time_point::min();
   }
   void Take() override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { std::swap(waiting_, taken_); }
 
@@ -161,8 +188,8 @@ class IntervalPersister : public WritingPersister {
   IntervalPersister(StateStore* store, absl::Duration interval,
                     absl::AnyInvocable<void(bool)> on_refusing, absl::Duration patience)
       : WritingPersister(store),
-        interval_(interval),
-        patience_(patience),
+        interval_(absl::ToChronoNanoseconds(std::min(interval, kLongestInterval))),
+        patience_(absl::ToChronoNanoseconds(patience)),
         on_refusing_(std::move(on_refusing)) {
     StartWriter();
   }
@@ -182,11 +209,11 @@ class IntervalPersister : public WritingPersister {
       absl::MutexLock lock(&mutex_);
       refusal = refusal_;
       if (refusal.ok()) {
-        const absl::Time now = absl::Now();
+        const Clock::time_point now = Clock::now();
         if (waiting_.empty()) waiting_since_ = now;
-        if (due_ == absl::InfiniteFuture()) {
+        if (due_ == kNever) {
           due_ = now + interval_;
-          work_.Signal();
+          work_.notify_one();
         }
         std::vector<Change>& steps = waiting_[change.name];
         AddStep(steps, std::move(change));
@@ -221,10 +248,10 @@ class IntervalPersister : public WritingPersister {
     }
   }
 
-  absl::Time Due() const override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return due_; }
+  Clock::time_point Due() const override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return due_; }
 
   void Take() override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    due_ = absl::InfiniteFuture();
+    due_ = kNever;
     if (taken_.empty()) {
       std::swap(taken_, waiting_);
       taken_since_ = waiting_since_;
@@ -262,15 +289,16 @@ class IntervalPersister : public WritingPersister {
     const bool kept = !taken_.empty();
     const bool was_refusing = refusing_;
     // Not when time alone has passed: a large commit may take long and go well.
-    refusing_ = kept && absl::Now() - taken_since_ >= interval_ + patience_;
+    const Clock::duration age = Clock::now() - taken_since_;
+    refusing_ = kept && age >= interval_ + patience_;
     if (kept) {
       spdlog::error("changes of {} instances could not be stored and will be tried again: {}",
                     taken_.size(), std::string(failure.message()));
     }
     {
       absl::MutexLock lock(&mutex_);
-      if (kept) due_ = std::min(due_, absl::Now() + std::min(interval_, patience_));
-      refusal_ = refusing_ ? Refusal(failure) : absl::OkStatus();
+      if (kept) due_ = std::min(due_, Clock::now() + std::min(interval_, patience_));
+      refusal_ = refusing_ ? Refusal(failure, age) : absl::OkStatus();
     }
     if (refusing_ != was_refusing) {
       if (refusing_) {
@@ -283,27 +311,27 @@ class IntervalPersister : public WritingPersister {
     return failure;
   }
 
-  absl::Status Refusal(const absl::Status& failure) const {
+  absl::Status Refusal(const absl::Status& failure, Clock::duration age) const {
     return {failure.code(),
-            fmt::format("changes acknowledged since {} could not be stored, so no others are taken "
-                        "until the store can be written again (tried every {}): {}",
-                        absl::FormatTime(absl::RFC3339_sec, taken_since_, absl::UTCTimeZone()),
-                        absl::FormatDuration(std::min(interval_, patience_)),
+            fmt::format("changes of the last {} could not be stored, so no others are taken until "
+                        "the store can be written again, which is tried every {}: {}",
+                        absl::FormatDuration(absl::Trunc(absl::FromChrono(age), absl::Seconds(1))),
+                        absl::FormatDuration(absl::FromChrono(std::min(interval_, patience_))),
                         std::string(failure.message()))};
   }
 
-  const absl::Duration interval_;
-  const absl::Duration patience_;
+  const Clock::duration interval_;
+  const Clock::duration patience_;
   absl::AnyInvocable<void(bool)> on_refusing_;  // the writer's
   Pending waiting_ ABSL_GUARDED_BY(mutex_);
-  absl::Time waiting_since_ ABSL_GUARDED_BY(mutex_);  // of the oldest in `waiting_`
+  Clock::time_point waiting_since_ ABSL_GUARDED_BY(mutex_);  // of the oldest in `waiting_`
   // When the writer is to commit `waiting_`, and what it kept of a failed commit.
-  absl::Time due_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
+  Clock::time_point due_ ABSL_GUARDED_BY(mutex_) = kNever;
   // What a change is answered; not OK: refused.
   absl::Status refusal_ ABSL_GUARDED_BY(mutex_);
   // The writer's.
   Pending taken_;
-  absl::Time taken_since_;  // of the oldest in `taken_`
+  Clock::time_point taken_since_;  // of the oldest in `taken_`
   bool refusing_ = false;
 };
 
