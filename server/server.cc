@@ -1,6 +1,7 @@
 #include "server/server.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -16,7 +17,9 @@
 #include "grpcpp/impl/server_builder_option.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/tbb_executor.h"
+#include "server/admission/admission_queue.h"
 #include "server/admission/call_gate.h"
+#include "server/admission/concurrency_limit.h"
 #include "server/auth/audit_log.h"
 #include "server/auth/authenticator.h"
 #include "server/auth/tls.h"
@@ -63,10 +66,14 @@ class ServerImpl final : public Server {
  public:
   explicit ServerImpl(const Config& config)
       : config_(config),
-        executor_(config.threads),
-        pool_(static_cast<size_t>(config.memory_budget / 4)),
         concurrency_(config.max_concurrent_requests),
         memory_(config.memory_budget, "--memory_budget"),
+        admission_(
+            concurrency_, memory_,
+            [this](std::function<void()> task) { executor_.Enqueue(std::move(task)); },
+            config.admission_queue_timeout),
+        executor_(config.threads),
+        pool_(static_cast<size_t>(config.memory_budget / 4), &memory_),
         context_memory_(config.context_budget, "--context_budget"),
         contexts_(&context_memory_, config.context_ttl) {}
 
@@ -92,7 +99,7 @@ class ServerImpl final : public Server {
              .executor = &executor_,
              .backend = backend_.get(),
              .pool = &pool_,
-             .concurrency = &concurrency_,
+             .admission = &admission_,
              .memory = &memory_,
              .context_memory = &context_memory_,
              .persister = persister_.get(),
@@ -292,12 +299,14 @@ class ServerImpl final : public Server {
   std::shared_ptr<grpc::ServerCredentials> tcp_credentials_ = grpc::InsecureServerCredentials();
   std::unique_ptr<Authenticator> authenticator_;
   std::unique_ptr<AuditLog> audit_log_;
+  ConcurrencyLimit concurrency_;
+  MemoryBudget memory_;
+  // Its turns are run by the executor, whose destructor runs the last.
+  AdmissionQueue admission_;
   TbbExecutor executor_;
   std::unique_ptr<Backend> backend_;
   BufferPool pool_;
   CallGate gate_;
-  ConcurrencyLimit concurrency_;
-  MemoryBudget memory_;
   MemoryBudget context_memory_;
   std::unique_ptr<StateDirectory> directory_;
   std::unique_ptr<StateStore> store_;

@@ -19,7 +19,8 @@ constexpr size_t kStep = size_t{4} << 20;
 absl::Status ArrivingBytes::Grow(Core& core, size_t count) {
   if (size_ <= kStep) {
     if (memory_.buffer.data() != nullptr) return absl::OkStatus();
-    auto memory = GetBuffer(core, static_cast<int64_t>(size_));
+    MemoryClaim none;
+    auto memory = GetBuffer(core, static_cast<int64_t>(size_), none);
     if (memory.ok()) memory_ = *std::move(memory);
     return memory.status();
   }
@@ -30,6 +31,7 @@ absl::Status ArrivingBytes::Grow(Core& core, size_t count) {
     auto claim = core.memory->Claim(static_cast<int64_t>(bytes - claimed));
     if (!claim.ok()) return claim.status();
     memory_.claim.Merge(*std::move(claim));
+    core.pool->MakeRoom();
   }
   if (memory_.buffer.data() != nullptr) return absl::OkStatus();
   memory_.buffer = core.pool->GetUntouched(size_);

@@ -94,7 +94,7 @@ Values Accumulated(const Values& old, const Values& gradient) {
 }  // namespace
 
 void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Payload grad_output,
-              std::stop_token stop, BackwardDone done) {
+              MemoryClaim spare, std::stop_token stop, BackwardDone done) {
   const absl::StatusOr<ChangeOptions> options = ToChangeOptions(request, Method::kBackward);
   if (!options.ok()) return done(options.status());
   const auto wanted_mode = ToMode(request.mode());
@@ -162,7 +162,7 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
         buffer = std::move(grad_output.gathered);
         return absl::OkStatus();
       }
-      auto memory = GetBuffer(core, spec->bytes());
+      auto memory = GetBuffer(core, spec->bytes(), spare);
       if (memory.ok()) buffer = *std::move(memory);
       return memory.status();
     };

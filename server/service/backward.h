@@ -18,9 +18,10 @@ using BackwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::Bac
 // Serves one Backward, from the unary call and the stream alike: `request`
 // without the tensors' data, which are `input` (empty with a context) and
 // `grad_output`. All are used only until this returns; `done` is called then or
-// later, when the change is durable.
+// later, when the change is durable. `spare`: memory that is claimed already for what this
+// allocates.
 void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Payload grad_output,
-              std::stop_token stop, BackwardDone done);
+              MemoryClaim spare, std::stop_token stop, BackwardDone done);
 
 }  // namespace normd
 

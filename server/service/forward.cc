@@ -146,7 +146,7 @@ absl::Status CheckMayForward(const Caller& caller, const v1::ForwardRequest& req
 }
 
 void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
-             Payload residual, std::stop_token stop, ForwardDone done) {
+             Payload residual, MemoryClaim spare, std::stop_token stop, ForwardDone done) {
   const auto spec = ToForwardSpec(request);
   if (!spec.ok()) return done(spec.status());
   if (absl::Status s = CheckBytes(spec->input, input.size, "input"); !s.ok()) return done(s);
@@ -180,7 +180,7 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
       if (!saving && !pass->folds && input.gathered.buffer.data() != nullptr) {
         call->output = std::move(input.gathered);
       } else {
-        auto output = GetBuffer(core, spec->input.bytes());
+        auto output = GetBuffer(core, spec->input.bytes(), spare);
         if (!output.ok()) return call->Refuse(output.status());
         call->output = *std::move(output);
       }

@@ -26,8 +26,9 @@ struct TensorAnswer {
 // RESOURCE_EXHAUSTED: the budget had room, the system has none.
 absl::Status NoSystemMemory();
 
-// Pooled memory, claimed from the budget first.
-absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes);
+// Pooled memory, claimed first: from `spare`, which its owner has claimed for such ends, and
+// from the budget where that is not enough.
+absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes, MemoryClaim& spare);
 
 // `memory` as the tensor field `number` of an answer, of `spec`'s type and shape.
 AnswerTensor ToAnswer(int number, const TensorSpec& spec, ClaimedBuffer memory);

@@ -36,6 +36,10 @@ size_t BufferPool::ClassOf(size_t size, size_t* capacity) {
   return power * 4 + (steps - 5);
 }
 
+size_t BufferPool::CapacityOf(size_t size_class) {
+  return (size_class % 4 + 5) * ((size_t{1} << (size_class / 4)) / 8);
+}
+
 Buffer BufferPool::Get(size_t size) {
   if (size == 0 || size > PTRDIFF_MAX / 2) return {};
   size_t capacity = 0;
@@ -47,10 +51,35 @@ Buffer BufferPool::Get(size_t size) {
       char* data = idle.back();
       idle.pop_back();
       idle_bytes_ -= capacity;
+      if (idle_bytes_ > MostIdle()) Trim();
       return {this, data, size, capacity};
     }
+    if (idle_bytes_ > MostIdle()) Trim();
   }
   return Allocate(size, capacity);
+}
+
+void BufferPool::MakeRoom() {
+  absl::MutexLock lock(&mutex_);
+  if (idle_bytes_ > MostIdle()) Trim();
+}
+
+size_t BufferPool::MostIdle() const {
+  if (budget_ == nullptr) return max_idle_bytes_;
+  const int64_t left = std::max<int64_t>(0, budget_->limit() - budget_->in_use());
+  return std::min(max_idle_bytes_, static_cast<size_t>(left));
+}
+
+void BufferPool::Trim() {
+  for (size_t size_class = kClasses; size_class-- > 0;) {
+    std::vector<char*>& idle = idle_[size_class];
+    while (!idle.empty()) {
+      if (idle_bytes_ <= MostIdle()) return;
+      idle_bytes_ -= CapacityOf(size_class);
+      std::free(idle.back());
+      idle.pop_back();
+    }
+  }
 }
 
 Buffer BufferPool::GetUntouched(size_t size) {
@@ -74,7 +103,7 @@ void BufferPool::Put(char* data, size_t capacity) {
   const size_t size_class = ClassOf(capacity, &class_capacity);
   {
     absl::MutexLock lock(&mutex_);
-    if (idle_bytes_ + capacity <= max_idle_bytes_) {
+    if (idle_bytes_ + capacity <= MostIdle()) {
       idle_bytes_ += capacity;
       idle_[size_class].push_back(data);
       return;
