@@ -174,6 +174,7 @@ int Serve(const std::string& name, const std::string& directory) {
   }
   builder.SetMaxReceiveMessageSize(-1);
   builder.SetMaxSendMessageSize(-1);
+  if (name == "echo") builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // as normd
   int port = 0;
   builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
   builder.AddListeningPort(SocketAddress(directory, name), grpc::InsecureServerCredentials());
