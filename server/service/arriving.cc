@@ -24,6 +24,14 @@ absl::Status ArrivingBytes::Grow(Core& core, size_t count) {
     if (memory.ok()) memory_ = *std::move(memory);
     return memory.status();
   }
+  if (memory_.buffer.data() == nullptr) {
+    // Memory that is there already costs no page faults. It is claimed as a whole, so where
+    // the budget has no room for that, or the pool has none, it is taken as it is needed.
+    if (Buffer idle = core.pool->GetIdle(size_); idle.data() != nullptr) {
+      auto claim = core.memory->Claim(static_cast<int64_t>(size_));
+      if (claim.ok()) memory_ = {std::move(idle), *std::move(claim)};
+    }
+  }
   const auto claimed = static_cast<size_t>(memory_.claim.bytes());
   const size_t wanted = received_ + count;
   if (wanted > claimed) {

@@ -159,8 +159,7 @@ class NormServiceImpl final : public Base {
  private:
   // Has gRPC treat a unary method as a stream (see tensor_call.h), which it foresees for
   // "streamed unary" methods; on the wire there is no difference.
-  void ServeOneMessage(const char* method,
-                       RawCall* (*serve)(Core&, grpc::CallbackServerContext*)) {
+  void ServeOneMessage(const char* method, RawCall* (*serve)(Core&, grpc::CallbackServerContext*)) {
     const int index = google::protobuf::DescriptorPool::generated_pool()
                           ->FindServiceByName(V1::service_full_name())
                           ->FindMethodByName(method)

@@ -111,6 +111,7 @@ class TensorCall final : public RawCall {
     }
     if (all_gathered && bytes_in_ > kLargestInline) {
       message_.Clear();  // nothing looks at it any more
+      core_.pool->GiveBackFreed();
     } else {
       admission_.claim = spare.Split(std::min(spare.bytes(), bytes_in_));
     }
@@ -155,8 +156,8 @@ struct ForwardMethod {
   static void Call(Core& core, const Caller& caller, const Request& request,
                    std::array<Payload, 2>& payloads, MemoryClaim spare, std::stop_token stop,
                    ForwardDone done) {
-    Forward(core, caller, request, std::move(payloads[0]), std::move(payloads[1]),
-            std::move(spare), std::move(stop), std::move(done));
+    Forward(core, caller, request, std::move(payloads[0]), std::move(payloads[1]), std::move(spare),
+            std::move(stop), std::move(done));
   }
 };
 

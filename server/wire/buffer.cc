@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdlib>
 
+#include <malloc.h>
 #include <sys/mman.h>
 
 namespace normd {
@@ -44,24 +45,42 @@ Buffer BufferPool::Get(size_t size) {
   if (size == 0 || size > PTRDIFF_MAX / 2) return {};
   size_t capacity = 0;
   const size_t size_class = ClassOf(size, &capacity);
-  {
-    absl::MutexLock lock(&mutex_);
-    std::vector<char*>& idle = idle_[size_class];
-    if (!idle.empty()) {
-      char* data = idle.back();
-      idle.pop_back();
-      idle_bytes_ -= capacity;
-      if (idle_bytes_ > MostIdle()) Trim();
-      return {this, data, size, capacity};
-    }
-    if (idle_bytes_ > MostIdle()) Trim();
+  if (char* data = TakeIdle(size_class, capacity); data != nullptr) {
+    return {this, data, size, capacity};
   }
   return Allocate(size, capacity);
+}
+
+Buffer BufferPool::GetIdle(size_t size) {
+  if (size == 0 || size > PTRDIFF_MAX / 2) return {};
+  size_t capacity = 0;
+  const size_t size_class = ClassOf(size, &capacity);
+  char* data = TakeIdle(size_class, capacity);
+  return data == nullptr ? Buffer() : Buffer(this, data, size, capacity);
+}
+
+char* BufferPool::TakeIdle(size_t size_class, size_t capacity) {
+  absl::MutexLock lock(&mutex_);
+  char* data = nullptr;
+  std::vector<char*>& idle = idle_[size_class];
+  if (!idle.empty()) {
+    data = idle.back();
+    idle.pop_back();
+    idle_bytes_ -= capacity;
+  }
+  if (idle_bytes_ > MostIdle()) Trim();
+  return data;
 }
 
 void BufferPool::MakeRoom() {
   absl::MutexLock lock(&mutex_);
   if (idle_bytes_ > MostIdle()) Trim();
+}
+
+void BufferPool::GiveBackFreed() {
+  // Not always: with it, Forward of 100 MiB took a fifth to two fifths longer. Without it, 64
+  // clients and a budget of 64 MiB had the server peak at 96 to 124 MiB instead of 55.
+  if (budget_ != nullptr && budget_->in_use() > budget_->limit() / 2) malloc_trim(0);
 }
 
 size_t BufferPool::MostIdle() const {

@@ -68,14 +68,21 @@ class BufferPool {
   Buffer Get(size_t size);
   // Likewise, of memory that nobody has touched: it costs none until it is written to.
   Buffer GetUntouched(size_t size);
+  // Likewise, of idle memory alone: null data where there is none of about this size.
+  Buffer GetIdle(size_t size);
   // After a claim for memory that comes from elsewhere: gives up what is idle, where the
   // budget leaves no room for it any more.
   void MakeRoom();
+  // After a message was freed: has malloc give what it keeps of it back to the system, where
+  // more than half of the budget is in use.
+  void GiveBackFreed();
 
  private:
   friend class Buffer;
   Buffer Allocate(size_t size, size_t capacity);
   void Put(char* data, size_t capacity);
+  // Null where there is none.
+  char* TakeIdle(size_t size_class, size_t capacity);
   size_t MostIdle() const;
   // Frees idle memory, the largest first, until there is no more than MostIdle().
   void Trim() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -219,7 +219,7 @@ class Flood(unittest.TestCase):
         # A machine that does other things as well: the wait is not the server's alone.
         self.assertLess(slowest, 10 if SANITIZED else 2)
         if not SANITIZED:
-            self.assertLess(peak, self.BUDGET + 48 * MIB)
+            self.assertLess(peak, self.BUDGET + 32 * MIB)
         self.assertEqual(layer.info().num_batches_tracked, codes.count(grpc.StatusCode.OK))
         eventually(lambda: server.stub.GetServerInfo(
             rpc.GetServerInfoRequest()).memory_in_use == 0)
@@ -239,11 +239,11 @@ class Flood(unittest.TestCase):
 
 @unittest.skipIf(SANITIZED, "sanitizers keep freed memory")
 class Peak(unittest.TestCase):
-    def test_requests_in_flight_cost_little_more_than_twice_their_payload(self):
-        # 4 x 100 MiB measured the same way stay under 2.2; of less, the threads' and
-        # the allocator's constant share is more.
+    def test_requests_in_flight_cost_little_more_than_their_message_and_their_tensor(self):
+        # In eval mode the tensor becomes the output where it lies. In train mode the output
+        # is another, which the pool keeps while the next message arrives.
         mib, in_flight = int(os.environ.get("NORMD_PEAK_MIB", "24")), 4
-        for mode in (EVAL, TRAIN):
+        for mode, most in ((EVAL, 2.2), (TRAIN, 3.2)):
             server = Server("--durability=none")
             self.addCleanup(server.close)
             server.start()
@@ -257,7 +257,8 @@ class Peak(unittest.TestCase):
                         request, timeout=120, metadata=announced(len(request))), channels))
             ratio = (server.peak_bytes() - idle) / (in_flight * mib * MIB)
             print(f"mode {mode}: peak {ratio:.2f} x the payload in flight", flush=True)
-            self.assertLess(ratio, 2.2 + 16 / (in_flight * mib))
+            # Threads and connections cost the same, however small the tensors are.
+            self.assertLess(ratio, most + 16 / (in_flight * mib))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # normd's RPCs beside a bare gRPC echo of the same bytes, the service as most would write it
 # and the service in Python, interleaved in one run:
-#   tests/benchmarks/run.sh transport [--quick] [--json=FILE]
+#   tests/benchmarks/run.sh transport [--quick] [--only=PART_OF_A_NAME] [--json=FILE]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 

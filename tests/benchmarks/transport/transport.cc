@@ -44,6 +44,7 @@
 
 ABSL_FLAG(std::string, normd, "build/release/bin/normd", "The server to measure");
 ABSL_FLAG(bool, quick, false, "A telling part, in under a minute");
+ABSL_FLAG(std::string, only, "", "Cases whose names have this in them: train_forward/tcp/100MiB");
 ABSL_FLAG(std::string, json, "", "File for the rows");
 ABSL_FLAG(std::string, python, "/usr/bin/python3",
           "With grpcio, torch and the stubs on PYTHONPATH");
@@ -289,11 +290,16 @@ struct Case {
   int in_flight;
 };
 
-std::string NameFor(const Case& c) { return c.bytes < 64 * kKiB ? "small" : "large"; }
+std::string NameOf(const Case& c) {
+  return absl::StrCat(c.op, "/", c.transport, "/", SizeText(c.bytes), "/k", c.in_flight);
+}
+
+// The instance that serves it.
+std::string InstanceFor(const Case& c) { return c.bytes < 64 * kKiB ? "small" : "large"; }
 
 normd::v1::ForwardRequest ForwardHeader(const Case& c) {
   normd::v1::ForwardRequest request;
-  request.set_name(NameFor(c));
+  request.set_name(InstanceFor(c));
   request.set_mode(c.op == "eval" ? normd::v1::MODE_EVAL : normd::v1::MODE_TRAIN);
   return request;
 }
@@ -301,7 +307,7 @@ normd::v1::ForwardRequest ForwardHeader(const Case& c) {
 std::pair<std::string, grpc::ByteBuffer> Request(const Case& c) {
   if (c.op == "backward") {
     normd::v1::BackwardRequest request;
-    request.set_name(NameFor(c));
+    request.set_name(InstanceFor(c));
     request.set_mode(normd::v1::MODE_TRAIN);
     FillTensor(c.bytes, *request.mutable_input());
     *request.mutable_grad_output() = request.input();
@@ -397,8 +403,7 @@ nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
   }
 
   const Lane& ours = *find(all.ours);
-  const std::string name =
-      absl::StrCat(c.op, "/", c.transport, "/", SizeText(c.bytes), "/k", c.in_flight);
+  const std::string name = NameOf(c);
   const auto ratio = [&](const Contender& contender) {
     const Lane* lane = find(contender);
     return lane == nullptr ? std::string("-") : absl::StrFormat("%.2f", lane->ms() / ours.ms());
@@ -529,7 +534,10 @@ int main(int argc, char** argv) {
     absl::PrintF("%-30s %9s %9s %9s %7s %8s %6s %9s %6s %6s %6s %6s %6s\n", "case", "ms", "p50 ms",
                  "p99 ms", "GB/s", "req/s", "echo", "ordinary", "torch", "ours", "echo", "ordin.",
                  "torch");
-    for (const Case& c : CasesFor(quick)) rows.push_back(Run(all, c, quick));
+    for (const Case& c : CasesFor(quick)) {
+      const bool wanted = NameOf(c).find(absl::GetFlag(FLAGS_only)) != std::string::npos;
+      if (wanted) rows.push_back(Run(all, c, quick));
+    }
   }
   std::filesystem::remove_all(directory);
   if (const std::string json = absl::GetFlag(FLAGS_json); !json.empty()) {
