@@ -53,6 +53,9 @@ ABSL_FLAG(int64_t, max_instances, 1'000'000, "Instances at most");
 ABSL_FLAG(int64_t, max_features, 1 << 20, "Channels of an instance at most");
 ABSL_FLAG(int64_t, max_concurrent_requests, 0,
           "Forward and Backward calls, streams included, under way at once; 0: any number");
+ABSL_FLAG(absl::Duration, admission_queue_timeout, absl::ZeroDuration(),
+          "How long a Forward or Backward waits where --memory_budget or "
+          "--max_concurrent_requests has no room for it, before it is refused; 0: not at all");
 ABSL_FLAG(int64_t, memory_budget, 0,
           "Bytes that requests under way may take together; 0: half of the machine's or control "
           "group's memory");
@@ -286,6 +289,7 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
   config.max_instances = absl::GetFlag(FLAGS_max_instances);
   config.max_features = absl::GetFlag(FLAGS_max_features);
   config.max_concurrent_requests = absl::GetFlag(FLAGS_max_concurrent_requests);
+  config.admission_queue_timeout = absl::GetFlag(FLAGS_admission_queue_timeout);
   config.memory_budget = absl::GetFlag(FLAGS_memory_budget);
   config.context_budget = absl::GetFlag(FLAGS_context_budget);
   config.context_ttl = absl::GetFlag(FLAGS_context_ttl);
@@ -331,6 +335,8 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
            CheckRange<int64_t>("max_features", config.max_features, 1, 1 << 26),
            CheckRange<int64_t>("max_concurrent_requests", config.max_concurrent_requests, 0,
                                1'000'000),
+           CheckAtLeast("admission_queue_timeout", config.admission_queue_timeout,
+                        absl::ZeroDuration()),
            CheckRange<int64_t>("memory_budget", config.memory_budget, 0, kMost),
            CheckRange<int64_t>("context_budget", config.context_budget, 0, kMost),
            CheckAtLeast("context_ttl", config.context_ttl, absl::Milliseconds(1)),

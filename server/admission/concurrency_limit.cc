@@ -7,7 +7,9 @@
 namespace normd {
 
 ConcurrencySlot::~ConcurrencySlot() {
-  if (limit_ != nullptr) limit_->under_way_.fetch_sub(1, std::memory_order_relaxed);
+  if (limit_ == nullptr) return;
+  limit_->under_way_.fetch_sub(1);
+  if (limit_->listener_ != nullptr) limit_->listener_->Released();
 }
 
 absl::StatusOr<ConcurrencySlot> ConcurrencyLimit::Enter() {

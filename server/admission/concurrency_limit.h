@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "server/admission/release_listener.h"
 
 namespace normd {
 
@@ -39,11 +40,16 @@ class ConcurrencyLimit {
 
   // RESOURCE_EXHAUSTED, with a retry delay, when all places are taken.
   absl::StatusOr<ConcurrencySlot> Enter();
+  bool has_room() const { return most_ == 0 || under_way_.load() < most_; }
+
+  // Before anyone enters.
+  void NotifyOnRelease(ReleaseListener* listener) { listener_ = listener; }
 
  private:
   friend class ConcurrencySlot;
 
   const int64_t most_;
+  ReleaseListener* listener_ = nullptr;
   std::atomic<int64_t> under_way_ = 0;
 };
 

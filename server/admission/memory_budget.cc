@@ -12,7 +12,9 @@
 namespace normd {
 
 MemoryClaim::~MemoryClaim() {
-  if (budget_ != nullptr) budget_->in_use_.fetch_sub(bytes_, std::memory_order_relaxed);
+  if (budget_ == nullptr || bytes_ == 0) return;
+  budget_->in_use_.fetch_sub(bytes_);
+  if (budget_->listener_ != nullptr) budget_->listener_->Released();
 }
 
 absl::StatusOr<MemoryClaim> MemoryBudget::Claim(int64_t bytes) {

@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "server/admission/release_listener.h"
 
 namespace normd {
 
@@ -59,7 +60,10 @@ class MemoryBudget {
   // where they would fit an idle server, without one where they never do.
   absl::StatusOr<MemoryClaim> Claim(int64_t bytes);
 
-  int64_t in_use() const { return in_use_.load(std::memory_order_relaxed); }
+  // Before anything is claimed.
+  void NotifyOnRelease(ReleaseListener* listener) { listener_ = listener; }
+
+  int64_t in_use() const { return in_use_.load(); }
   int64_t limit() const { return limit_; }
 
  private:
@@ -67,6 +71,7 @@ class MemoryBudget {
 
   const int64_t limit_;
   const std::string flag_;
+  ReleaseListener* listener_ = nullptr;
   std::atomic<int64_t> in_use_ = 0;
 };
 

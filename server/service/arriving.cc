@@ -19,9 +19,18 @@ constexpr size_t kStep = size_t{4} << 20;
 absl::Status ArrivingBytes::Grow(Core& core, size_t count) {
   if (size_ <= kStep) {
     if (memory_.buffer.data() != nullptr) return absl::OkStatus();
-    auto memory = GetBuffer(core, static_cast<int64_t>(size_));
+    MemoryClaim none;
+    auto memory = GetBuffer(core, static_cast<int64_t>(size_), none);
     if (memory.ok()) memory_ = *std::move(memory);
     return memory.status();
+  }
+  if (memory_.buffer.data() == nullptr) {
+    // Memory that is there already costs no page faults. It is claimed as a whole, so where
+    // the budget has no room for that, or the pool has none, it is taken as it is needed.
+    if (Buffer idle = core.pool->GetIdle(size_); idle.data() != nullptr) {
+      auto claim = core.memory->Claim(static_cast<int64_t>(size_));
+      if (claim.ok()) memory_ = {std::move(idle), *std::move(claim)};
+    }
   }
   const auto claimed = static_cast<size_t>(memory_.claim.bytes());
   const size_t wanted = received_ + count;
@@ -30,6 +39,7 @@ absl::Status ArrivingBytes::Grow(Core& core, size_t count) {
     auto claim = core.memory->Claim(static_cast<int64_t>(bytes - claimed));
     if (!claim.ok()) return claim.status();
     memory_.claim.Merge(*std::move(claim));
+    core.pool->MakeRoom();
   }
   if (memory_.buffer.data() != nullptr) return absl::OkStatus();
   memory_.buffer = core.pool->GetUntouched(size_);

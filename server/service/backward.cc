@@ -118,7 +118,7 @@ absl::Status CheckOutputs(const BackwardOutputs& outputs, int64_t bytes, const P
 }  // namespace
 
 void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Payload grad_output,
-              BackwardOutputs outputs, std::stop_token stop, BackwardDone done) {
+              BackwardOutputs outputs, MemoryClaim spare, std::stop_token stop, BackwardDone done) {
   if (request.has_grad_input_memory() || request.has_grad_residual_memory()) {
     return done(
         InvalidField(request.has_grad_input_memory() ? "grad_input_memory" : "grad_residual_memory",
@@ -209,7 +209,7 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
         output.own = std::move(grad_output.gathered);
         return absl::OkStatus();
       }
-      auto memory = GetBuffer(core, spec->bytes());
+      auto memory = GetBuffer(core, spec->bytes(), spare);
       if (memory.ok()) output.own = *std::move(memory);
       return memory.status();
     };

@@ -25,8 +25,9 @@ using BackwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::Bac
 // without the tensors' data, which are `input` (empty with a context) and
 // `grad_output`, and without the memory for its answer, which is `outputs`. All are used
 // only until this returns; `done` is called then or later, when the change is durable.
+// `spare`: memory that is claimed already for what this allocates.
 void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Payload grad_output,
-              BackwardOutputs outputs, std::stop_token stop, BackwardDone done);
+              BackwardOutputs outputs, MemoryClaim spare, std::stop_token stop, BackwardDone done);
 
 }  // namespace normd
 

@@ -11,8 +11,8 @@
 #include "absl/time/time.h"
 #include "kernels/backend.h"
 #include "kernels/tbb_executor.h"
+#include "server/admission/admission_queue.h"
 #include "server/admission/call_gate.h"
-#include "server/admission/concurrency_limit.h"
 #include "server/admission/memory_budget.h"
 #include "server/auth/audit_log.h"
 #include "server/auth/authenticator.h"
@@ -45,7 +45,7 @@ struct Core {
   Backend* backend = nullptr;
   std::string backend_reason;  // why not cuda, where that was for normd to choose
   BufferPool* pool = nullptr;
-  ConcurrencyLimit* concurrency = nullptr;
+  AdmissionQueue* admission = nullptr;
   MemoryBudget* memory = nullptr;
   MemoryBudget* context_memory = nullptr;
   Regions* regions = nullptr;             // null: no shared memory

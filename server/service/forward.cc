@@ -150,7 +150,8 @@ absl::Status CheckMayForward(const Caller& caller, const v1::ForwardRequest& req
 }
 
 void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
-             Payload residual, SharedBytes output, std::stop_token stop, ForwardDone done) {
+             Payload residual, SharedBytes output, MemoryClaim spare, std::stop_token stop,
+             ForwardDone done) {
   const auto spec = ToForwardSpec(request);
   if (!spec.ok()) return done(spec.status());
   if (absl::Status s = CheckBytes(spec->input, input.size, "input"); !s.ok()) return done(s);
@@ -194,7 +195,7 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
       if (!saving && !pass->folds && input.gathered.buffer.data() != nullptr) {
         call->output.own = std::move(input.gathered);
       } else {
-        auto memory = GetBuffer(core, spec->input.bytes());
+        auto memory = GetBuffer(core, spec->input.bytes(), spare);
         if (!memory.ok()) return call->Refuse(memory.status());
         call->output.own = *std::move(memory);
       }

@@ -120,18 +120,11 @@ using Base = WithRawMethods<
 
 class NormServiceImpl final : public Base {
  public:
-  explicit NormServiceImpl(Core& core) : core_(core) {}
+  explicit NormServiceImpl(Core& core) : core_(core) {
+    ServeOneMessage("Forward", ServeForward);
+    ServeOneMessage("Backward", ServeBackward);
+  }
 
-  grpc::ServerUnaryReactor* Forward(grpc::CallbackServerContext* context,
-                                    const grpc::ByteBuffer* request,
-                                    grpc::ByteBuffer* response) override {
-    return ServeForward(core_, context, request, response);
-  }
-  grpc::ServerUnaryReactor* Backward(grpc::CallbackServerContext* context,
-                                     const grpc::ByteBuffer* request,
-                                     grpc::ByteBuffer* response) override {
-    return ServeBackward(core_, context, request, response);
-  }
   RawStream* ForwardStream(grpc::CallbackServerContext* context) override {
     return ServeForwardStream(core_, context);
   }
@@ -139,7 +132,7 @@ class NormServiceImpl final : public Base {
     return ServeBackwardStream(core_, context);
   }
 
-// The rest differ in nothing but their names.
+// The other unary methods differ in nothing but their names.
 #define NORMD_UNARY(METHOD)                                                                   \
   grpc::ServerUnaryReactor* METHOD(grpc::CallbackServerContext* context,                      \
                                    const grpc::ByteBuffer* message, grpc::ByteBuffer* answer) \
@@ -169,6 +162,22 @@ class NormServiceImpl final : public Base {
 #undef NORMD_UNARY
 
  private:
+  // Has gRPC treat a unary method as a stream (see tensor_call.h), which it foresees for
+  // "streamed unary" methods; on the wire there is no difference.
+  void ServeOneMessage(const char* method, RawCall* (*serve)(Core&, grpc::CallbackServerContext*)) {
+    const int index = google::protobuf::DescriptorPool::generated_pool()
+                          ->FindServiceByName(V1::service_full_name())
+                          ->FindMethodByName(method)
+                          ->index();
+    using Handler = grpc::internal::CallbackBidiHandler<grpc::ByteBuffer, grpc::ByteBuffer>;
+    const auto make = [this, serve] {
+      return new Handler(
+          [this, serve](grpc::CallbackServerContext* context) { return serve(core_, context); });
+    };
+    MarkMethodStreamed(index, make());
+    MarkMethodRawCallback(index, make());  // marking it streamed made it synchronous
+  }
+
   Core& core_;
 };
 

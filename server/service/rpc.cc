@@ -38,11 +38,14 @@ Rpc::~Rpc() {
 grpc::Status Rpc::Finish(const absl::Status& status, const Finished& finished) {
   const double ms = absl::ToDoubleMilliseconds(SteadyNow() - start_);
   const bool own_fault = absl::IsInternal(status) || absl::IsDataLoss(status);
-  spdlog::log(own_fault ? spdlog::level::err : spdlog::level::debug,
-              "{} instance={} status={} ms={:.3f} bytes_in={} bytes_out={} peer={}{}{}", method_,
-              finished.instance.empty() ? "-" : finished.instance,
-              absl::StatusCodeToString(status.code()), ms, finished.bytes_in, finished.bytes_out,
-              context_->peer(), status.ok() ? "" : " error=", std::string(status.message()));
+  const auto level = own_fault ? spdlog::level::err : spdlog::level::debug;
+  // Asked first: what the line says is not free to find out.
+  if (spdlog::should_log(level)) {
+    spdlog::log(level, "{} instance={} status={} ms={:.3f} bytes_in={} bytes_out={} peer={}{}{}",
+                method_, finished.instance.empty() ? "-" : finished.instance,
+                absl::StatusCodeToString(status.code()), ms, finished.bytes_in, finished.bytes_out,
+                context_->peer(), status.ok() ? "" : " error=", std::string(status.message()));
+  }
   Audit(status, finished);
   if (status.ok()) return grpc::Status::OK;
   context_->AddTrailingMetadata(kDetailKey, DetailOf(status).SerializeAsString());

@@ -63,7 +63,8 @@ absl::Status MoveOutOf(Core& core, const SharedBytes& output, Payload& payload) 
   if (output.region == nullptr || payload.size == 0 || payload.data != output.data) {
     return absl::OkStatus();
   }
-  auto memory = GetBuffer(core, static_cast<int64_t>(payload.size));
+  MemoryClaim none;
+  auto memory = GetBuffer(core, static_cast<int64_t>(payload.size), none);
   if (!memory.ok()) return memory.status();
   payload.gathered = *std::move(memory);
   std::memcpy(payload.gathered.buffer.data(), payload.data, payload.size);

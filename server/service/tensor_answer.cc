@@ -1,5 +1,6 @@
 #include "server/service/tensor_answer.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "server/error/error.h"
@@ -12,9 +13,10 @@ absl::Status NoSystemMemory() {
                    "the system has no memory for the request's tensors", absl::Seconds(1));
 }
 
-absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes) {
-  absl::StatusOr<MemoryClaim> claim = core.memory->Claim(bytes);
+absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes, MemoryClaim& spare) {
+  absl::StatusOr<MemoryClaim> claim = core.memory->Claim(bytes - std::min(bytes, spare.bytes()));
   if (!claim.ok()) return claim.status();
+  claim->Merge(spare.Split(bytes - claim->bytes()));
   Buffer buffer = core.pool->Get(static_cast<size_t>(bytes));
   if (bytes > 0 && buffer.data() == nullptr) return NoSystemMemory();
   return ClaimedBuffer{std::move(buffer), *std::move(claim)};

@@ -27,8 +27,9 @@ struct TensorAnswer {
 // RESOURCE_EXHAUSTED: the budget had room, the system has none.
 absl::Status NoSystemMemory();
 
-// Pooled memory, claimed from the budget first.
-absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes);
+// Pooled memory, claimed first: from `spare`, which its owner has claimed for such ends, and
+// from the budget where that is not enough.
+absl::StatusOr<ClaimedBuffer> GetBuffer(Core& core, int64_t bytes, MemoryClaim& spare);
 
 // Where a tensor of an answer is written: memory that the answer takes along, or shared
 // memory that the client named for it.

@@ -1,11 +1,16 @@
 #include "server/service/tensor_call.h"
 
+#include <algorithm>
 #include <array>
-#include <memory>
+#include <cstdint>
+#include <optional>
 #include <stop_token>
 #include <utility>
 
+#include "absl/status/statusor.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "server/error/error.h"
 #include "server/service/backward.h"
 #include "server/service/forward.h"
@@ -16,27 +21,48 @@
 namespace normd {
 namespace {
 
-// One call from its message to its answer. Deletes itself when gRPC is done.
+constexpr char kMessageBytesKey[] = "normd-message-bytes";
+
+// What the caller says of the message's length; nothing where it says nothing.
+absl::StatusOr<std::optional<int64_t>> AnnouncedBytes(const grpc::CallbackServerContext& context) {
+  const auto& metadata = context.client_metadata();
+  const auto found = metadata.find(kMessageBytesKey);
+  if (found == metadata.end()) return std::nullopt;
+  const absl::string_view text(found->second.data(), found->second.size());
+  int64_t bytes = 0;
+  if (absl::SimpleAtoi(text, &bytes) && bytes >= 0) return bytes;
+  return InvalidField(kMessageBytesKey, text, "the bytes of the message, in decimal");
+}
+
+// One call from its headers to its answer. Deletes itself when gRPC is done.
 template <class Method>
-class TensorCall final : public grpc::ServerUnaryReactor {
+class TensorCall final : public RawCall {
  public:
-  TensorCall(Core& core, grpc::CallbackServerContext* context, const grpc::ByteBuffer* message,
-             grpc::ByteBuffer* response)
-      : core_(core), rpc_(core, Method::kName, context), message_(message), response_(response) {}
+  TensorCall(Core& core, grpc::CallbackServerContext* context)
+      : core_(core), rpc_(core, Method::kName, context), context_(context) {}
 
   void Start() {
     if (!rpc_.admitted().ok()) return Answer(rpc_.admitted());
-    bytes_in_ = static_cast<int64_t>(message_->Length());
-    if (bytes_in_ > core_.limits.max_message_bytes) {
-      return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes_in_, " bytes"),
-                                  core_.limits.max_message_bytes, "--max_message_bytes"));
+    const auto announced = AnnouncedBytes(*context_);
+    if (!announced.ok()) return Answer(announced.status());
+    announced_ = *announced;
+    if (!announced_.has_value()) return StartRead(&message_);
+    Admit(*announced_, [this] { StartRead(&message_); });
+  }
+
+  void OnReadDone(bool ok) override {
+    // gRPC itself ends a call whose message it does not take, before this is seen.
+    if (!ok) {
+      return Answer(context_->IsCancelled() ? ToStatus(Outcome::kStopped)
+                                            : InvalidField("request", "no message", "one"));
     }
-    auto slot = core_.concurrency->Enter();
-    if (!slot.ok()) return Answer(slot.status());
-    slot_ = *std::move(slot);
-    if (bytes_in_ <= kLargestInline) return Serve();
-    elsewhere_ = true;
-    core_.executor->Enqueue([this] { Serve(); });
+    bytes_in_ = static_cast<int64_t>(message_.Length());
+    if (!announced_.has_value()) return Admit(bytes_in_, [this] { BeginToServe(); });
+    if (bytes_in_ > *announced_) {
+      return Answer(InvalidField(kMessageBytesKey, absl::StrCat(*announced_),
+                                 absl::StrCat("the message's length, which is ", bytes_in_)));
+    }
+    BeginToServe();
   }
 
   void OnCancel() override { stop_.request_stop(); }
@@ -45,31 +71,52 @@ class TensorCall final : public grpc::ServerUnaryReactor {
  private:
   using Response = typename Method::Response;
 
+  // Claims what a message of so many bytes needs, all at once so that nobody holds a part
+  // and waits for the rest: itself, and what it is gathered into; the message's part is the
+  // output's later. Then goes on.
+  template <class GoOn>
+  void Admit(int64_t bytes, GoOn go_on) {
+    if (bytes > core_.limits.max_message_bytes) {
+      return Answer(LimitExceeded("request", absl::StrCat("a message of ", bytes, " bytes"),
+                                  core_.limits.max_message_bytes, "--max_message_bytes"));
+    }
+    core_.admission->Admit(2 * bytes, stop_.get_token(),
+                           [this, go_on](absl::StatusOr<Admission> admission) {
+                             if (!admission.ok()) return Answer(admission.status());
+                             admission_ = *std::move(admission);
+                             go_on();
+                           });
+  }
+
+  void BeginToServe() {
+    if (bytes_in_ <= kLargestInline) return Serve();
+    elsewhere_ = true;
+    core_.executor->Enqueue([this] { Serve(); });
+  }
+
   void Serve() {
     if (stop_.stop_requested()) return Answer(ToStatus(Outcome::kStopped));
-    // The message itself, and what it is gathered into.
-    auto claim = core_.memory->Claim(2 * bytes_in_);
-    if (!claim.ok()) return Answer(claim.status());
-    claim_ = *std::move(claim);
     std::array<TensorField, Method::kTensorFields.size()> fields;
     for (size_t i = 0; i < fields.size(); ++i) {
       fields[i] = {Method::kTensorFields[i], &payloads_[i]};
     }
-    const absl::Status parsed = ParseMessage(*message_, fields, *core_.pool, request_);
+    const absl::Status parsed = ParseMessage(message_, fields, *core_.pool, request_);
     if (!parsed.ok()) return Answer(parsed);
     finished_ = Tell(request_);
     if (absl::Status allowed = rpc_.Authorize(request_); !allowed.ok()) return Answer(allowed);
+    MemoryClaim spare = std::move(admission_.claim);
     bool all_gathered = true;
     for (Payload& payload : payloads_) {
-      payload.gathered.claim = claim_.Split(static_cast<int64_t>(payload.gathered.buffer.size()));
+      payload.gathered.claim = spare.Split(static_cast<int64_t>(payload.gathered.buffer.size()));
       all_gathered &= payload.gathered.buffer.size() == payload.size;
     }
     if (all_gathered && bytes_in_ > kLargestInline) {
-      // Nothing looks at the message any more. gRPC made it for this call alone; its
-      // interface has the const.
-      const_cast<grpc::ByteBuffer*>(message_)->Clear();
-      claim_ = MemoryClaim();
+      message_.Clear();  // nothing looks at it any more
+      core_.pool->GiveBackFreed();
+    } else {
+      admission_.claim = spare.Split(std::min(spare.bytes(), bytes_in_));
     }
+    spare_ = std::move(spare);
     absl::Status shared = Method::TakeShared(core_, rpc_.caller(), request_, payloads_, outputs_);
     if (!shared.ok()) return Answer(shared);
     size_t payload_bytes = 0;
@@ -79,32 +126,37 @@ class TensorCall final : public grpc::ServerUnaryReactor {
   }
 
   void Compute() {
-    Method::Call(core_, rpc_.caller(), request_, payloads_, outputs_, stop_.get_token(),
-                 [this](absl::StatusOr<TensorAnswer<Response>> answer) {
+    Method::Call(core_, rpc_.caller(), request_, payloads_, outputs_, std::move(spare_),
+                 stop_.get_token(), [this](absl::StatusOr<TensorAnswer<Response>> answer) {
                    if (!answer.ok()) return Answer(answer.status());
                    finished_ = Tell(request_, answer->header);
                    finished_.changed = answer->changed;
-                   *response_ = WriteMessage(answer->header, std::move(answer->tensors));
+                   response_ = WriteMessage(answer->header, std::move(answer->tensors));
                    Answer(absl::OkStatus());
                  });
   }
 
   void Answer(const absl::Status& status) {
     finished_.bytes_in = bytes_in_;
-    finished_.bytes_out = status.ok() ? static_cast<int64_t>(response_->Length()) : 0;
-    Finish(rpc_.Finish(status, finished_));
+    finished_.bytes_out = status.ok() ? static_cast<int64_t>(response_.Length()) : 0;
+    const grpc::Status sent = rpc_.Finish(status, finished_);
+    if (!sent.ok()) return Finish(sent);
+    StartWriteAndFinish(&response_, grpc::WriteOptions(), sent);
   }
 
   Core& core_;
   Rpc rpc_;
-  const grpc::ByteBuffer* const message_;
-  grpc::ByteBuffer* const response_;
+  grpc::CallbackServerContext* const context_;
+  std::optional<int64_t> announced_;
+  grpc::ByteBuffer message_;
   int64_t bytes_in_ = 0;
-  ConcurrencySlot slot_;
-  MemoryClaim claim_;  // of the message
+  // Of the message, until it is gone.
+  Admission admission_;
+  grpc::ByteBuffer response_;
   typename Method::Request request_;
   std::array<Payload, Method::kTensorFields.size()> payloads_;
   typename Method::Outputs outputs_;
+  MemoryClaim spare_;       // what the claim has left, for what is allocated later
   bool elsewhere_ = false;  // on a compute thread
   Finished finished_;
   std::stop_source stop_;
@@ -133,10 +185,10 @@ struct ForwardMethod {
     return found.status();
   }
   static void Call(Core& core, const Caller& caller, const Request& request,
-                   std::array<Payload, 2>& payloads, Outputs& output, std::stop_token stop,
-                   ForwardDone done) {
+                   std::array<Payload, 2>& payloads, Outputs& output, MemoryClaim spare,
+                   std::stop_token stop, ForwardDone done) {
     Forward(core, caller, request, std::move(payloads[0]), std::move(payloads[1]),
-            std::move(output), std::move(stop), std::move(done));
+            std::move(output), std::move(spare), std::move(stop), std::move(done));
   }
 };
 
@@ -174,33 +226,28 @@ struct BackwardMethod {
     return status;
   }
   static void Call(Core& core, const Caller&, const Request& request,
-                   std::array<Payload, 2>& payloads, Outputs& outputs, std::stop_token stop,
-                   BackwardDone done) {
+                   std::array<Payload, 2>& payloads, Outputs& outputs, MemoryClaim spare,
+                   std::stop_token stop, BackwardDone done) {
     Backward(core, request, std::move(payloads[0]), std::move(payloads[1]), std::move(outputs),
-             std::move(stop), std::move(done));
+             std::move(spare), std::move(stop), std::move(done));
   }
 };
 
 template <class Method>
-grpc::ServerUnaryReactor* Serve(Core& core, grpc::CallbackServerContext* context,
-                                const grpc::ByteBuffer* request, grpc::ByteBuffer* response) {
-  auto* call = new TensorCall<Method>(core, context, request, response);
+RawCall* Serve(Core& core, grpc::CallbackServerContext* context) {
+  auto* call = new TensorCall<Method>(core, context);
   call->Start();
   return call;
 }
 
 }  // namespace
 
-grpc::ServerUnaryReactor* ServeForward(Core& core, grpc::CallbackServerContext* context,
-                                       const grpc::ByteBuffer* request,
-                                       grpc::ByteBuffer* response) {
-  return Serve<ForwardMethod>(core, context, request, response);
+RawCall* ServeForward(Core& core, grpc::CallbackServerContext* context) {
+  return Serve<ForwardMethod>(core, context);
 }
 
-grpc::ServerUnaryReactor* ServeBackward(Core& core, grpc::CallbackServerContext* context,
-                                        const grpc::ByteBuffer* request,
-                                        grpc::ByteBuffer* response) {
-  return Serve<BackwardMethod>(core, context, request, response);
+RawCall* ServeBackward(Core& core, grpc::CallbackServerContext* context) {
+  return Serve<BackwardMethod>(core, context);
 }
 
 }  // namespace normd

@@ -1,5 +1,11 @@
 // The unary RPCs that carry tensors, as raw messages: the payload is used where it
 // arrived or gathered once, and the answer lends its memory to gRPC.
+//
+// For gRPC they are streams of one message each way, which look the same on the wire: so a
+// call is seen before its message is read. A client that says in the metadata how long the
+// message is ("normd-message-bytes", its bytes in decimal) is let in, or waits, or is refused
+// before it has sent more than the first 64 KiB; a message that nothing was said about is
+// read first, and its memory is gRPC's until then.
 #ifndef NORMD_SERVER_SERVICE_TENSOR_CALL_H_
 #define NORMD_SERVER_SERVICE_TENSOR_CALL_H_
 
@@ -8,11 +14,10 @@
 
 namespace normd {
 
-grpc::ServerUnaryReactor* ServeForward(Core& core, grpc::CallbackServerContext* context,
-                                       const grpc::ByteBuffer* request, grpc::ByteBuffer* response);
-grpc::ServerUnaryReactor* ServeBackward(Core& core, grpc::CallbackServerContext* context,
-                                        const grpc::ByteBuffer* request,
-                                        grpc::ByteBuffer* response);
+using RawCall = grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>;
+
+RawCall* ServeForward(Core& core, grpc::CallbackServerContext* context);
+RawCall* ServeBackward(Core& core, grpc::CallbackServerContext* context);
 
 }  // namespace normd
 

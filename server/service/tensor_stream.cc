@@ -211,7 +211,7 @@ class ForwardStream {
   }
 
   void EndWhole(Messages& answers, EndDone done) {
-    Forward(core_, *caller_, header, input_.TakePayload(), residual_.TakePayload(), {}, stop_,
+    Forward(core_, *caller_, header, input_.TakePayload(), residual_.TakePayload(), {}, {}, stop_,
             [this, &answers, done = std::move(done)](
                 absl::StatusOr<TensorAnswer<v1::ForwardResponse>> answer) mutable {
               if (!answer.ok()) return done(answer.status());
@@ -271,7 +271,7 @@ class BackwardStream {
     absl::Status ended = grad_output_.tensor.End();
     if (ended.ok()) ended = input_.tensor.End();
     if (!ended.ok()) return done(std::move(ended));
-    Backward(core_, header, input_.TakePayload(), grad_output_.TakePayload(), {}, stop_,
+    Backward(core_, header, input_.TakePayload(), grad_output_.TakePayload(), {}, {}, stop_,
              [this, &answers, done = std::move(done)](
                  absl::StatusOr<TensorAnswer<v1::BackwardResponse>> answer) mutable {
                if (!answer.ok()) return done(answer.status());
@@ -331,11 +331,16 @@ class TensorStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc
         method_(core, stop_.get_token()) {}
 
   void Start() {
-    auto slot = rpc_.admitted().ok() ? core_.concurrency->Enter() : rpc_.admitted();
-    Act([this, &slot]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-      status_ = slot.status();
-      if (slot.ok()) slot_ = *std::move(slot);
-    });
+    // Memory is claimed as it is needed, and without waiting: what a stream holds meanwhile
+    // may be just what the others wait for.
+    const auto begin = [this](absl::StatusOr<Admission> admission) {
+      Act([this, &admission]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+        status_ = admission.status();
+        if (admission.ok()) admission_ = *std::move(admission);
+      });
+    };
+    if (!rpc_.admitted().ok()) return begin(rpc_.admitted());
+    core_.admission->Admit(0, stop_.get_token(), begin);
   }
 
   void OnReadDone(bool ok) override {
@@ -508,7 +513,7 @@ class TensorStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc
   grpc::CallbackServerContext* const context_;
   Rpc rpc_;
   std::stop_source stop_;
-  ConcurrencySlot slot_;
+  Admission admission_;
 
   // Of whoever works.
   Method method_;

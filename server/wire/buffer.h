@@ -56,8 +56,10 @@ class Buffer {
 // buffer cost more than normalizing it. Thread-safe.
 class BufferPool {
  public:
-  // Keeps at most `max_idle_bytes` that nobody uses.
-  explicit BufferPool(size_t max_idle_bytes) : max_idle_bytes_(max_idle_bytes) {}
+  // Keeps at most `max_idle_bytes` that nobody uses, and no more than leave room in
+  // `budget`, where one is given, for what is claimed from it.
+  explicit BufferPool(size_t max_idle_bytes, const MemoryBudget* budget = nullptr)
+      : max_idle_bytes_(max_idle_bytes), budget_(budget) {}
   ~BufferPool();
   BufferPool(const BufferPool&) = delete;
   BufferPool& operator=(const BufferPool&) = delete;
@@ -66,18 +68,33 @@ class BufferPool {
   Buffer Get(size_t size);
   // Likewise, of memory that nobody has touched: it costs none until it is written to.
   Buffer GetUntouched(size_t size);
+  // Likewise, of idle memory alone: null data where there is none of about this size.
+  Buffer GetIdle(size_t size);
+  // After a claim for memory that comes from elsewhere: gives up what is idle, where the
+  // budget leaves no room for it any more.
+  void MakeRoom();
+  // After a message was freed: has malloc give what it keeps of it back to the system, where
+  // more than half of the budget is in use.
+  void GiveBackFreed();
 
  private:
   friend class Buffer;
   Buffer Allocate(size_t size, size_t capacity);
   void Put(char* data, size_t capacity);
+  // Null where there is none.
+  char* TakeIdle(size_t size_class, size_t capacity);
+  size_t MostIdle() const;
+  // Frees idle memory, the largest first, until there is no more than MostIdle().
+  void Trim() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // Sizes are rounded up to four steps a power of two, so that what comes back
   // serves requests of about the same size and at most a quarter is wasted.
   static constexpr size_t kClasses = 4 * 64;
   static size_t ClassOf(size_t size, size_t* capacity);
+  static size_t CapacityOf(size_t size_class);
 
   const size_t max_idle_bytes_;
+  const MemoryBudget* const budget_;
   absl::Mutex mutex_;
   size_t idle_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   std::array<std::vector<char*>, kClasses> idle_ ABSL_GUARDED_BY(mutex_);

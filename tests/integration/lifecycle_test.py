@@ -480,7 +480,8 @@ class Start(LifecycleCase):
         for flag in ("listen", "port_file", "state_dir", "backend", "cuda_devices",
                      "threads", "deterministic",
                      "durability", "checkpoint_interval", "keep_checkpoints", "max_message_bytes",
-                     "max_instances", "max_features", "memory_budget", "context_budget",
+                     "max_instances", "max_features", "admission_queue_timeout", "memory_budget",
+                     "context_budget",
                      "context_ttl", "drain_timeout", "log_level", "log_format"):
             self.assertIn(f"--{flag}", done.stdout)
 
@@ -492,6 +493,7 @@ class Start(LifecycleCase):
                      "--keep_checkpoints=0", "--keep_checkpoints=-3", "--max_message_bytes=0",
                      "--max_message_bytes=-1", "--max_message_bytes=lots", "--max_instances=0",
                      "--max_features=0", "--memory_budget=-1", "--context_budget=-1",
+                     "--admission_queue_timeout=-1s", "--admission_queue_timeout=soon",
                      "--context_ttl=-1s", "--drain_timeout=-1s", "--log_level=loud",
                      "--log_format=xml", "--state_dir="):
             with self.subTest(flag):

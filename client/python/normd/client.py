@@ -408,7 +408,13 @@ class Client:
 
     def _unary(self, method, request, timeout):
         stub = getattr(self._connection.stub, method)
-        return self._connection.call(lambda **options: stub(request, **options), timeout)
+        # Lets the server refuse a large one, or have it wait, before it is sent.
+        size = request.ByteSize()
+        announced = (("normd-message-bytes", str(size)),) if size > 65536 else ()
+        return self._connection.call(
+            lambda metadata, **options: stub(request, metadata=metadata + announced, **options),
+            timeout,
+        )
 
     def _change(self, method, request, *, expected_version=None, request_id=None, timeout=None):
         if expected_version is not None:

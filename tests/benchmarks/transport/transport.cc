@@ -1,7 +1,13 @@
-// What the service adds to the wire: normd's Forward and Backward beside a bare gRPC
-// server that takes the same request bytes as a ByteBuffer and answers as many bytes
-// as normd does, with the same settings. Both are processes of their own; rounds are
-// interleaved, and medians compared.
+// What the service adds to the wire: normd's Forward and Backward, unary over TCP and a Unix
+// socket and as streams, beside
+//
+//   echo      a bare gRPC server that takes the same request bytes as a ByteBuffer and
+//             answers as many bytes as normd does, with the same settings: the floor
+//   ordinary  the service as most would write it (servers.h)
+//   torch     the service in Python, with torch.nn.functional.batch_norm (torch_server.py)
+//
+// All are processes of their own; rounds are interleaved, and medians compared. A stream's
+// floor is the unary echo of the same tensor.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -31,16 +37,21 @@
 #include "absl/synchronization/blocking_counter.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "grpcpp/generic/async_generic_service.h"
 #include "grpcpp/generic/generic_stub.h"
 #include "grpcpp/grpcpp.h"
 #include "normd/v1/norm_service.grpc.pb.h"
+#include "tests/benchmarks/transport/servers.h"
 #include "tests/benchmarks/transport/shared_memory.h"
 
 ABSL_FLAG(std::string, normd, "build/release/bin/normd", "The server to measure");
 ABSL_FLAG(bool, quick, false, "A telling part, in under a minute");
+ABSL_FLAG(std::string, only, "", "Cases whose names have this in them: train_forward/tcp/100MiB");
 ABSL_FLAG(std::string, json, "", "File for the rows");
-ABSL_FLAG(std::string, echo, "", "Serve the echo on these addresses (the benchmark calls itself)");
+ABSL_FLAG(std::string, python, "/usr/bin/python3",
+          "With grpcio, torch and the stubs on PYTHONPATH");
+ABSL_FLAG(std::string, torch_server, "", "torch_server.py; empty: no such contender");
+ABSL_FLAG(std::string, serve, "", "The benchmark calls itself as this contender");
+ABSL_FLAG(std::string, directory, "", "where that one serves");
 
 namespace {
 
@@ -48,65 +59,8 @@ extern "C" char** environ;
 
 constexpr int64_t kKiB = 1024;
 constexpr int64_t kMiB = 1024 * kKiB;
+constexpr int64_t kChunkBytes = kMiB;
 constexpr int kUnlimited = -1;
-
-// --- the floor -------------------------------------------------------------
-
-// Answers any method "/echo/N" with N bytes.
-class Echo final : public grpc::CallbackGenericService {
- public:
-  explicit Echo(int64_t most) : bytes_(static_cast<size_t>(most), 'x') {}
-
- private:
-  class Call final : public grpc::ServerGenericBidiReactor {
-   public:
-    Call(const std::string& bytes, int64_t size) : bytes_(bytes), size_(static_cast<size_t>(size)) {
-      StartRead(&request_);
-    }
-    void OnReadDone(bool ok) override {
-      if (!ok) return Finish(grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "no message"));
-      // Lent, as normd lends its output.
-      const grpc::Slice slice(
-          const_cast<char*>(bytes_.data()), std::min(size_, bytes_.size()), [](void*) {}, nullptr);
-      response_ = grpc::ByteBuffer(&slice, 1);
-      StartWriteAndFinish(&response_, grpc::WriteOptions(), grpc::Status::OK);
-    }
-    void OnDone() override { delete this; }
-
-   private:
-    const std::string& bytes_;
-    const size_t size_;
-    grpc::ByteBuffer request_;
-    grpc::ByteBuffer response_;
-  };
-
-  grpc::ServerGenericBidiReactor* CreateReactor(
-      grpc::GenericCallbackServerContext* context) override {
-    int64_t size = 0;
-    const std::string method = context->method();
-    (void)absl::SimpleAtoi(method.substr(method.rfind('/') + 1), &size);
-    return new Call(bytes_, size);
-  }
-
-  const std::string bytes_;
-};
-
-int ServeEcho(const std::string& addresses) {
-  Echo echo(256 * kMiB);
-  grpc::ServerBuilder builder;
-  builder.RegisterCallbackGenericService(&echo);
-  builder.SetMaxReceiveMessageSize(kUnlimited);
-  builder.SetMaxSendMessageSize(kUnlimited);
-  int port = 0;
-  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
-  builder.AddListeningPort(addresses, grpc::InsecureServerCredentials());
-  const auto server = builder.BuildAndStart();
-  if (server == nullptr) return 1;
-  std::ofstream(addresses.substr(5) + ".port.tmp") << "127.0.0.1:" << port << "\n" << std::flush;
-  std::filesystem::rename(addresses.substr(5) + ".port.tmp", addresses.substr(5) + ".port");
-  server->Wait();
-  return 0;
-}
 
 // --- processes -------------------------------------------------------------
 
@@ -125,6 +79,18 @@ class Process {
   }
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;
+
+  // Begins anew to remember the most memory that the process has had resident.
+  void ForgetPeak() const { std::ofstream(absl::StrCat("/proc/", pid_, "/clear_refs")) << 5; }
+  // "VmHWM", the most since then, or "VmRSS", now; in bytes.
+  int64_t Memory(const std::string& what) const {
+    std::ifstream status(absl::StrCat("/proc/", pid_, "/status"));
+    for (std::string word; status >> word;) {
+      int64_t kib = 0;
+      if (word == what + ":" && status >> kib) return kib * kKiB;
+    }
+    return 0;
+  }
 
  private:
   pid_t pid_ = -1;
@@ -201,6 +167,77 @@ std::vector<double> Send(grpc::GenericStub& stub, const std::string& method,
   return latencies;
 }
 
+// A stream's messages: the header, and a tensor of `bytes` in chunks.
+std::vector<grpc::ByteBuffer> StreamMessages(const normd::v1::ForwardRequest& header, int64_t bytes,
+                                             const std::string& chunk_bytes) {
+  normd::v1::ForwardStreamRequest first;
+  *first.mutable_header() = header;
+  normd::v1::ForwardStreamRequest part;
+  part.set_chunk(chunk_bytes);
+  std::vector<grpc::ByteBuffer> messages = {ToByteBuffer(first)};
+  // The same bytes again and again: the server cannot tell, and memory is saved.
+  const grpc::ByteBuffer chunk = ToByteBuffer(part);
+  messages.resize(static_cast<size_t>(1 + bytes / static_cast<int64_t>(chunk_bytes.size())), chunk);
+  return messages;
+}
+
+// One ForwardStream whose answer is read and dropped. Deletes itself after `done`.
+class StreamCall final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer> {
+ public:
+  StreamCall(grpc::GenericStub& stub, const std::vector<grpc::ByteBuffer>& messages,
+             std::function<void(const grpc::Status&)> done)
+      : messages_(messages), done_(std::move(done)) {
+    stub.PrepareBidiStreamingCall(&context_, "/normd.v1.NormService/ForwardStream",
+                                  grpc::StubOptions(), this);
+    StartRead(&answer_);
+    OnWriteDone(true);
+    StartCall();
+  }
+  void OnWriteDone(bool ok) override {
+    if (!ok) return;
+    if (next_ == messages_.size()) return StartWritesDone();
+    written_ = messages_[next_++];
+    StartWrite(&written_);
+  }
+  void OnReadDone(bool ok) override {
+    if (ok) StartRead(&answer_);
+  }
+  void OnDone(const grpc::Status& status) override {
+    done_(status);
+    delete this;
+  }
+
+ private:
+  grpc::ClientContext context_;
+  const std::vector<grpc::ByteBuffer>& messages_;
+  const std::function<void(const grpc::Status&)> done_;
+  size_t next_ = 0;
+  grpc::ByteBuffer written_;
+  grpc::ByteBuffer answer_;
+};
+
+// As Send does, streams of these messages.
+std::vector<double> SendStreams(grpc::GenericStub& stub,
+                                const std::vector<grpc::ByteBuffer>& messages, int in_flight,
+                                int count) {
+  std::vector<double> latencies(static_cast<size_t>(count));
+  std::atomic<int> next = 0;
+  absl::BlockingCounter chains(in_flight);
+  std::function<void()> step = [&] {
+    const int i = next.fetch_add(1);
+    if (i >= count) return (void)chains.DecrementCount();
+    const absl::Time start = absl::Now();
+    new StreamCall(stub, messages, [&, i, start](const grpc::Status& status) {
+      CheckOk(status, "ForwardStream");
+      latencies[static_cast<size_t>(i)] = absl::ToDoubleMilliseconds(absl::Now() - start);
+      step();
+    });
+  };
+  for (int chain = 0; chain < in_flight; ++chain) step();
+  chains.Wait();
+  return latencies;
+}
+
 // --- cases -----------------------------------------------------------------
 
 double Median(std::vector<double> values) {
@@ -213,13 +250,6 @@ double Percentile(std::vector<double> values, double p) {
   return values[std::min(values.size() - 1,
                          static_cast<size_t>(p * static_cast<double>(values.size())))];
 }
-
-struct Target {
-  std::unique_ptr<grpc::GenericStub> ours;
-  std::unique_ptr<grpc::GenericStub> floor;
-  // In the place of `ours`, whose messages still say what the floor sends.
-  std::unique_ptr<SharedMemoryCalls> shared_memory;
-};
 
 std::string SizeText(int64_t bytes) {
   return bytes >= kMiB ? absl::StrCat(bytes / kMiB, "MiB") : absl::StrCat(bytes / kKiB, "KiB");
@@ -241,84 +271,219 @@ void FillTensor(int64_t bytes, normd::v1::Tensor& tensor) {
   for (int64_t i = 0; i < elements; ++i) values[i] = normal(random);
 }
 
+// A server beside its channels.
+struct Contender {
+  std::string name;
+  std::unique_ptr<Process> process;
+  std::unique_ptr<grpc::GenericStub> tcp;
+  std::unique_ptr<grpc::GenericStub> unix_socket;
+  int64_t idle_bytes = 0;  // resident, before the first call
+};
+
+struct Contenders {
+  Contender ours, echo, ordinary, torch;  // torch: no process where it is not wanted
+  // Of ours: tensors where the server reads them, and tensors that the client copies there.
+  std::unique_ptr<SharedMemoryCalls> shared, copied;
+};
+
 struct Case {
-  std::string op;  // eval, train_forward, backward
+  std::string op;         // eval, train_forward, backward
+  std::string transport;  // tcp, unix, stream, shared, copied
   int64_t bytes;
   int in_flight;
 };
 
+std::string NameOf(const Case& c) {
+  return absl::StrCat(c.op, "/", c.transport, "/", SizeText(c.bytes), "/k", c.in_flight);
+}
+
+// The instance that serves it.
+std::string InstanceFor(const Case& c) { return c.bytes < 64 * kKiB ? "small" : "large"; }
+
+normd::v1::ForwardRequest ForwardHeader(const Case& c) {
+  normd::v1::ForwardRequest request;
+  request.set_name(InstanceFor(c));
+  request.set_mode(c.op == "eval" ? normd::v1::MODE_EVAL : normd::v1::MODE_TRAIN);
+  return request;
+}
+
 std::pair<std::string, grpc::ByteBuffer> Request(const Case& c) {
-  const std::string name = c.bytes < 64 * kKiB ? "small" : "large";
   if (c.op == "backward") {
     normd::v1::BackwardRequest request;
-    request.set_name(name);
+    request.set_name(InstanceFor(c));
     request.set_mode(normd::v1::MODE_TRAIN);
     FillTensor(c.bytes, *request.mutable_input());
     *request.mutable_grad_output() = request.input();
-    return {"Backward", ToByteBuffer(request)};
+    return {"/normd.v1.NormService/Backward", ToByteBuffer(request)};
   }
-  normd::v1::ForwardRequest request;
-  request.set_name(name);
-  request.set_mode(c.op == "eval" ? normd::v1::MODE_EVAL : normd::v1::MODE_TRAIN);
+  normd::v1::ForwardRequest request = ForwardHeader(c);
   FillTensor(c.bytes, *request.mutable_input());
-  return {"Forward", ToByteBuffer(request)};
+  return {"/normd.v1.NormService/Forward", ToByteBuffer(request)};
 }
 
-nlohmann::json Run(const std::string& transport, Target& target, const Case& c, bool quick) {
-  const auto [method, request] = Request(c);
-  const std::string path = absl::StrCat("/normd.v1.NormService/", method);
-  const int rounds = quick ? 5 : 9;
-  const int64_t per_round = std::clamp<int64_t>(64 * kMiB / c.bytes, 1, quick ? 500 : 2000);
-  const int count = static_cast<int>(std::max<int64_t>(per_round, 2 * c.in_flight));
+std::vector<grpc::ByteBuffer> StreamOf(const Case& c) {
+  normd::v1::Tensor chunk;
+  FillTensor(kChunkBytes, chunk);
+  normd::v1::ForwardRequest header = ForwardHeader(c);
+  normd::v1::Tensor& input = *header.mutable_input();
+  input = chunk;
+  input.clear_data();
+  input.set_shape(0, input.shape(0) * (c.bytes / kChunkBytes));
+  return StreamMessages(header, c.bytes, chunk.data());
+}
 
+// One contender in one case: what it is sent, and how it fared.
+struct Lane {
+  Contender* contender;
+  std::function<std::vector<double>(int in_flight, int count)> send;
+  std::vector<double> round_ms = {};  // milliseconds a request: the throughput's inverse
+  std::vector<double> latencies = {};
+  int64_t peak_bytes = 0;  // over idle
+
+  double ms() const { return Median(round_ms); }
+};
+
+// Ours first, then the floor where there is one, then the peers.
+std::vector<Lane> LanesFor(Contenders& all, const Case& c) {
+  std::vector<Lane> lanes;
+  const auto unary = [&](Contender& contender, grpc::GenericStub& stub, std::string method,
+                         const grpc::ByteBuffer& request) {
+    lanes.push_back({&contender, [&stub, method, request](int in_flight, int count) {
+                       int64_t response_bytes = 0;
+                       return Send(stub, method, request, in_flight, count, &response_bytes);
+                     }});
+  };
+  if (c.transport == "stream") {
+    lanes.push_back(
+        {&all.ours, [&stub = *all.ours.tcp, messages = StreamOf(c)](int in_flight, int count) {
+           return SendStreams(stub, messages, in_flight, count);
+         }});
+    if (c.bytes > 100 * kMiB) return lanes;
+  }
+  const auto [method, request] = Request(c);
+  const bool unix_socket = c.transport == "unix";
+  grpc::GenericStub& ours = unix_socket ? *all.ours.unix_socket : *all.ours.tcp;
   int64_t response_bytes = 0;
-  Send(*target.ours, path, request, c.in_flight, c.in_flight, &response_bytes);
-  const std::string echo = absl::StrCat("/echo/", response_bytes);
-  const std::string instance = c.bytes < 64 * kKiB ? "small" : "large";
-  if (target.shared_memory != nullptr) {
+  Send(ours, method, request, 1, 1, &response_bytes);
+  if (c.transport == "shared" || c.transport == "copied") {
+    SharedMemoryCalls& calls = c.transport == "shared" ? *all.shared : *all.copied;
     normd::v1::Tensor tensor;
     FillTensor(c.bytes, tensor);
-    target.shared_memory->Put(tensor, c.in_flight);
-    target.shared_memory->Send(instance, c.op, c.in_flight);
+    calls.Put(tensor, c.in_flight);
+    lanes.push_back({&all.ours, [&calls, c](int in_flight, int count) {
+                       return calls.Send(InstanceFor(c), c.op, std::max(in_flight, count));
+                     }});
+  } else if (c.transport != "stream") {
+    unary(all.ours, ours, method, request);
   }
-  Send(*target.floor, echo, request, c.in_flight, c.in_flight, &response_bytes);
+  unary(all.echo, unix_socket ? *all.echo.unix_socket : *all.echo.tcp,
+        absl::StrCat("/echo/", response_bytes), request);
+  if (c.transport == "tcp") {
+    unary(all.ordinary, *all.ordinary.tcp, method, request);
+    if (all.torch.process != nullptr) unary(all.torch, *all.torch.tcp, method, request);
+  }
+  return lanes;
+}
 
-  // Milliseconds a request at this many in flight: the inverse of the throughput.
-  std::vector<double> ours, floor, latencies;
-  for (int round = 0; round < rounds; ++round) {
-    const auto measure = [&](grpc::GenericStub& stub, const std::string& to,
-                             std::vector<double>& into, bool keep) {
-      const absl::Time start = absl::Now();
-      const auto each = keep && target.shared_memory != nullptr
-                            ? target.shared_memory->Send(instance, c.op, count)
-                            : Send(stub, to, request, c.in_flight, count, &response_bytes);
-      into.push_back(absl::ToDoubleMilliseconds(absl::Now() - start) / count);
-      if (keep) latencies.insert(latencies.end(), each.begin(), each.end());
-    };
-    if (round % 2 == 0) {
-      measure(*target.ours, path, ours, true);
-      measure(*target.floor, echo, floor, false);
-    } else {
-      measure(*target.floor, echo, floor, false);
-      measure(*target.ours, path, ours, true);
-    }
+nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
+  std::vector<Lane> lanes = LanesFor(all, c);
+  const int rounds = quick ? 5 : 9;
+  const int64_t per_round =
+      std::clamp<int64_t>((quick ? 32 : 64) * kMiB / c.bytes, 1, quick ? 300 : 2000);
+  const int count = static_cast<int>(std::max<int64_t>(per_round, 2 * c.in_flight));
+  for (Lane& lane : lanes) {
+    lane.contender->process->ForgetPeak();
+    lane.send(c.in_flight, c.in_flight);  // warm
   }
-  const double ours_ms = Median(ours), floor_ms = Median(floor);
-  const std::string name =
-      absl::StrCat(c.op, "/", transport, "/", SizeText(c.bytes), "/k", c.in_flight);
-  absl::PrintF("%-34s %10.3f %10.3f %8.2f %10.3f %10.3f %9.2f %9.0f\n", name, ours_ms, floor_ms,
-               floor_ms / ours_ms, Percentile(latencies, 0.5), Percentile(latencies, 0.99),
-               static_cast<double>(c.bytes) / 1e6 / ours_ms, 1000 / ours_ms);
+  for (int round = 0; round < rounds; ++round) {
+    for (Lane& lane : lanes) {
+      const absl::Time start = absl::Now();
+      const auto each = lane.send(c.in_flight, count);
+      lane.round_ms.push_back(absl::ToDoubleMilliseconds(absl::Now() - start) / count);
+      lane.latencies.insert(lane.latencies.end(), each.begin(), each.end());
+    }
+    // Whoever goes first in a round has no advantage in the next.
+    std::reverse(lanes.begin(), lanes.end());
+  }
+  const auto find = [&](const Contender& contender) -> Lane* {
+    for (Lane& lane : lanes) {
+      if (lane.contender == &contender) return &lane;
+    }
+    return nullptr;
+  };
+  for (Lane& lane : lanes) {
+    lane.peak_bytes = lane.contender->process->Memory("VmHWM") - lane.contender->idle_bytes;
+  }
+
+  const Lane& ours = *find(all.ours);
+  const std::string name = NameOf(c);
+  const auto ratio = [&](const Contender& contender) {
+    const Lane* lane = find(contender);
+    return lane == nullptr ? std::string("-") : absl::StrFormat("%.2f", lane->ms() / ours.ms());
+  };
+  const auto peak = [&](const Contender& contender) {
+    const Lane* lane = find(contender);
+    return lane == nullptr ? std::string("-") : absl::StrCat(lane->peak_bytes / kMiB);
+  };
+  absl::PrintF("%-30s %9.3f %9.3f %9.3f %7.2f %8.0f %6s %9s %6s %6s %6s %6s %6s\n", name, ours.ms(),
+               Percentile(ours.latencies, 0.5), Percentile(ours.latencies, 0.99),
+               static_cast<double>(c.bytes) / 1e6 / ours.ms(), 1000 / ours.ms(), ratio(all.echo),
+               ratio(all.ordinary), ratio(all.torch), peak(all.ours), peak(all.echo),
+               peak(all.ordinary), peak(all.torch));
   std::fflush(stdout);
-  return {{"suite", "transport"},
-          {"case", name},
-          {"ours_ms", ours_ms},
-          {"floor_ms", floor_ms},
-          {"peers", nlohmann::json::object()},
-          {"floor_ratio", floor_ms / ours_ms},
-          {"peer_ratio", nullptr},
-          {"p50_ms", Percentile(latencies, 0.5)},
-          {"p99_ms", Percentile(latencies, 0.99)}};
+
+  nlohmann::json row = {{"suite", "transport"},  {"case", name},
+                        {"ours_ms", ours.ms()},  {"peers", nlohmann::json::object()},
+                        {"floor_ms", nullptr},   {"floor_ratio", nullptr},
+                        {"peer_ratio", nullptr}, {"details", nlohmann::json::object()}};
+  for (const Lane& lane : lanes) {
+    const std::string& who = lane.contender->name;
+    const double lane_ratio = lane.ms() / ours.ms();
+    if (who == "echo") {
+      row["floor_ms"] = lane.ms();
+      row["floor_ratio"] = lane_ratio;
+    } else if (who != "ours") {
+      row["peers"][who] = lane.ms();
+      nlohmann::json& best = row["peer_ratio"];
+      best = best.is_null() ? lane_ratio : std::min(best.get<double>(), lane_ratio);
+    }
+    row["details"][who] = {{"p50_ms", Percentile(lane.latencies, 0.5)},
+                           {"p99_ms", Percentile(lane.latencies, 0.99)},
+                           {"bytes_per_second", static_cast<double>(c.bytes) * 1e3 / lane.ms()},
+                           {"requests_per_second", 1e3 / lane.ms()},
+                           {"peak_bytes_over_idle", lane.peak_bytes},
+                           {"round_ms", lane.round_ms}};
+  }
+  return row;
+}
+
+std::vector<Case> CasesFor(bool quick) {
+  std::vector<Case> cases;
+  const auto add = [&](const char* transport, std::vector<const char*> ops,
+                       std::vector<int64_t> sizes, std::vector<int> in_flights) {
+    for (const int64_t bytes : sizes) {
+      for (const char* op : ops) {
+        for (const int in_flight : in_flights) cases.push_back({op, transport, bytes, in_flight});
+      }
+    }
+  };
+  if (quick) {
+    add("tcp", {"eval", "train_forward", "backward"}, {kMiB, 10 * kMiB}, {1});
+    add("unix", {"eval"}, {10 * kMiB}, {1});
+    add("stream", {"eval", "train_forward"}, {10 * kMiB}, {1});
+    add("shared", {"eval"}, {10 * kMiB}, {1});
+    add("tcp", {"eval"}, {kKiB}, {16});
+    return cases;
+  }
+  const std::vector<int64_t> sizes = {64 * kKiB, kMiB, 10 * kMiB, 100 * kMiB};
+  add("tcp", {"eval", "train_forward", "backward"}, sizes, {1, 4});
+  add("unix", {"eval", "train_forward", "backward"}, sizes, {1, 4});
+  add("stream", {"eval", "train_forward"}, {kMiB, 10 * kMiB, 100 * kMiB, 1024 * kMiB}, {1, 4});
+  add("shared", {"eval", "train_forward", "backward"}, sizes, {1, 4});
+  add("copied", {"eval", "train_forward", "backward"}, sizes, {1, 4});
+  add("tcp", {"eval"}, {kKiB}, {1, 16, 64});
+  add("unix", {"eval"}, {kKiB}, {1, 16, 64});
+  return cases;
 }
 
 void CreateInstances(const std::string& address) {
@@ -334,58 +499,65 @@ void CreateInstances(const std::string& address) {
   }
 }
 
+Contenders Start(const std::string& directory) {
+  Contenders all;
+  const auto start = [&](Contender& contender, const std::string& name,
+                         std::vector<std::string> command) {
+    contender.name = name;
+    contender.process = std::make_unique<Process>(std::move(command));
+  };
+  const auto itself = [&](Contender& contender, const std::string& name) {
+    start(contender, name, {"/proc/self/exe", "--serve=" + name, "--directory=" + directory});
+  };
+  start(
+      all.ours, "ours",
+      {absl::GetFlag(FLAGS_normd),
+       absl::StrCat("--listen=127.0.0.1:0,", SocketAddress(directory, "ours")),
+       absl::StrCat("--port_file=", PortFile(directory, "ours")),
+       absl::StrCat("--state_dir=", directory, "/state"), "--durability=none",
+       absl::StrCat("--max_message_bytes=", 512 * kMiB), "--shared_memory=on", "--log_level=warn"});
+  itself(all.echo, "echo");
+  itself(all.ordinary, "ordinary");
+  if (const std::string script = absl::GetFlag(FLAGS_torch_server); !script.empty()) {
+    start(all.torch, "torch", {absl::GetFlag(FLAGS_python), script, PortFile(directory, "torch")});
+  }
+  for (Contender* contender : {&all.ours, &all.echo, &all.ordinary, &all.torch}) {
+    if (contender->process == nullptr) continue;
+    const std::string address = AwaitLine(PortFile(directory, contender->name));
+    if (contender == &all.ours) CreateInstances(address);
+    contender->tcp = std::make_unique<grpc::GenericStub>(Connect(address));
+    contender->unix_socket =
+        std::make_unique<grpc::GenericStub>(Connect(SocketAddress(directory, contender->name)));
+    contender->idle_bytes = contender->process->Memory("VmRSS");
+    if (contender == &all.ours) {
+      all.shared = std::make_unique<SharedMemoryCalls>(address, "shared");
+      all.copied = std::make_unique<SharedMemoryCalls>(address, "copied");
+    }
+  }
+  return all;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   absl::ParseCommandLine(argc, argv);
-  if (const std::string echo = absl::GetFlag(FLAGS_echo); !echo.empty()) return ServeEcho(echo);
-
+  if (const std::string name = absl::GetFlag(FLAGS_serve); !name.empty()) {
+    return Serve(name, absl::GetFlag(FLAGS_directory));
+  }
   const bool quick = absl::GetFlag(FLAGS_quick);
   std::string directory = (std::filesystem::temp_directory_path() / "normd-bench-XXXXXX").string();
   if (mkdtemp(directory.data()) == nullptr) return 1;
   nlohmann::json rows = nlohmann::json::array();
   {
-    const Process ours({absl::GetFlag(FLAGS_normd),
-                        absl::StrCat("--listen=127.0.0.1:0,unix:", directory, "/normd.sock"),
-                        absl::StrCat("--port_file=", directory, "/normd.port"),
-                        absl::StrCat("--state_dir=", directory, "/state"), "--durability=none",
-                        absl::StrCat("--max_message_bytes=", 512 * kMiB), "--shared_memory=on",
-                        "--log_level=warn"});
-    const Process floor({"/proc/self/exe", absl::StrCat("--echo=unix:", directory, "/echo.sock")});
-    const std::string ours_tcp = AwaitLine(directory + "/normd.port");
-    const std::string floor_tcp = AwaitLine(directory + "/echo.sock.port");
-    CreateInstances(ours_tcp);
-
-    absl::PrintF("%-34s %10s %10s %8s %10s %10s %9s %9s\n", "case", "ours ms", "echo ms", "ratio",
-                 "p50 ms", "p99 ms", "GB/s", "req/s");
-    std::vector<Case> cases;
-    for (const int64_t bytes : quick
-                                   ? std::vector<int64_t>{kMiB, 10 * kMiB}
-                                   : std::vector<int64_t>{64 * kKiB, kMiB, 10 * kMiB, 100 * kMiB}) {
-      for (const char* op : {"eval", "train_forward", "backward"}) {
-        for (const int in_flight : quick ? std::vector<int>{1} : std::vector<int>{1, 4}) {
-          cases.push_back({op, bytes, in_flight});
-        }
-      }
-    }
-    for (const int in_flight : quick ? std::vector<int>{16} : std::vector<int>{1, 16, 64}) {
-      cases.push_back({"eval", kKiB, in_flight});
-    }
-    for (const auto& [transport, ours_address, floor_address] :
-         {std::tuple("tcp", ours_tcp, floor_tcp),
-          std::tuple("unix", "unix:" + directory + "/normd.sock",
-                     "unix:" + directory + "/echo.sock"),
-          std::tuple("shared", ours_tcp, floor_tcp), std::tuple("copied", ours_tcp, floor_tcp)}) {
-      Target target{std::make_unique<grpc::GenericStub>(Connect(ours_address)),
-                    std::make_unique<grpc::GenericStub>(Connect(floor_address)), nullptr};
-      if (ours_address == ours_tcp && transport != std::string("tcp")) {
-        target.shared_memory = std::make_unique<SharedMemoryCalls>(ours_address, transport);
-      }
-      for (const Case& c : cases) {
-        // Smaller tensors go in messages: sharing them saves nothing.
-        if (target.shared_memory != nullptr && c.bytes < 64 * kKiB) continue;
-        rows.push_back(Run(transport, target, c, quick));
-      }
+    Contenders all = Start(directory);
+    absl::PrintF("%-30s %9s %9s %9s %7s %8s %6s %9s %6s %27s\n", "", "ours", "ours", "ours", "ours",
+                 "ours", "time over ours'", "", "", "peak MiB over idle");
+    absl::PrintF("%-30s %9s %9s %9s %7s %8s %6s %9s %6s %6s %6s %6s %6s\n", "case", "ms", "p50 ms",
+                 "p99 ms", "GB/s", "req/s", "echo", "ordinary", "torch", "ours", "echo", "ordin.",
+                 "torch");
+    for (const Case& c : CasesFor(quick)) {
+      const bool wanted = NameOf(c).find(absl::GetFlag(FLAGS_only)) != std::string::npos;
+      if (wanted) rows.push_back(Run(all, c, quick));
     }
   }
   std::filesystem::remove_all(directory);
