@@ -183,7 +183,24 @@ absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const ch
       }
       return std::nullopt;
     };
+    const auto tell = [&] {
+      if (!progress) return;
+      progress(static_cast<int64_t>(answer.bytes.size() + answer.residual_bytes.size()),
+               expected * TensorsIn(answer.header));
+    };
     const auto on_response = [&](grpc::ByteBuffer* buffer) -> grpc::Status {
+      bool is_chunk = header_received &&
+                      internal::AppendBytesOf(*buffer, Response::kChunkFieldNumber, answer.bytes);
+      if constexpr (requires { Response::kGradResidualChunkFieldNumber; }) {
+        is_chunk =
+            is_chunk || (header_received &&
+                         internal::AppendBytesOf(*buffer, Response::kGradResidualChunkFieldNumber,
+                                                 answer.residual_bytes));
+      }
+      if (is_chunk) {
+        tell();
+        return grpc::Status::OK;
+      }
       Response response;
       auto parsed = grpc::GenericDeserialize<grpc::ProtoBufferReader, Response>(buffer, &response);
       if (!parsed.ok()) return parsed;
@@ -200,10 +217,7 @@ absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const ch
       if constexpr (requires { response.grad_residual_chunk(); }) {
         answer.residual_bytes += response.grad_residual_chunk();
       }
-      if (progress) {
-        progress(static_cast<int64_t>(answer.bytes.size() + answer.residual_bytes.size()),
-                 expected * TensorsIn(answer.header));
-      }
+      tell();
       return grpc::Status::OK;
     };
     grpc::Status ended =

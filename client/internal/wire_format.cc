@@ -1,7 +1,9 @@
 #include "client/internal/wire_format.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include <google/protobuf/io/coded_stream.h>
 #include <google/protobuf/io/zero_copy_stream_impl_lite.h>
@@ -11,13 +13,17 @@
 namespace normd::inline client::internal {
 namespace {
 
+uint32_t LengthDelimitedTag(int field_number) {
+  constexpr uint32_t kLengthDelimited = 2;
+  return static_cast<uint32_t>(field_number) << 3 | kLengthDelimited;
+}
+
 // Tag and length of a field, whose bytes are to follow.
 std::string FieldPrefix(int field_number, uint64_t length) {
   std::string prefix;
   google::protobuf::io::StringOutputStream stream(&prefix);
   google::protobuf::io::CodedOutputStream coded(&stream);
-  constexpr uint32_t kLengthDelimited = 2;
-  coded.WriteTag(static_cast<uint32_t>(field_number) << 3 | kLengthDelimited);
+  coded.WriteTag(LengthDelimitedTag(field_number));
   coded.WriteVarint64(length);
   coded.Trim();
   return prefix;
@@ -60,6 +66,30 @@ grpc::ByteBuffer MessageOfBytes(int field_number, grpc::Slice bytes) {
 grpc::ByteBuffer MessageOf(const google::protobuf::MessageLite& message) {
   const grpc::Slice slice(message.SerializeAsString());
   return grpc::ByteBuffer(&slice, 1);
+}
+
+bool AppendBytesOf(const grpc::ByteBuffer& message, int field_number, std::string& to) {
+  std::vector<grpc::Slice> slices;
+  if (!message.Dump(&slices).ok()) return false;
+  // Tag and length, wherever the slices are cut: a varint of 32 bits takes five bytes.
+  constexpr size_t kLongestFront = 10;
+  std::string front;
+  for (const grpc::Slice& slice : slices) {
+    const size_t more = std::min(kLongestFront - front.size(), slice.size());
+    front.append(reinterpret_cast<const char*>(slice.begin()), more);
+  }
+  google::protobuf::io::CodedInputStream in(reinterpret_cast<const uint8_t*>(front.data()),
+                                            static_cast<int>(front.size()));
+  uint32_t size = 0;
+  if (in.ReadTag() != LengthDelimitedTag(field_number) || !in.ReadVarint32(&size)) return false;
+  auto skip = static_cast<size_t>(in.CurrentPosition());
+  if (message.Length() != skip + size) return false;
+  for (const grpc::Slice& slice : slices) {
+    const size_t skipped = std::min(skip, slice.size());
+    skip -= skipped;
+    to.append(reinterpret_cast<const char*>(slice.begin()) + skipped, slice.size() - skipped);
+  }
+  return true;
 }
 
 }  // namespace normd::inline client::internal

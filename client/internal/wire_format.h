@@ -2,6 +2,7 @@
 #ifndef NORMD_CLIENT_INTERNAL_WIRE_FORMAT_H_
 #define NORMD_CLIENT_INTERNAL_WIRE_FORMAT_H_
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -30,6 +31,10 @@ grpc::ByteBuffer MessageWithTensors(const google::protobuf::MessageLite& message
 grpc::ByteBuffer MessageOfBytes(int field_number, grpc::Slice bytes);
 
 grpc::ByteBuffer MessageOf(const google::protobuf::MessageLite& message);
+
+// Appends the value of a message's only field, `field_number` of type bytes, in the one copy
+// that it takes. False, and nothing appended, for any other message.
+bool AppendBytesOf(const grpc::ByteBuffer& message, int field_number, std::string& to);
 
 }  // namespace normd::inline client::internal
 

@@ -3,14 +3,20 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stop_token>
 #include <utility>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "grpcpp/alarm.h"
 #include "server/error/error.h"
 #include "server/service/backward.h"
 #include "server/service/forward.h"
@@ -34,6 +40,38 @@ absl::StatusOr<std::optional<int64_t>> AnnouncedBytes(const grpc::CallbackServer
   return InvalidField(kMessageBytesKey, text, "the bytes of the message, in decimal");
 }
 
+// A message that was announced, and has memory claimed for it, must come: cancels the call
+// where it has not, so that nobody holds the budget by announcements.
+class Patience {
+ public:
+  Patience(grpc::CallbackServerContext* context, int64_t bytes)
+      : waited_for_(std::make_shared<WaitedFor>(context)) {
+    alarm_.Set(absl::ToChronoTime(absl::Now() + absl::Seconds(10 + bytes / kSlowest)),
+               [waited_for = waited_for_](bool late) {
+                 absl::MutexLock lock(&waited_for->mutex);
+                 if (late && waited_for->context != nullptr) waited_for->context->TryCancel();
+               });
+  }
+  void Arrived() {
+    absl::MutexLock lock(&waited_for_->mutex);
+    waited_for_->context = nullptr;
+  }
+
+ private:
+  // Bytes a second that a client must send at least.
+  static constexpr int64_t kSlowest = int64_t{64} << 10;
+
+  // Outlives the call where the alarm goes off as it ends.
+  struct WaitedFor {
+    explicit WaitedFor(grpc::CallbackServerContext* context) : context(context) {}
+
+    absl::Mutex mutex;
+    grpc::CallbackServerContext* context ABSL_GUARDED_BY(mutex);  // null: not any more
+  };
+  const std::shared_ptr<WaitedFor> waited_for_;
+  grpc::Alarm alarm_;
+};
+
 // One call from its headers to its answer. Deletes itself when gRPC is done.
 template <class Method>
 class TensorCall final : public RawCall {
@@ -47,10 +85,14 @@ class TensorCall final : public RawCall {
     if (!announced.ok()) return Answer(announced.status());
     announced_ = *announced;
     if (!announced_.has_value()) return StartRead(&message_);
-    Admit(*announced_, [this] { StartRead(&message_); });
+    Admit(*announced_, [this] {
+      patience_.emplace(context_, *announced_);
+      StartRead(&message_);
+    });
   }
 
   void OnReadDone(bool ok) override {
+    if (patience_.has_value()) patience_->Arrived();
     // gRPC itself ends a call whose message it does not take, before this is seen.
     if (!ok) {
       return Answer(context_->IsCancelled() ? ToStatus(Outcome::kStopped)
@@ -148,6 +190,7 @@ class TensorCall final : public RawCall {
   Rpc rpc_;
   grpc::CallbackServerContext* const context_;
   std::optional<int64_t> announced_;
+  std::optional<Patience> patience_;  // while the announced message is on its way
   grpc::ByteBuffer message_;
   int64_t bytes_in_ = 0;
   // Of the message, until it is gone.

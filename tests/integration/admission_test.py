@@ -91,6 +91,23 @@ class Announced(ServerTestCase):
         with refused(self, grpc.StatusCode.INVALID_ARGUMENT, field="normd-message-bytes"):
             call(request, metadata=announced(len(request) - 1))
 
+    def test_who_announces_and_sends_nothing_does_not_keep_the_memory(self):
+        never = threading.Event()
+
+        def nothing():
+            never.wait(60)
+            yield from ()
+
+        in_use = lambda: self.stub.GetServerInfo(rpc.GetServerInfoRequest()).memory_in_use
+        call = self.server.channel.stream_unary(
+            FORWARD, request_serializer=None, response_deserializer=None).future(
+                nothing(), timeout=60, metadata=announced(700000))
+        eventually(lambda: in_use() == 1400000)
+        with refused(self, grpc.StatusCode.CANCELLED):
+            call.result()
+        eventually(lambda: in_use() == 0)
+        never.set()
+
     def test_what_is_no_number_is_refused(self):
         for text in ("many", "-1", "", "99999999999999999999"):
             with self.subTest(text=text):
