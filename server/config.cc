@@ -254,10 +254,14 @@ std::string VersionText() { return absl::StrCat("normd ", NORMD_VERSION, "\n"); 
 }  // namespace
 
 absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
-  absl::SetProgramUsageMessage(
-      "serves named normalization layers with PyTorch's semantics over gRPC.\n"
-      "Every flag has an environment twin: NORMD_LISTEN for --listen.\n"
-      "Usage: normd [--listen=127.0.0.1:50051] [--state_dir=DIR] ...");
+  // Abseil takes it once a process.
+  static const bool described [[maybe_unused]] = [] {
+    absl::SetProgramUsageMessage(
+        "serves named normalization layers with PyTorch's semantics over gRPC.\n"
+        "Every flag has an environment twin: NORMD_LISTEN for --listen.\n"
+        "Usage: normd [--listen=127.0.0.1:50051] [--state_dir=DIR] ...");
+    return true;
+  }();
   absl::FlagsUsageConfig usage;
   usage.contains_help_flags = IsOurs;
   usage.contains_helpshort_flags = IsOurs;

@@ -31,6 +31,21 @@ absl::Status Malformed() {
   return InvalidField("request", "malformed", "a protobuf message of the method's request type");
 }
 
+// Protobuf's parser takes tags and lengths of up to five bytes, CodedInputStream longer
+// ones too. 0: no tag, as there.
+constexpr int kLongestVarint32 = 5;
+
+uint32_t ReadTag(CodedInputStream& in) {
+  const int begin = in.CurrentPosition();
+  const uint32_t tag = in.ReadTag();
+  return in.CurrentPosition() - begin <= kLongestVarint32 ? tag : 0;
+}
+
+bool ReadSize(CodedInputStream& in, uint32_t& size) {
+  const int begin = in.CurrentPosition();
+  return in.ReadVarint32(&size) && in.CurrentPosition() - begin <= kLongestVarint32;
+}
+
 // Copies the value of a field that began with `tag`, and the tag, to `out`.
 bool CopyField(CodedInputStream& in, uint32_t tag, std::string& out) {
   google::protobuf::io::StringOutputStream stream(&out);
@@ -57,7 +72,7 @@ bool CopyField(CodedInputStream& in, uint32_t tag, std::string& out) {
     }
     case kLength: {
       uint32_t size = 0;
-      if (!in.ReadVarint32(&size)) return false;
+      if (!ReadSize(in, size)) return false;
       to.WriteVarint32(size);
       // In pieces, as they lie: nothing is allocated for bytes that are not there.
       while (size > 0) {
@@ -101,10 +116,10 @@ absl::Status ReadTensor(CodedInputStream& in, BufferPool& pool, std::string& hea
                         Payload& payload) {
   const uint32_t data_tag = MakeTag(v1::Tensor::kDataFieldNumber, kLength);
   while (in.BytesUntilLimit() > 0) {
-    const uint32_t tag = in.ReadTag();
+    const uint32_t tag = ReadTag(in);
     if (tag == data_tag) {
       uint32_t size = 0;
-      if (!in.ReadVarint32(&size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
+      if (!ReadSize(in, size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
         return Malformed();
       }
       absl::Status taken = TakePayload(in, static_cast<int>(size), pool, payload);
@@ -148,7 +163,7 @@ absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const Tens
 
   std::string fields_but_data;
   while (in.BytesUntilLimit() > 0) {
-    const uint32_t tag = in.ReadTag();
+    const uint32_t tag = ReadTag(in);
     const auto field = std::find_if(fields.begin(), fields.end(), [tag](const TensorField& f) {
       return tag == MakeTag(f.number, kLength);
     });
@@ -157,7 +172,7 @@ absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const Tens
       continue;
     }
     uint32_t size = 0;
-    if (!in.ReadVarint32(&size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
+    if (!ReadSize(in, size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
       return Malformed();
     }
     std::string tensor;
@@ -210,9 +225,9 @@ std::optional<Chunk> Chunk::Of(const grpc::ByteBuffer& message, absl::Span<const
     if (filled == front.size()) break;
   }
   CodedInputStream in(front.data(), static_cast<int>(filled));
-  const uint32_t tag = in.ReadTag();
+  const uint32_t tag = ReadTag(in);
   uint32_t size = 0;
-  if (tag == 0 || !in.ReadVarint32(&size)) return std::nullopt;
+  if (tag == 0 || !ReadSize(in, size)) return std::nullopt;
   const auto number = std::find_if(numbers.begin(), numbers.end(),
                                    [tag](int n) { return tag == MakeTag(n, kLength); });
   chunk.offset_ = static_cast<size_t>(in.CurrentPosition());

@@ -214,7 +214,7 @@ class Round:
         fault = self.rng.choice(("shape", "one value", "bytes")) if self.rng.random() < 0.06 else ""
         if fault == "shape":
             shape[-1 if layer.channels is None else 1] += 1
-        elif fault == "one value":
+        elif fault == "one value" and layer.channels is not None:
             shape = [1] + [1 if axis > 1 else size for axis, size in enumerate(shape)][1:]
         x = self.tensor(shape, layer)
         residual = self.tensor(shape, layer) if self.rng.random() < 0.2 else None

@@ -77,6 +77,9 @@ class Worker {
   }
 
   void Checkpoint() {
+    // One thread's work in the server: a save removes the oldest while none is read.
+    static absl::Mutex one_at_a_time;
+    absl::MutexLock lock(&one_at_a_time);
     const auto saved = checkpoints_.Save("manual", registry_.ForCheckpoint());
     EXPECT_TRUE(saved.ok()) << saved.status();
     const auto loaded = checkpoints_.Load("", {});
