@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The fault tests against build/release, with more kills than the ordinary test run has.
 #   tests/faults/run.sh [--kills N] [TEST...]      (default: 20 kills of each durability)
-# TEST: history, kill, disk; default all. NORMD_BIN: another build's normd.
+# TEST: history, kill, disk, clock; default all. NORMD_BIN: another build's normd.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 usage() {
-  echo "usage: $0 [--kills N] [history] [kill] [disk]" >&2
+  echo "usage: $0 [--kills N] [history] [kill] [disk] [clock]" >&2
   exit 2
 }
 if [[ ${1:-} == --kills ]]; then
@@ -13,7 +13,7 @@ if [[ ${1:-} == --kills ]]; then
   export NORMD_KILLS=$2
   shift 2
 fi
-(($#)) || set -- history kill disk
+(($#)) || set -- history kill disk clock
 export NORMD_BIN=${NORMD_BIN:-$root/build/release/bin/normd}
 export PYTHONPATH=$root/tests:$root/build/release/python PYTHONDONTWRITEBYTECODE=1
 for name in "$@"; do
