@@ -16,7 +16,8 @@
 // A record holds the same without requests and is read many times as fast, for
 // stores of a million. Numbers are 8 bytes, big-endian; bytes follow their count:
 //   kRecordMagic  name  uid  layer (layer_json)
-//   mode (0 train, 1 eval)  version  parameters_version  create and update time (nanoseconds since 1970)
+//   mode (0 train, 1 eval)  version  parameters_version
+//   create and update time (nanoseconds since 1970)
 //   num_batches_tracked  optimizer rule (0: none, else 1 + its number)  steps of weight and bias
 //   the tensors above, scalars left out, in that order; absent ones have no bytes
 #ifndef NORMD_SERVER_STATE_INSTANCE_CODEC_H_
