@@ -239,14 +239,15 @@ class Round:
             training = instance.training if mode == 0 else mode == TRAIN
             if known is not None and known[0] == "forward":
                 training = True  # what is remembered has folded
+                # Whoever repeats a call learns first of all that it was applied.
+                if instance.parameters_version > known[1]:
+                    raise Refused(Code.FAILED_PRECONDITION)
             if fault == "shape":
                 raise Refused(Code.INVALID_ARGUMENT)
             by_batch = layer.by_batch(training)
             if by_batch and values_a_set(layer, shape) == 1:
                 raise Refused(Code.FAILED_PRECONDITION)
             folds = layer.folds(training)
-            if known is not None and known[0] == "forward" and instance.parameters_version > known[1]:
-                raise Refused(Code.FAILED_PRECONDITION)
             version = None
             if folds or expected_of(request) not in (None, instance.version):
                 version = instance.check("forward", request.request_id, expected_of(request))
