@@ -15,7 +15,7 @@ struct FreeContext {
   void operator()(EVP_MD_CTX* context) const { EVP_MD_CTX_free(context); }
 };
 
-std::array<uint8_t, kDigestBytes> Digest(std::string_view bytes) {
+std::array<uint8_t, kDigestBytes> Digest(std::string_view bytes, std::string_view more = {}) {
   // Looked up once: OpenSSL's one-shot calls look it up each time, which costs more
   // than hashing a record.
   static EVP_MD* const algorithm = EVP_MD_fetch(nullptr, "SHA256", nullptr);
@@ -24,6 +24,7 @@ std::array<uint8_t, kDigestBytes> Digest(std::string_view bytes) {
   std::array<uint8_t, kDigestBytes> digest;
   if (EVP_DigestInit_ex2(context.get(), algorithm, nullptr) != 1 ||
       EVP_DigestUpdate(context.get(), bytes.data(), bytes.size()) != 1 ||
+      EVP_DigestUpdate(context.get(), more.data(), more.size()) != 1 ||
       EVP_DigestFinal_ex(context.get(), digest.data(), nullptr) != 1) {
     std::abort();  // no memory, or an OpenSSL without SHA-256
   }
@@ -43,8 +44,8 @@ std::string Sha256Hex(std::string_view bytes) {
   return hex;
 }
 
-uint64_t Sha256Prefix(std::string_view bytes) {
-  const auto digest = Digest(bytes);
+uint64_t Sha256Prefix(std::string_view bytes, std::string_view more) {
+  const auto digest = Digest(bytes, more);
   uint64_t prefix = 0;
   for (int i = 0; i < 8; ++i) prefix = prefix << 8 | digest[i];
   return prefix;

@@ -11,8 +11,8 @@ namespace normd {
 // 64 lower-case hexadecimal digits.
 std::string Sha256Hex(std::string_view bytes);
 
-// The digest's first 8 bytes, big-endian.
-uint64_t Sha256Prefix(std::string_view bytes);
+// The first 8 bytes, big-endian, of the digest of `bytes` and, behind them, `more`.
+uint64_t Sha256Prefix(std::string_view bytes, std::string_view more = {});
 
 }  // namespace normd
 

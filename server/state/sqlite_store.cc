@@ -195,11 +195,9 @@ uint64_t NameHash(std::string_view name, int64_t id) {
 }
 
 int64_t RecordChecksum(uint64_t version, std::string_view record) {
-  std::string text;
-  text.reserve(8 + record.size());
-  AppendNumber(text, version);
-  text += record;
-  return static_cast<int64_t>(Sha256Prefix(text));
+  std::string number;
+  AppendNumber(number, version);
+  return static_cast<int64_t>(Sha256Prefix(number, record));
 }
 
 class SqliteStore : public StateStore {
