@@ -1,7 +1,6 @@
 #include "server/server.h"
 
 #include <algorithm>
-#include <chrono>
 #include <functional>
 #include <limits>
 #include <optional>
@@ -367,12 +366,12 @@ class ServerImpl final : public Server {
   // Runs on the background thread, every --checkpoint_interval.
   void Tick() {
     contexts_.Sweep();
-    const auto begin = std::chrono::steady_clock::now();
+    const absl::Time begin = SteadyNow();
     if (config_.durability == Durability::kNone || begin < next_checkpoint_) return;
     if (absl::Status saved = SaveIfChanged("interval"); !saved.ok()) {
       spdlog::error("the automatic checkpoint failed: {}", std::string(saved.message()));
     }
-    const auto end = std::chrono::steady_clock::now();
+    const absl::Time end = SteadyNow();
     next_checkpoint_ = end + (kCheckpointShare - 1) * (end - begin);
   }
 
@@ -418,7 +417,7 @@ class ServerImpl final : public Server {
   SavedContexts contexts_;
   SavedCheckpoints saved_checkpoints_;
   uint64_t saved_changes_ = 0;
-  std::chrono::steady_clock::time_point next_checkpoint_;  // the background thread's
+  absl::Time next_checkpoint_ = absl::InfinitePast();  // the background thread's
   std::optional<Background> background_;
   Core core_;
   std::unique_ptr<grpc::Service> service_;
