@@ -561,8 +561,8 @@ class RowGradient {
     for (int r = 0; r < kRows; ++r) {
       const int64_t i = begin_[r] + j;
       if (ahead_ != 0) {
-        FetchTwo(input_.grad_y + i + ahead_);
-        if (needs_x_) FetchTwo(input_.x + i + ahead_);
+        FetchPairAhead(d, input_.grad_y + i + ahead_);
+        if (needs_x_) FetchPairAhead(d, input_.x + i + ahead_);
       }
       const Pair<D> dy = GradY(i);
       const Pair<D> x = needs_x_ ? Load(input_.x + i) : zero;
@@ -613,10 +613,6 @@ class RowGradient {
     return hn::Add(dx, hn::MulAdd(deviation, hn::Set(d, slope_[r]), hn::Set(d, offset_[r])));
   }
 
-  static HWY_INLINE void FetchTwo(const E* from) {
-    FetchAhead(from);
-    if (sizeof(E) > 2) FetchAhead(from + hn::Lanes(D()));
-  }
   static HWY_INLINE Pair<D> Load(const E* from) {
     if constexpr (kPairs) return LoadPair(D(), from);
     return {LoadElements(D(), from), LoadElements(D(), from + hn::Lanes(D()))};

@@ -204,6 +204,13 @@ HWY_INLINE void StoreTwo(D d, hn::Vec<D> first, hn::Vec<D> second, E* to, bool s
   StoreElements(d, second, to + hn::Lanes(d), stream);
 }
 
+// The lines that a pair lies on.
+template <class D, class E>
+HWY_INLINE void FetchPairAhead(D d, const E* from) {
+  FetchAhead(from);
+  if (sizeof(E) > 2) FetchAhead(from + hn::Lanes(d));
+}
+
 // Values of the computing type that belong to the elements of a pair.
 template <class E, class D>
 HWY_INLINE Pair<D> LoadPairValues(D d, const hn::TFromD<D>* from) {

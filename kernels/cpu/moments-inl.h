@@ -47,10 +47,7 @@ struct MomentSums {
   template <int k>
   HWY_INLINE void AddTwo(int64_t i) {
     const Pair<D> values = LoadPair(d, x + i);
-    if (ahead != 0) {
-      FetchAhead(x + i + ahead);
-      if (sizeof(E) > 2) FetchAhead(x + i + hn::Lanes(d) + ahead);
-    }
+    if (ahead != 0) FetchPairAhead(d, x + i + ahead);
     Collect<k>(values.a);
     Collect<k + 1>(values.b);
   }

@@ -258,10 +258,7 @@ class RowNormalize {
       const Pair<D> weight = LoadPairValues<E>(d, rows.weight_ + j);
       const Pair<D> bias = LoadPairValues<E>(d, rows.bias_ + j);
       for (int r = 0; r < kRows; ++r) {
-        if (rows.ahead_ != 0) {
-          FetchAhead(rows.x_[r] + j + rows.ahead_);
-          if (sizeof(E) > 2) FetchAhead(rows.x_[r] + j + lanes + rows.ahead_);
-        }
+        if (rows.ahead_ != 0) FetchPairAhead(d, rows.x_[r] + j + rows.ahead_);
         const Pair<D> x = LoadPair(d, rows.x_[r] + j);
         StorePair(d, Pair<D>{rows.Y(r, x.a, weight.a, bias.a), rows.Y(r, x.b, weight.b, bias.b)},
                   rows.y_[r] + j, kStream);
