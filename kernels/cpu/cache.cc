@@ -1,38 +1,38 @@
 #include "kernels/cpu/cache.h"
 
+#include <algorithm>
 #include <fstream>
 #include <string>
-
-#include <unistd.h>
 
 #include "hwy/cache_control.h"
 
 namespace normd::cpu {
 namespace {
 
-// Linux's own account, "32768K". glibc's sysconf() multiplies by the number of
-// virtual processors on some virtual machines, so it comes second.
-int64_t SizeFromSysfs() {
-  int64_t largest = 0;
-  for (const char* index : {"index2", "index3"}) {
-    std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/") + index + "/size");
-    int64_t kilobytes = 0;
-    if (file >> kilobytes && kilobytes << 10 > largest) largest = kilobytes << 10;
-  }
-  return largest;
+// Linux's own account, "32768K"; 0 where there is none. glibc's sysconf() multiplies by
+// the number of virtual processors on some virtual machines.
+int64_t CacheBytes(const char* index) {
+  std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/") + index + "/size");
+  int64_t kilobytes = 0;
+  return file >> kilobytes ? kilobytes << 10 : 0;
+}
+
+bool IsIntelServer() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel") != 0 && __builtin_cpu_supports("avx512f") != 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
 
-int64_t LastLevelCacheBytes() {
+int64_t LargestCachedBytes() {
   static const int64_t bytes = [] {
-    if (const int64_t size = SizeFromSysfs(); size > 0) return size;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    for (const int name : {_SC_LEVEL3_CACHE_SIZE, _SC_LEVEL2_CACHE_SIZE}) {
-      if (const long size = sysconf(name); size > 0) return static_cast<int64_t>(size);
-    }
-#endif
-    return int64_t{8} << 20;
+    const int64_t l2 = CacheBytes("index2");
+    if (l2 > 0 && IsIntelServer()) return l2;
+    const int64_t last = std::max(l2, CacheBytes("index3"));
+    return last > 0 ? last / 2 : int64_t{4} << 20;
   }();
   return bytes;
 }
