@@ -25,17 +25,23 @@ bool IsIntelServer() {
 #endif
 }
 
-}  // namespace
-
-int64_t LargestCachedBytes() {
+int64_t L2Bytes() {
   static const int64_t bytes = [] {
-    const int64_t l2 = CacheBytes("index2");
-    if (l2 > 0 && IsIntelServer()) return l2;
-    const int64_t last = std::max(l2, CacheBytes("index3"));
-    return last > 0 ? last / 2 : int64_t{4} << 20;
+    const int64_t size = CacheBytes("index2");
+    return size > 0 ? size : int64_t{1} << 20;
   }();
   return bytes;
 }
+
+}  // namespace
+
+int64_t LargestCachedBytes() {
+  static const int64_t bytes =
+      IsIntelServer() ? L2Bytes() : std::max(L2Bytes(), CacheBytes("index3")) / 2;
+  return bytes;
+}
+
+int64_t LargestReadTwice() { return L2Bytes() / 4; }
 
 void FlushStreams() { hwy::FlushStream(); }
 

@@ -12,6 +12,10 @@ namespace normd::cpu {
 // the time.
 int64_t LargestCachedBytes();
 
+// Bytes that are still in the L2 when they are read again, beside what is fetched and
+// written meanwhile.
+int64_t LargestReadTwice();
+
 // Whether what is written should bypass the cache: not if it is best written into it, nor
 // in place (the line is there already).
 inline bool ShouldStream(int64_t bytes_of_all_tensors, bool in_place) {

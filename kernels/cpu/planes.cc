@@ -15,6 +15,7 @@
 // channel's coefficients: a vector then never has to be put together of two planes'.
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "kernels/cpu/call.h"
@@ -25,9 +26,9 @@
 namespace normd::cpu {
 namespace {
 
-constexpr int64_t kLargestUnitBytes = int64_t{1} << 21;   // 2 MiB
 constexpr int64_t kSmallestUnitBytes = int64_t{1} << 17;  // 128 KiB
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLargestTinyPlane = 64;
 constexpr int64_t kFewestTinyRuns = 4;
 
@@ -63,9 +64,12 @@ struct Geometry {
     channels = problem.channels;
     element_bytes = static_cast<int64_t>(SizeOf(problem.dtype));
     const int64_t set_bytes = runs * run_length() * element_bytes * tensors;
-    const int64_t unit_bytes =
-        std::clamp(sets * set_bytes / 16, kSmallestUnitBytes, kLargestUnitBytes);
+    const int64_t largest = std::max(kSmallestUnitBytes, LargestReadTwice());
+    const int64_t unit_bytes = std::clamp(sets * set_bytes / 16, kSmallestUnitBytes, largest);
     unit_sets = std::clamp<int64_t>(unit_bytes / set_bytes, 1, sets);
+    // Where it can be had, each unit begins at a cache line: loads that lie on two cost twice.
+    const int64_t on_lines = kLineBytes / std::gcd(kLineBytes, run_length() * element_bytes);
+    if (unit_sets > on_lines) unit_sets -= unit_sets % on_lines;
     units = (sets + unit_sets - 1) / unit_sets;
     if (set_bytes > 2 * kChunkBytes) {
       const int64_t wanted = std::min<int64_t>(set_bytes / kChunkBytes, 64);

@@ -7,6 +7,7 @@
 #include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
+#include "kernels/cpu/cache.h"
 #include "kernels/dtype.h"
 #include "kernels/tbb_executor.h"
 #include "tests/benchmarks/kernels/contender.h"
@@ -199,7 +200,10 @@ class Bound final : public Passes {
     }
     const int64_t set_bytes = runs_ * run_bytes_ * inputs;
     unit_sets_ = std::clamp<int64_t>(
-        std::clamp(sets_ * set_bytes / 16, kSmallestUnit, kLargestUnit) / set_bytes, 1, sets_);
+        std::clamp(sets_ * set_bytes / 16, kSmallestUnit,
+                   std::max(kSmallestUnit, cpu::LargestReadTwice())) /
+            set_bytes,
+        1, sets_);
   }
 
   void Run() override {
@@ -218,7 +222,7 @@ class Bound final : public Passes {
   }
 
  private:
-  static constexpr int64_t kSmallestUnit = int64_t{1} << 17, kLargestUnit = int64_t{1} << 21;
+  static constexpr int64_t kSmallestUnit = int64_t{1} << 17;
   static constexpr int64_t kChunk = int64_t{1} << 20;
 
   void RunWhole() {
