@@ -217,6 +217,7 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
   const int64_t columns = matrix.columns;
   const T* shift = static_cast<const T*>(shift_array);
   WithInput<E>(tensors, [&](auto input) {
+    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     if (columns < lanes) {
       for (int64_t row = 0; row < matrix.rows; ++row) {
         for (int64_t j = 0; j < columns; ++j) {
@@ -244,6 +245,23 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       hn::StoreU(s, d, sum + j);
       hn::StoreU(p, d, product + j);
     };
+    const auto add_pairs = [&](int64_t row, int64_t count, int64_t j) {
+      using D = Tag<E>;
+      const Pair<D> center = LoadPairValues<E>(d, shift + j);
+      Pair<D> s = LoadPairValues<E>(d, sum + j), p = LoadPairValues<E>(d, product + j);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t i = begin + (row + k) * matrix.stride + j;
+        FetchAhead(input.grad_y + i + kRowsRead * matrix.stride);
+        FetchAhead(input.x + i + kRowsRead * matrix.stride);
+        const Pair<D> g = LoadPair(d, input.grad_y + i), x = LoadPair(d, input.x + i);
+        s = {hn::Add(s.a, g.a), hn::Add(s.b, g.b)};
+        // Not fused: as in add().
+        p = {hn::Add(p.a, hn::Mul(g.a, hn::Sub(x.a, center.a))),
+             hn::Add(p.b, hn::Mul(g.b, hn::Sub(x.b, center.b)))};
+      }
+      StorePairValues<E>(d, s, sum + j);
+      StorePairValues<E>(d, p, product + j);
+    };
     for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
       std::fill(sum, sum + columns, T{0});
       std::fill(product, product + columns, T{0});
@@ -251,6 +269,9 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       for (int64_t row = block; row < end; row += kRowsRead) {
         const int64_t count = std::min(kRowsRead, end - row);
         int64_t j = 0;
+        if constexpr (kPairsInterleave<E> && !kMasked) {
+          for (; j + 2 * lanes <= columns; j += 2 * lanes) add_pairs(row, count, j);
+        }
         for (; j + lanes <= columns; j += lanes) add(row, count, j, [](auto v) { return v; });
         if (j < columns) {
           const auto fresh = hn::Not(hn::FirstN(d, static_cast<size_t>(j + lanes - columns)));
@@ -304,6 +325,7 @@ void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, con
 template <class E, bool kMasked>
 class Gradient {
  public:
+  using Element = E;
   using Type = ComputeType<E>;
   using D = Tag<E>;
   using V = hn::Vec<D>;
@@ -377,6 +399,22 @@ class Gradient {
     if (kNeedsX) FetchAhead(input.x + i + ahead);
   }
 
+  template <bool kNeedsX>
+  static HWY_INLINE void StoreGradientOfPair(const Input& input, int64_t i,
+                                             const PairCoefficients<D>& c, const Outputs& out) {
+    const D d;
+    const Pair<D> dy = LoadPair(d, input.grad_y + i);
+    if (out.grad_x != nullptr) {
+      Pair<D> x{hn::Zero(d), hn::Zero(d)};
+      if (kNeedsX) x = LoadPair(d, input.x + i);
+      StorePair(d, Pair<D>{Dx<kNeedsX>(dy.a, x.a, c.a), Dx<kNeedsX>(dy.b, x.b, c.b)},
+                out.grad_x + i, out.stream);
+    }
+    if (out.grad_residual != nullptr) {
+      StorePair(d, dy, out.grad_residual + i, out.stream_residual);
+    }
+  }
+
   // All by value: what is stored might otherwise be thought to change it.
   template <bool kNeedsX, class At>
   static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Input input,
@@ -396,32 +434,22 @@ class Gradient {
     };
     if constexpr (kPairsInterleave<E>) {
       if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) at_one();
-      while (i + 2 * lanes <= end) {
+      const bool in_pairs = !kMasked && at.HasPairs(i);
+      for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         Fetch<kNeedsX>(input, i, ahead);
-        const VectorCoefficients<D> c = at(i);
-        if constexpr (At::kUniform && !kMasked) {
-          const Pair<D> dy = LoadPair(d, input.grad_y + i);
-          if (out.grad_x != nullptr) {
-            Pair<D> x{hn::Zero(d), hn::Zero(d)};
-            if (kNeedsX) x = LoadPair(d, input.x + i);
-            StorePair(d, Pair<D>{Dx<kNeedsX>(dy.a, x.a, c), Dx<kNeedsX>(dy.b, x.b, c)},
-                      out.grad_x + i, out.stream);
-          }
-          if (out.grad_residual != nullptr) {
-            StorePair(d, dy, out.grad_residual + i, out.stream_residual);
-          }
-        } else {
-          const V first = input.GradY(i), second = input.GradY(i + lanes);
-          if (out.grad_x != nullptr) {
-            StoreTwo(d, Dx<kNeedsX>(first, X<kNeedsX>(input, i), c),
-                     Dx<kNeedsX>(second, X<kNeedsX>(input, i + lanes), at(i + lanes)),
-                     out.grad_x + i, out.stream);
-          }
-          if (out.grad_residual != nullptr) {
-            StoreTwo(d, first, second, out.grad_residual + i, out.stream_residual);
-          }
+        StoreGradientOfPair<kNeedsX>(input, i, at.PairAt(i), out);
+      }
+      for (; i + 2 * lanes <= end; i += 2 * lanes) {
+        Fetch<kNeedsX>(input, i, ahead);
+        const V first = input.GradY(i), second = input.GradY(i + lanes);
+        if (out.grad_x != nullptr) {
+          StoreTwo(d, Dx<kNeedsX>(first, X<kNeedsX>(input, i), at(i)),
+                   Dx<kNeedsX>(second, X<kNeedsX>(input, i + lanes), at(i + lanes)), out.grad_x + i,
+                   out.stream);
         }
-        i += 2 * lanes;
+        if (out.grad_residual != nullptr) {
+          StoreTwo(d, first, second, out.grad_residual + i, out.stream_residual);
+        }
       }
     }
     while (i + lanes <= end) at_one();
@@ -451,6 +479,14 @@ class Gradient {
       i += lanes;
     };
     if constexpr (kPairsInterleave<E>) {
+      const bool in_pairs = !kMasked && at.HasPairs(i);
+      for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
+        const PairCoefficients<D> c = at.PairAt(i);
+        for (const int64_t k : {i, i + stride}) {
+          Fetch<kNeedsX>(input, k, ahead);
+          StoreGradientOfPair<kNeedsX>(input, k, c, out);
+        }
+      }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const VectorCoefficients<D> a = at(i), b = at(i + lanes);
         for (const int64_t k : {i, i + stride}) {

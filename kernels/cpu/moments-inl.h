@@ -216,6 +216,33 @@ HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const Compute
   hn::StoreU(hn::Add(q0, q1), d, square);
 }
 
+// The same of the columns of a pair.
+template <class E>
+HWY_INLINE void AddRowsOfPairs(const E* x, int64_t count, int64_t stride,
+                               const ComputeType<E>* shift, ComputeType<E>* sum,
+                               ComputeType<E>* square) {
+  using D = Tag<E>;
+  const D d;
+  const Pair<D> center = LoadPairValues<E>(d, shift);
+  Pair<D> s0 = LoadPairValues<E>(d, sum), q0 = LoadPairValues<E>(d, square);
+  Pair<D> s1{hn::Zero(d), hn::Zero(d)}, q1 = s1;
+  const auto add = [&](int64_t row, Pair<D>& s, Pair<D>& q) NORMD_INLINE_LAMBDA {
+    FetchAhead(x + (row + kRowsRead) * stride);
+    const Pair<D> values = LoadPair(d, x + row * stride);
+    const auto a = hn::Sub(values.a, center.a), b = hn::Sub(values.b, center.b);
+    s = {hn::Add(s.a, a), hn::Add(s.b, b)};
+    q = {hn::MulAdd(a, a, q.a), hn::MulAdd(b, b, q.b)};
+  };
+  int64_t row = 0;
+  for (; row + 2 <= count; row += 2) {
+    add(row, s0, q0);
+    add(row + 1, s1, q1);
+  }
+  if (row < count) add(row, s0, q0);
+  StorePairValues<E>(d, Pair<D>{hn::Add(s0.a, s1.a), hn::Add(s0.b, s1.b)}, sum);
+  StorePairValues<E>(d, Pair<D>{hn::Add(q0.a, q1.a), hn::Add(q0.b, q1.b)}, square);
+}
+
 // Rows [begin, end) of `matrix`, which has a vector's columns or more, added to the sums of
 // each column.
 template <class E>
@@ -229,6 +256,11 @@ HWY_INLINE void AddMatrix(const E* x, int64_t begin, int64_t end, const Matrix& 
     const int64_t count = std::min(kRowsRead, end - begin);
     const E* from = x + begin * stride;
     int64_t j = 0;
+    if constexpr (kPairsInterleave<E>) {
+      for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+        AddRowsOfPairs(from + j, count, stride, shift + j, sum + j, square + j);
+      }
+    }
     for (; j + lanes <= columns; j += lanes) {
       AddRows(from + j, count, stride, shift + j, sum + j, square + j, [](auto v) { return v; });
     }

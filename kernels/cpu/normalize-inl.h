@@ -32,6 +32,7 @@ HWY_INLINE int64_t ElementsUntilAligned(const E* to) {
 template <class E, bool kFused>
 class Normalize {
  public:
+  using Element = E;
   using Type = ComputeType<E>;
   using D = Tag<E>;
   using V = hn::Vec<D>;
@@ -122,21 +123,20 @@ class Normalize {
         StoreElements(d, at_one(i), t.y + i, kStream);
         i += lanes;
       }
-      const bool in_order = !At::kUniform || (kFused && t.masks);
-      for (; in_order && i + 2 * lanes <= end; i += 2 * lanes) {
+      // A mask's bits follow elements one after the other.
+      const bool in_pairs = at.HasPairs(i) && !(kFused && t.masks);
+      for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
+        const PairCoefficients<D> c = at.PairAt(i);
+        if (t.ahead != 0) FetchAhead(t.x + i + t.ahead);
+        const Pair<D> x = LoadPair(d, t.x + i);
+        Pair<D> residual{hn::Zero(d), hn::Zero(d)};
+        if (kFused && t.residual != nullptr) residual = LoadPair(d, t.residual + i);
+        const Pair<D> y{finish(Scaled(x.a, c.a), residual.a), finish(Scaled(x.b, c.b), residual.b)};
+        StorePair(d, y, t.y + i, kStream);
+      }
+      for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const V first = at_one(i);
         StoreTwo(d, first, at_one(i + lanes), t.y + i, kStream);
-      }
-      if constexpr (At::kUniform) {
-        const VectorCoefficients<D> c = at(i);
-        for (; i + 2 * lanes <= end; i += 2 * lanes) {
-          if (t.ahead != 0) FetchAhead(t.x + i + t.ahead);
-          const Pair<D> x = LoadPair(d, t.x + i);
-          Pair<D> residual{hn::Zero(d), hn::Zero(d)};
-          if (kFused && t.residual != nullptr) residual = LoadPair(d, t.residual + i);
-          const Pair<D> y{finish(Scaled(x.a, c), residual.a), finish(Scaled(x.b, c), residual.b)};
-          StorePair(d, y, t.y + i, kStream);
-        }
       }
     }
     for (; i + lanes <= end; i += lanes) StoreElements(d, at_one(i), t.y + i, kStream);
@@ -160,6 +160,16 @@ class Normalize {
       i += lanes;
     };
     if constexpr (kPairsInterleave<E>) {
+      const bool in_pairs = at.HasPairs(i);
+      for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
+        const PairCoefficients<D> c = at.PairAt(i);
+        for (const int64_t k : {i, i + stride}) {
+          if (ahead != 0) FetchAhead(x + k + ahead);
+          const Pair<D> values = LoadPair(d, x + k);
+          StorePair(d, Pair<D>{Scaled(values.a, c.a), Scaled(values.b, c.b)}, y + k,
+                    /*stream=*/false);
+        }
+      }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const VectorCoefficients<D> a = at(i), b = at(i + lanes);
         for (const int64_t k : {i, i + stride}) {

@@ -31,6 +31,7 @@ constexpr int64_t kChunkBytes = int64_t{1} << 20;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLargestTinyPlane = 64;
 constexpr int64_t kFewestTinyRuns = 4;
+constexpr int64_t kMostColumns = 1600;  // whose coefficients stay in L1
 
 struct Range {
   int64_t begin;
@@ -67,6 +68,9 @@ struct Geometry {
     const int64_t largest = std::max(kSmallestUnitBytes, LargestReadTwice());
     const int64_t unit_bytes = std::clamp(sets * set_bytes / 16, kSmallestUnitBytes, largest);
     unit_sets = std::clamp<int64_t>(unit_bytes / set_bytes, 1, sets);
+    by_columns = per_channel && plane < kLargestTinyPlane && runs >= kFewestTinyRuns &&
+                 set_bytes <= 2 * kChunkBytes;
+    if (by_columns) unit_sets = std::min(unit_sets, kMostColumns / plane);
     // Where it can be had, each unit begins at a cache line: loads that lie on two cost twice.
     const int64_t on_lines = kLineBytes / std::gcd(kLineBytes, run_length() * element_bytes);
     if (unit_sets > on_lines) unit_sets -= unit_sets % on_lines;
@@ -76,8 +80,6 @@ struct Geometry {
       run_chunks = std::min(runs, wanted);
       pieces = std::max<int64_t>(1, std::min(wanted / run_chunks, run_length() / 4096));
     }
-    by_columns =
-        per_channel && plane < kLargestTinyPlane && runs >= kFewestTinyRuns && chunks() == 1;
   }
 
   int64_t run_length() const { return subs * plane; }

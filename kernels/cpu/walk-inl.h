@@ -1,7 +1,7 @@
 // Walks over elements with the coefficients that each of them has. An operation
 // (Normalize, Gradient) is the same wherever its coefficients come from:
 //
-//   Op::Type, Op::D                       float or double, and its vectors' tag
+//   Op::Element, Op::Type, Op::D          what is stored; float or double, and its vectors' tag
 //   op.Begin(i)                           elements from i on follow, without gaps
 //   op.Vectors(i, end, at)                whole vectors from i on that end by `end`, with
 //                                         the coefficients at(i); returns where it stopped
@@ -20,6 +20,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/elements-inl.h"
@@ -40,26 +41,54 @@ struct VectorCoefficients {
   hn::Vec<D> shift, scale, offset, slope;
 };
 
+template <class D>
+struct PairCoefficients {
+  VectorCoefficients<D> a, b;
+};
+
 // Where an operation gets its coefficients: the same for all elements, or by element.
+// HasPairs(i): whether PairAt() has those of pairs (elements-inl.h), from i on.
 template <class D>
 struct Uniform {
-  static constexpr bool kUniform = true;
   HWY_INLINE VectorCoefficients<D> operator()(int64_t) const { return values; }
+  HWY_INLINE bool HasPairs(int64_t) const { return true; }
+  HWY_INLINE PairCoefficients<D> PairAt(int64_t) const { return {values, values}; }
   VectorCoefficients<D> values;
 };
 template <class D, class Source>
 struct Varying {
-  static constexpr bool kUniform = false;
+  using T = hn::TFromD<D>;
+
   HWY_INLINE VectorCoefficients<D> operator()(int64_t i) const {
     return source.Load(D(), i - start);
   }
+  HWY_INLINE bool HasPairs(int64_t i) const {
+    return paired != nullptr && (i - start) % (2 * static_cast<int64_t>(hn::Lanes(D()))) == 0;
+  }
+  HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const {
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
+    const T* from = paired + kKinds * (i - start);
+    return {VectorsAt(from), VectorsAt(from + kKinds * lanes)};
+  }
+  static HWY_INLINE VectorCoefficients<D> VectorsAt(const T* from) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    return {hn::LoadU(d, from), hn::LoadU(d, from + lanes), hn::LoadU(d, from + 2 * lanes),
+            hn::LoadU(d, from + 3 * lanes)};
+  }
+
+  static constexpr int64_t kKinds = 4;
+
   const Source source;
   const int64_t start;
+  const T* const paired;  // InPairs(); null: none
 };
 
 // Coefficients as arrays; a forward's slope is never read.
 template <class T>
 struct ArrayCoefficients {
+  static constexpr bool kIsArrays = true;
+
   explicit ArrayCoefficients(const Coefficients& from)
       : shift(static_cast<const T*>(from.shift)),
         scale(static_cast<const T*>(from.scale)),
@@ -92,9 +121,32 @@ struct ArrayCoefficients {
   const T* slope;
 };
 
+// The coefficients of `columns` columns in the order of pairs: those of a pair's first
+// vector, a vector of each kind, then those of its second.
+template <class E, class T>
+std::unique_ptr<T[]> InPairs(int64_t columns, const ArrayCoefficients<T>& arrays) {
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  constexpr int64_t kKinds = 4;
+  std::unique_ptr<T[]> paired(new T[static_cast<size_t>(kKinds * columns)]);
+  for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
+    int64_t kind = 0;
+    for (const T* array : {arrays.shift, arrays.scale, arrays.offset, arrays.slope}) {
+      if (kind == 3 && arrays.slope == arrays.offset) break;  // a forward's
+      const auto pair = LoadPairValues<E>(d, array + j);
+      T* to = paired.get() + kKinds * j + kind++ * lanes;
+      hn::StoreU(pair.a, d, to);
+      hn::StoreU(pair.b, d, to + kKinds * lanes);
+    }
+  }
+  return paired;
+}
+
 // LayerNorm's forward: scalars of a row, weight and bias along it.
 template <class T>
 struct RowCoefficients {
+  static constexpr bool kIsArrays = false;
+
   explicit RowCoefficients(const Row& row)
       : shift(static_cast<T>(row.shift)),
         invstd(static_cast<T>(row.invstd)),
@@ -183,11 +235,19 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
   // The coefficients of wide rows do not stay in L1: these are walked some rows at a
   // time, a tile of columns after the other. The next tile is fetched by hand, since
   // pieces this short give the processor no pattern to follow.
-  constexpr int64_t kTile = 512;
+  constexpr int64_t kTile = 1024;
+  // Where all rows together are worth the memory for coefficients in pairs.
+  constexpr int64_t kRowsWorthPairs = 16, kMostPaired = 8192;
   const bool wide = matrix.columns > 2 * kTile && matrix.rows > 1;
   const int64_t tile = wide ? kTile : matrix.columns;
   const int64_t together = wide ? 8 : 2;
   if (wide) op.FetchAheadBy(tile);
+  std::unique_ptr<typename Op::Type[]> paired;
+  if constexpr (kPairsInterleave<typename Op::Element> && Source::kIsArrays) {
+    if (matrix.rows >= kRowsWorthPairs && matrix.columns <= kMostPaired) {
+      paired = InPairs<typename Op::Element>(matrix.columns, source);
+    }
+  }
   for (int64_t first = 0; first < matrix.rows; first += together) {
     for (int64_t left = 0; left < matrix.columns; left += tile) {
       const int64_t right = std::min(left + tile, matrix.columns);
@@ -206,7 +266,7 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
         op.Begin(start + left);
         int64_t j = std::min(right, left + op.UntilAligned(start + left));
         partial(left, j);
-        const Varying<typename Op::D, Source> at{source, start};
+        const Varying<typename Op::D, Source> at{source, start, paired.get()};
         j = count == 2 ? op.VectorsOfTwo(start + j, start + right, matrix.stride, at) - start
                        : op.Vectors(start + j, start + right, at) - start;
         partial(j, right);

@@ -199,11 +199,10 @@ class Bound final : public Passes {
       run_bytes_ = bytes_ / sets_;
     }
     const int64_t set_bytes = runs_ * run_bytes_ * inputs;
-    unit_sets_ = std::clamp<int64_t>(
-        std::clamp(sets_ * set_bytes / 16, kSmallestUnit,
-                   std::max(kSmallestUnit, cpu::LargestReadTwice())) /
-            set_bytes,
-        1, sets_);
+    unit_sets_ = std::clamp<int64_t>(std::clamp(sets_ * set_bytes / 16, kSmallestUnit,
+                                                std::max(kSmallestUnit, cpu::LargestReadTwice())) /
+                                         set_bytes,
+                                     1, sets_);
   }
 
   void Run() override {
