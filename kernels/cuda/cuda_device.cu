@@ -1,7 +1,9 @@
 // The devices of this machine, by the CUDA runtime.
+#include <cstring>
 #include <string>
 #include <utility>
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
@@ -66,6 +68,9 @@ class CudaStream final : public Stream {
     return Do(
         [&] { return cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, stream_); });
   }
+  Outcome CopyWithin(void* to, const void* from, size_t bytes) override {
+    return Do([&] { return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_); });
+  }
   Outcome Forward(const ForwardWork& work) override { return Enqueue(work); }
   Outcome Backward(const BackwardWork& work) override { return Enqueue(work); }
   Outcome Mark(int mark) override {
@@ -123,6 +128,26 @@ class CudaDevice final : public Device {
     (void)cudaSetDevice(number_);
     (void)cudaFreeHost(memory);
   }
+  Outcome OpenShared(const DeviceHandle& handle, void** memory, size_t* bytes) override {
+    static_assert(sizeof(handle) == sizeof(cudaIpcMemHandle_t));
+    cudaIpcMemHandle_t opaque;
+    std::memcpy(&opaque, handle.data(), sizeof(opaque));
+    if (cudaSetDevice(number_) != cudaSuccess) return Outcome::kDeviceFailed;
+    // Whatever is wrong with a handle, that is for its sender to know: it spoils nothing here.
+    const cudaError_t opened = cudaIpcOpenMemHandle(memory, opaque, cudaIpcMemLazyEnablePeerAccess);
+    if (opened != cudaSuccess) {
+      (void)cudaGetLastError();
+      return opened == cudaErrorMemoryAllocation ? Outcome::kOutOfMemory : Outcome::kRefused;
+    }
+    if (IsHere(*memory) && BytesFrom(*memory, bytes)) return Outcome::kOk;
+    (void)cudaGetLastError();
+    (void)cudaIpcCloseMemHandle(*memory);
+    return Outcome::kRefused;
+  }
+  void CloseShared(void* memory) override {
+    (void)cudaSetDevice(number_);
+    (void)cudaIpcCloseMemHandle(memory);
+  }
   std::unique_ptr<Stream> NewStream() override {
     auto stream = std::make_unique<CudaStream>(number_);
     if (!stream->Open()) return nullptr;
@@ -136,6 +161,37 @@ class CudaDevice final : public Device {
   }
 
  private:
+  // A handle may name another device's memory, which this one would reach over the bus.
+  bool IsHere(const void* memory) const {
+    cudaPointerAttributes attributes;
+    return cudaPointerGetAttributes(&attributes, memory) == cudaSuccess &&
+           attributes.type == cudaMemoryTypeDevice && attributes.device == number_;
+  }
+
+  // The bytes from `memory` to the end of its allocation, as the driver has it: the runtime
+  // does not tell, and the driver's library is not linked.
+  static bool BytesFrom(const void* memory, size_t* bytes) {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &symbol,
+                                                               3020, cudaEnableDefault, &found);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuMemGetAddressRange", &symbol, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || symbol == nullptr) {
+      return false;
+    }
+    using AddressRange = CUresult (*)(CUdeviceptr*, size_t*, CUdeviceptr);
+    const auto at = reinterpret_cast<CUdeviceptr>(memory);
+    CUdeviceptr begin = 0;
+    size_t size = 0;
+    if (reinterpret_cast<AddressRange>(symbol)(&begin, &size, at) != CUDA_SUCCESS) return false;
+    *bytes = size - (at - begin);
+    return true;
+  }
+
   const int number_;
   const DeviceInfo info_;
 };

@@ -59,11 +59,16 @@ class EmulatedStream final : public cuda::Stream {
   ~EmulatedStream() override { --state_.streams; }
 
   Outcome CopyIn(void* device, const void* pinned, size_t bytes) override {
+    state_.bytes_in += static_cast<int64_t>(bytes);
     std::memcpy(device, pinned, bytes);
     return state();
   }
   Outcome CopyOut(void* pinned, const void* device, size_t bytes) override {
     std::memcpy(pinned, device, bytes);
+    return state();
+  }
+  Outcome CopyWithin(void* to, const void* from, size_t bytes) override {
+    std::memcpy(to, from, bytes);
     return state();
   }
   Outcome Forward(const cuda::ForwardWork& work) override { return Launch(work); }
@@ -78,6 +83,7 @@ class EmulatedStream final : public cuda::Stream {
   template <class Work>
   Outcome Launch(const Work& work) {
     ++state_.launches;
+    if (state_.on_launch) state_.on_launch();
     if (!state_.fail) cuda::Run(emulated::Launch{}, work);
     return state();
   }
@@ -112,6 +118,15 @@ class EmulatedDevice final : public cuda::Device {
   void FreePinned(void* memory) override {
     state_->pinned_bytes -= static_cast<int64_t>(memory_.Put(memory));
   }
+  Outcome OpenShared(const DeviceHandle& handle, void** memory, size_t* bytes) override {
+    const auto found = state_->shared.find(handle);
+    if (found == state_->shared.end()) return Outcome::kRefused;
+    ++state_->shared_open;
+    *memory = found->second.data();
+    *bytes = found->second.size();
+    return Outcome::kOk;
+  }
+  void CloseShared(void*) override { --state_->shared_open; }
   std::unique_ptr<cuda::Stream> NewStream() override {
     return std::make_unique<EmulatedStream>(*state_);
   }
