@@ -401,6 +401,8 @@ struct ServerInfo {
     int32_t parallelism = 0;
     int64_t memory_bytes = 0;
     bool healthy = false;
+    int64_t memory_budget = 0;  // of a GPU's own memory; 0: none but the host's
+    int64_t memory_in_use = 0;
   };
   struct Limits {
     int64_t max_message_bytes = 0;
@@ -431,6 +433,7 @@ struct SharedMemoryStatus {
   int64_t shared_memory_budget = 0;
   int64_t max_region_bytes = 0;
   int64_t max_regions = 0;  // of a connection
+  bool cuda_ipc = false;    // whether memory on the server's GPU may be registered
 };
 
 // grpc.health.v1.HealthCheckResponse.ServingStatus.

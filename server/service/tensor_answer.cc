@@ -81,11 +81,10 @@ BatchMoments MomentsFor(const NormProblem& problem) {
 }
 
 absl::StatusOr<BatchMoments> MomentsOf(Core& core, const NormProblem& problem, const char* input,
-                                       const std::stop_token& stop) {
+                                       Place place, const std::stop_token& stop) {
   BatchMoments moments = MomentsFor(problem);
   const Outcome outcome = core.backend->ForwardByBatch(
-      problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}}, Place::kHost,
-      stop);
+      problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}}, place, stop);
   if (absl::Status status = ToStatus(outcome); !status.ok()) return status;
   return moments;
 }
