@@ -538,6 +538,10 @@ TEST_F(CudaIpc, EveryUseIsWithinTheMemoryAndWhereTheOthersAre) {
   *backward.mutable_input() = At(y);
   backward.clear_grad_input_memory();
   EXPECT_EQ(FieldRefused(backward), "grad_input_memory");
+  *backward.mutable_grad_input_memory() = x;
+  backward.set_accumulate(true);
+  EXPECT_EQ(FieldRefused(backward), "grad_input_memory");
+  backward.clear_grad_input_memory();
   backward.set_skip_grad_input(true);
   Backward(backward);
   // None of that has harmed the device.
