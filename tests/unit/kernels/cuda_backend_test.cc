@@ -2,12 +2,16 @@
 #include "kernels/cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <cmath>
 #include <thread>
 
 #include <gtest/gtest.h>
 
 #include "kernels/cuda/lane.h"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/residence.h"
+#include "kernels/moments.h"
+#include "kernels/set_constants.h"
 #include "tests/unit/kernels/emulated_device.h"
 #include "tests/unit/kernels/problem_cases.h"
 
@@ -176,6 +180,244 @@ TEST(CudaBackend, AnswersTheSameBitsEachTime) {
     answers.back().insert(answers.back().end(), m2.begin(), m2.end());
   }
   EXPECT_EQ(answers[0], answers[1]);
+}
+
+constexpr cuda::Limits kH100{
+    .shared_bytes = int64_t{227} << 10, .multiprocessors = 132, .cooperative = true};
+
+// Everything that a forward and a backward call answer. Of a NaN no more than that it is
+// one: a host chooses its sign.
+struct Answers {
+  void Add(reference::Values values) {
+    for (double& value : values) {
+      if (std::isnan(value)) value = 0x1p-140;
+    }
+    tensors.push_back(std::move(values));
+  }
+  std::vector<reference::Values> tensors;
+  int kernels = 0;
+  int cooperative_kernels = 0;
+};
+
+Answers AnswersOn(const cuda::Limits& limits, const NormProblem& problem, Place place, bool fused,
+                  const reference::Values& x) {
+  auto state = std::make_shared<EmulatedState>();
+  std::vector<std::unique_ptr<cuda::Device>> devices;
+  devices.push_back(MakeEmulatedDevice(state, limits));
+  const auto backend = cuda::MakeBackend(std::move(devices));
+  const DType parameter = problem.parameter_dtype();
+  const TestTensor x_memory(problem.dtype, x);
+  TestTensor grad_y(problem.dtype, RandomValues(problem.dtype, problem.size(), 0.1, 1, 5));
+  const TestTensor residual(problem.dtype, RandomValues(problem.dtype, problem.size(), 0, 1, 4));
+  const TestTensor weight(parameter, RandomValues(parameter, problem.channels, 1, 0.3, 2));
+  const TestTensor bias(parameter, RandomValues(parameter, problem.channels, 0, 0.5, 3));
+  TestTensor y(problem.dtype, problem.size());
+  TestTensor grad_residual(problem.dtype, problem.size());
+  TestTensor grad_weight(parameter, problem.channels), grad_bias(parameter, problem.channels);
+  std::vector<uint8_t> mask(static_cast<size_t>(ReluMaskBytes(problem.size())));
+  reference::Values mean(problem.num_sets()), m2(problem.num_sets()), var;
+  EXPECT_EQ(backend->ForwardByBatch(problem,
+                                    {.x = x_memory.data(),
+                                     .y = y.data(),
+                                     .affine = {weight.data(), bias.data()},
+                                     .moments = {mean.data(), m2.data()},
+                                     .epilogue = {fused ? residual.data() : nullptr,
+                                                  fused ? Activation::kRelu : Activation::kNone,
+                                                  fused ? mask.data() : nullptr}},
+                                    place, {}),
+            Outcome::kOk);
+  for (const double of_set : m2) var.push_back(of_set / static_cast<double>(problem.set_size()));
+  EXPECT_EQ(backend->Backward(problem,
+                              {.x = x_memory.data(),
+                               .grad_y = grad_y.data(),
+                               .grad_x = grad_y.data(),
+                               .weight = weight.data(),
+                               .statistics = {mean.data(), var.data()},
+                               .grad_weight = grad_weight.data(),
+                               .grad_bias = grad_bias.data(),
+                               .relu_mask = fused ? mask.data() : nullptr,
+                               .grad_residual = fused ? grad_residual.data() : nullptr},
+                              place, {}),
+            Outcome::kOk);
+  Answers answers{.kernels = state->kernels, .cooperative_kernels = state->cooperative_kernels};
+  for (const auto& values : {mean, m2}) answers.Add(values);
+  for (const TestTensor* tensor : {&y, &grad_y, &grad_residual, &grad_weight, &grad_bias}) {
+    answers.Add(tensor->values());
+  }
+  answers.Add({mask.begin(), mask.begin() + (fused ? problem.size() / 8 : 0)});
+  return answers;
+}
+
+// Whether sets stay in a block, in several or not at all.
+TEST(CudaBackend, AnswersTheSameBitsOnEveryDevice) {
+  constexpr cuda::Limits kDevices[] = {
+      kSmallDevice,
+      kLargeDevice,
+      // Turing: blocks together, but each with little.
+      {.shared_bytes = int64_t{64} << 10, .multiprocessors = 8, .cooperative = true},
+      {.shared_bytes = int64_t{99} << 10, .multiprocessors = 2, .cooperative = true},
+      kH100,
+  };
+  const auto of_rows = Reduction::kPerSampleGroup;
+  struct Case {
+    NormProblem problem;
+    bool shared_by_blocks;  // on some device
+  };
+  const Case cases[] = {
+      // Channels of one part and of several, with and without tails.
+      {{.batch = 3, .channels = 7, .positions = 1000}, false},
+      {{.batch = 5, .channels = 3, .positions = 2401}, true},
+      {{.batch = 2, .channels = 2, .positions = 24000}, true},
+      {{.batch = 4, .channels = 3, .positions = 9001, .dtype = DType::kBFloat16}, true},
+      {{.batch = 2, .channels = 3, .positions = 9000, .dtype = DType::kFloat64}, true},
+      {{.batch = 3, .channels = 4, .positions = 9001, .dtype = DType::kFloat16}, true},
+      // Groups of planes.
+      {{.batch = 3, .channels = 12, .positions = 49, .groups = 2, .reduction = of_rows}, false},
+      {{.batch = 2, .channels = 80, .positions = 196, .groups = 2, .reduction = of_rows}, true},
+      {{.batch = 1, .channels = 4, .positions = 20003, .groups = 2, .reduction = of_rows}, true},
+      {{.batch = 12, .channels = 2, .positions = 3000, .groups = 2, .reduction = of_rows}, false},
+      // Rows: in parts of the rows with their columns' sums, or these apart.
+      {{.batch = 95, .channels = 264, .positions = 1, .reduction = of_rows}, false},
+      {{.batch = 1111, .channels = 256, .positions = 1, .reduction = of_rows}, false},
+      {{.batch = 90, .channels = 768, .positions = 1, .groups = 2, .reduction = of_rows}, false},
+      {{.batch = 67, .channels = 769, .positions = 1, .reduction = of_rows}, false},
+      {{.batch = 44,
+        .channels = 2048,
+        .positions = 1,
+        .reduction = of_rows,
+        .dtype = DType::kBFloat16,
+        .center = false},
+       false},
+      {{.batch = 3, .channels = 30000, .positions = 1, .reduction = of_rows}, true},
+  };
+  for (const auto& [problem, shared_by_blocks] : cases) {
+    SCOPED_TRACE(Describe(problem));
+    auto x = RandomValues(problem.dtype, problem.size(), 300, 0.5, 1);
+    const bool fused = problem.batch % 2 == 1;
+    for (const Place place : {Place::kHost, Place::kDevice}) {
+      // Memory on the device is at no more than an element's alignment; and a set has gone
+      // wrong.
+      if (place == Place::kDevice) x[x.size() / 2] = std::nan("");
+      std::vector<Answers> answers;
+      int cooperative_kernels = 0;
+      for (const cuda::Limits& limits : kDevices) {
+        answers.push_back(AnswersOn(limits, problem, place, fused, x));
+        const Answers& first = answers.front();
+        for (size_t i = 0; i < first.tensors.size(); ++i) {
+          EXPECT_TRUE(answers.back().tensors[i] == first.tensors[i])
+              << "tensor " << i << ", device " << answers.size() - 1;
+        }
+        cooperative_kernels += answers.back().cooperative_kernels;
+      }
+      EXPECT_EQ(cooperative_kernels > 0, shared_by_blocks);
+    }
+  }
+}
+
+// Blocks that share channels, beside the reference.
+TEST(CudaBackend, NormalizesChannelsOfSeveralBlocks) {
+  Machine machine;
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
+    const NormProblem problem{.batch = 2, .channels = 3, .positions = 21001, .dtype = dtype};
+    ExpectForwardMatches(*machine.backend, problem, {.residual = true});
+    ExpectForwardMatches(*machine.backend, problem, {.in_place = true, .mean = 300});
+    ExpectBackwardMatches(*machine.backend, problem, {.residual = true, .relu = true});
+    ExpectBackwardMatches(*machine.backend, problem, {.by_batch = false, .in_place = true});
+  }
+  EXPECT_EQ(machine.states[0]->cooperative_kernels, 4 * 4);
+}
+
+// A kernel that reads and writes, and one for the parameters' gradients.
+TEST(CudaBackend, LaunchesFewKernels) {
+  for (const NormProblem& problem : {NormProblem{.batch = 4, .channels = 16, .positions = 49},
+                                     NormProblem{.batch = 2, .channels = 3, .positions = 21001},
+                                     NormProblem{.batch = 12,
+                                     .channels = 8,
+                                     .positions = 49,
+                                     .groups = 2,
+                                     .reduction = Reduction::kPerSampleGroup},
+                                     NormProblem{.batch = 48,
+                                     .channels = 256,
+                                     .positions = 1,
+                                     .reduction = Reduction::kPerSampleGroup}}) {
+    SCOPED_TRACE(Describe(problem));
+    Machine machine;
+    ExpectForwardMatches(*machine.backend, problem, {});
+    EXPECT_EQ(machine.states[0]->kernels, 1);
+    ExpectBackwardMatches(*machine.backend, problem, {});
+    EXPECT_EQ(machine.states[0]->kernels, 3);
+  }
+}
+
+// On a device that has just as much shared memory as a set needs, and on one that has a
+// byte less.
+TEST(CudaBackend, KeepsASetThatJustFits) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16}) {
+    for (const int64_t positions : {511, 1024, 3001}) {
+      const NormProblem problem{.batch = 2, .channels = 24, .positions = positions, .dtype = dtype};
+      SCOPED_TRACE(Describe(problem));
+      const auto compute = static_cast<int64_t>(SizeOf(problem.parameter_dtype()));
+      const auto octet = 8 * static_cast<int64_t>(SizeOf(dtype));
+      const auto x = RandomValues(dtype, problem.size(), 1, 1, 1);
+      std::vector<Answers> answers;
+      for (const int64_t tensors : {1, 2}) {
+        const cuda::ResidentBytes bytes{
+            .slot = tensors * octet,
+            .sum = tensors == 1 ? int64_t{sizeof(PartialMoments)} : int64_t{sizeof(GradientSums)},
+            .fixed = 5 * compute};
+        const cuda::Limits much{.shared_bytes = 1 << 20, .multiprocessors = 6};
+        const int64_t needed =
+            cuda::ResidenceFor(cuda::PlanFor(problem, tensors == 2), problem, bytes, much)
+                .shared_bytes;
+        ASSERT_GT(needed, 0);
+        for (const int64_t lacks : {0, 1}) {
+          answers.push_back(AnswersOn({.shared_bytes = needed - lacks, .multiprocessors = 6},
+                                      problem, Place::kHost, false, x));
+          EXPECT_EQ(answers.back().tensors, answers.front().tensors);
+        }
+      }
+      // What is kept is one kernel, and one for the gradients of the parameters.
+      const std::vector<int> kernels = {answers[0].kernels, answers[1].kernels, answers[2].kernels,
+                                        answers[3].kernels};
+      EXPECT_EQ(kernels, (std::vector<int>{1 + 5, 3 + 5, 1 + 2, 1 + 5}));
+    }
+  }
+}
+
+cuda::Residence OnH100(const NormProblem& problem, bool backward) {
+  return cuda::ResidenceFor(cuda::PlanFor(problem, backward), problem,
+                            {.slot = backward ? 64 : 32, .sum = backward ? 16 : 24, .fixed = 20},
+                            kH100);
+}
+
+TEST(CudaResidence, KeepsWhatFitsAndLeavesTheRest) {
+  const auto batch_norm = [](int64_t channels, int64_t side) {
+    return NormProblem{.batch = 32, .channels = channels, .positions = side * side};
+  };
+  // 25 KB a channel: one block each.
+  EXPECT_EQ(OnH100(batch_norm(512, 14), false).parts, 1);
+  EXPECT_EQ(OnH100(batch_norm(512, 14), true).parts, 1);
+  // 1.6 MB a channel, in 32 parts of 50 KB: blocks of four, or of two where dy is kept too.
+  EXPECT_EQ(OnH100(batch_norm(64, 112), false).parts, 8);
+  EXPECT_EQ(OnH100(batch_norm(64, 112), true).parts, 16);
+  // Three channels of 6.4 MB take most of the multiprocessors; of 26 MB there is no room.
+  EXPECT_GE(OnH100(batch_norm(3, 224), false).blocks, 99);
+  EXPECT_FALSE(OnH100(batch_norm(3, 448), false).stays());
+  EXPECT_FALSE(OnH100(batch_norm(1, 1000), true).stays());
+  for (const int64_t channels : {1, 3, 64, 200, 2048}) {
+    for (const int64_t side : {7, 14, 50, 112, 300}) {
+      for (const bool backward : {false, true}) {
+        const cuda::Residence home = OnH100(batch_norm(channels, side), backward);
+        if (!home.stays()) continue;
+        EXPECT_LE(home.shared_bytes, kH100.shared_bytes);
+        EXPECT_GE(home.parts * home.held, home.jobs);
+        EXPECT_LT((home.parts - 1) * home.held, home.jobs);
+        if (home.parts > 1) {
+          EXPECT_LE(home.blocks, kH100.multiprocessors);
+        }
+      }
+    }
+  }
 }
 
 TEST(CudaPlan, FillsTheGpuHoweverFewTheChannels) {

@@ -55,7 +55,10 @@ class GuardedMemory {
 
 class EmulatedStream final : public cuda::Stream {
  public:
-  explicit EmulatedStream(EmulatedState& state) : state_(state) { ++state_.streams; }
+  EmulatedStream(EmulatedState& state, const cuda::Limits& limits)
+      : state_(state), limits_(limits) {
+    ++state_.streams;
+  }
   ~EmulatedStream() override { --state_.streams; }
 
   Outcome CopyIn(void* device, const void* pinned, size_t bytes) override {
@@ -78,16 +81,19 @@ class EmulatedStream final : public cuda::Stream {
   template <class Work>
   Outcome Launch(const Work& work) {
     ++state_.launches;
-    if (!state_.fail) cuda::Run(emulated::Launch{}, work);
+    if (!state_.fail)
+      cuda::Run(emulated::Launch{limits_, &state_.kernels, &state_.cooperative_kernels}, work);
     return state();
   }
 
   EmulatedState& state_;
+  const cuda::Limits limits_;
 };
 
 class EmulatedDevice final : public cuda::Device {
  public:
-  explicit EmulatedDevice(std::shared_ptr<EmulatedState> state) : state_(std::move(state)) {}
+  EmulatedDevice(std::shared_ptr<EmulatedState> state, const cuda::Limits& limits)
+      : state_(std::move(state)), limits_(limits) {}
 
   DeviceInfo info() const override {
     return {.name = "emulated", .memory_bytes = state_->memory_bytes};
@@ -113,7 +119,7 @@ class EmulatedDevice final : public cuda::Device {
     state_->pinned_bytes -= static_cast<int64_t>(memory_.Put(memory));
   }
   std::unique_ptr<cuda::Stream> NewStream() override {
-    return std::make_unique<EmulatedStream>(*state_);
+    return std::make_unique<EmulatedStream>(*state_, limits_);
   }
   size_t ScratchBytes(const cuda::ForwardWork& work) const override {
     return cuda::ScratchBytesOf<emulated::Launch>(work);
@@ -124,13 +130,15 @@ class EmulatedDevice final : public cuda::Device {
 
  private:
   const std::shared_ptr<EmulatedState> state_;
+  const cuda::Limits limits_;
   GuardedMemory memory_;
 };
 
 }  // namespace
 
-std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state) {
-  return std::make_unique<EmulatedDevice>(std::move(state));
+std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state,
+                                                 const cuda::Limits& limits) {
+  return std::make_unique<EmulatedDevice>(std::move(state), limits);
 }
 
 }  // namespace normd
