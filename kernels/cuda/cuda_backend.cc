@@ -7,6 +7,7 @@
 #include <mutex>
 #include <utility>
 
+#include "kernels/cuda/chunked_forward.h"
 #include "kernels/cuda/lane.h"
 
 namespace normd {
@@ -194,15 +195,7 @@ class CudaBackend final : public Backend {
                      .statistics = args.statistics,
                      .statistics_of_batch = args.statistics_of_batch,
                      .epilogue = args.epilogue};
-    if (problem.reduction == Reduction::kPerSampleGroup) {
-      // Only the samples that it touches, and their statistics.
-      const int64_t sample = problem.channels * problem.positions;
-      const int64_t before = args.first / sample;
-      work.first -= before * sample;
-      work.problem.batch = (work.first + args.count + sample - 1) / sample;
-      if (work.statistics.mean != nullptr) work.statistics.mean += before * problem.groups;
-      work.statistics.var += before * problem.groups;
-    }
+    KeepTouchedSamples(work);
     return Forward(work, place, stop);
   }
 
@@ -234,8 +227,9 @@ class CudaBackend final : public Backend {
     layout.Output(on_device.grad_bias, parameters, false);
     layout.Output(on_device.grad_x, tensor, true);
     layout.Output(on_device.grad_residual, tensor, true);
-    return Run(layout, work, stop,
-               [](Stream& stream, const BackwardWork& with) { return stream.Backward(with); });
+    return Run(
+        layout, work, stop, [&](const Device& device) { return device.ScratchBytes(work); },
+        [&](Lane& lane) { return lane.stream().Backward(work); });
   }
 
  private:
@@ -266,14 +260,21 @@ class CudaBackend final : public Backend {
     layout.Input(work.bias, parameters, false);
     layout.Input(work.statistics.mean, sets, false);
     layout.Input(work.statistics.var, sets, false);
+    const ChunkedForward chunked(work);
+    if (place == Place::kHost && work.moments.mean == nullptr && chunked.has_chunks()) {
+      return Run(
+          layout, work, stop, [&](const Device& device) { return chunked.DeviceBytes(device); },
+          [&](Lane& lane) { return chunked.Run(lane, work, stop); });
+    }
     layout.Input(work.x, tensor, true);
     layout.Input(work.epilogue.residual, tensor, true);
     layout.Output(work.moments.mean, sets, false);
     layout.Output(work.moments.m2, sets, false);
     layout.Output(work.epilogue.relu_mask, mask, true);
     layout.Output(work.y, tensor, true);
-    return Run(layout, work, stop,
-               [](Stream& stream, const ForwardWork& with) { return stream.Forward(with); });
+    return Run(
+        layout, work, stop, [&](const Device& device) { return device.ScratchBytes(work); },
+        [&](Lane& lane) { return lane.stream().Forward(work); });
   }
 
   // The healthy device with the least to do; null: none is.
@@ -288,17 +289,19 @@ class CudaBackend final : public Backend {
     return best;
   }
 
-  template <class Work, class Enqueue>
-  Outcome Run(const Layout& layout, Work& work, const std::stop_token& stop, Enqueue enqueue) {
+  // Runs compute(lane) with all of the layout and scratch_bytes(device) where `work` says.
+  template <class Work, class ScratchBytes, class Compute>
+  Outcome Run(const Layout& layout, Work& work, const std::stop_token& stop,
+              ScratchBytes scratch_bytes, Compute compute) {
     DeviceState* const device = LeastLoaded();
     if (device == nullptr) return Outcome::kDeviceFailed;
     if (stop.stop_requested()) return Outcome::kStopped;
-    const size_t scratch = device->device().ScratchBytes(work);
+    const size_t scratch = scratch_bytes(device->device());
     const Outcome outcome = device->Run(layout.bytes(scratch), [&](Lane& lane) {
       std::byte* const memory = lane.memory();
       work.scratch = layout.Bind(memory);
       Outcome outcome = lane.In(layout.in(), memory, stop);
-      if (outcome == Outcome::kOk) outcome = enqueue(lane.stream(), work);
+      if (outcome == Outcome::kOk) outcome = compute(lane);
       if (outcome != Outcome::kOk) return outcome;
       return lane.Out(layout.out(), layout.OutAt(memory), stop);
     });

@@ -74,7 +74,8 @@ class Passes {
                           .relu_mask = work.epilogue.relu_mask,
                           .weight = static_cast<const T*>(work.weight),
                           .bias = static_cast<const T*>(work.bias)};
-    const CallScratch<T, PartialMoments> scratch(work.scratch, problem, PartialsOf(plan), 0);
+    const CallScratch<T, PartialMoments> scratch(work.scratch, problem,
+                                                 by_batch ? PartialsOf(plan) : 0, 0);
     if (const Residence home = ResidenceOf(work, plan); home.stays()) {
       LaunchResident(ResidentForward<E>, home, problem.num_sets(), scratch.arrived, op, problem,
                      home, IsCareful(problem), work.moments, scratch.sums);
@@ -152,7 +153,9 @@ class Passes {
 
   static size_t ScratchBytes(const ForwardWork& work) {
     const Plan plan = PlanFor(work.problem, /*by_plane=*/false);
-    return CallScratch<T, PartialMoments>(nullptr, work.problem, PartialsOf(plan), 0).bytes;
+    const bool by_batch = work.moments.mean != nullptr;
+    return CallScratch<T, PartialMoments>(nullptr, work.problem, by_batch ? PartialsOf(plan) : 0, 0)
+        .bytes;
   }
 
   static size_t ScratchBytes(const BackwardWork& work) {

@@ -56,6 +56,118 @@ TEST(CudaBackend, MovesTensorsOfManyChunks) {
   ExpectForwardMatches(*machine.backend, problem, {.residual = true, .relu = true});
 }
 
+// Eval takes a tensor through the device in chunks: what comes out has the bits of the whole,
+// which is on the device there; wherever the chunks end, and whatever lies over what.
+TEST(CudaBackend, NormalizesInChunksAsItDoesTheWhole) {
+  constexpr int64_t kChunk = cuda::Lane::kChunkBytes;
+  const auto of_groups = Reduction::kPerSampleGroup;
+  for (const NormProblem& problem :
+       {// One element more than a chunk, and ten chunks with the residual.
+        NormProblem{.batch = 1, .channels = 1, .positions = kChunk / 4 + 1},
+        NormProblem{.batch = 1, .channels = 6, .positions = 5 * kChunk / 24 + 3},
+        NormProblem{
+            .batch = 5, .channels = 24, .positions = 10001, .format = MemoryFormat::kChannelsLast},
+        NormProblem{.batch = 1500,
+        .channels = 3,
+        .positions = 900,
+        .groups = 3,
+        .reduction = of_groups,
+        .dtype = DType::kBFloat16},
+        NormProblem{.batch = 7,
+        .channels = 2,
+        .positions = 90000,
+        .groups = 2,
+        .reduction = of_groups,
+        .dtype = DType::kFloat64}}) {
+    for (const bool fused : {false, true}) {
+      SCOPED_TRACE(Describe(problem) + (fused ? ", fused" : ""));
+      Machine machine;
+      const TestTensor x(problem.dtype, RandomValues(problem.dtype, problem.size(), 3, 2, 1));
+      TestTensor residual = x;
+      const TestTensor weight(problem.parameter_dtype(),
+                              reference::Values(static_cast<size_t>(problem.channels), 0.7));
+      reference::Values mean(static_cast<size_t>(problem.num_sets())), var(mean.size());
+      for (size_t set = 0; set < mean.size(); ++set) {
+        mean[set] = 3 + 0.001 * static_cast<double>(set % 100);
+        var[set] = 1 + 0.01 * static_cast<double>(set % 7);
+      }
+      const auto normalize = [&](Place place, TestTensor& y, std::vector<uint8_t>& mask) {
+        const Outcome outcome = machine.backend->ForwardByStatistics(
+            problem,
+            {.x = x.data(),
+             .y = y.data(),
+             .affine = {weight.data(), nullptr},
+             .statistics = {mean.data(), var.data()},
+             .epilogue = {fused ? residual.data() : nullptr,
+                          fused ? Activation::kRelu : Activation::kNone,
+                          fused ? mask.data() : nullptr}},
+            place, {});
+        ASSERT_EQ(outcome, Outcome::kOk);
+      };
+      const auto size = static_cast<size_t>(ReluMaskBytes(problem.size()));
+      TestTensor whole(problem.dtype, problem.size());
+      std::vector<uint8_t> whole_mask(size), mask(size);
+      normalize(Place::kDevice, whole, whole_mask);
+      ASSERT_EQ(machine.states[0]->launches, 1);
+      TestTensor y(problem.dtype, problem.size());
+      TestTensor& over = fused ? residual : y;  // in place
+      normalize(Place::kHost, over, mask);
+      EXPECT_GT(machine.states[0]->launches, 2);
+      EXPECT_EQ(over.values(), whole.values());
+      const auto bytes = static_cast<size_t>(problem.size() / 8);
+      EXPECT_TRUE(std::equal(mask.begin(), mask.begin() + bytes, whole_mask.begin()));
+      for (int64_t i = problem.size() / 8 * 8; fused && i < problem.size(); ++i) {
+        EXPECT_EQ(mask.at(bytes) >> i % 8 & 1, whole_mask.at(bytes) >> i % 8 & 1);
+      }
+    }
+  }
+}
+
+// However large the tensor is; and a chunk that fails, or comes after a stop, ends it.
+TEST(CudaBackend, NormalizesInChunksWithinAFewChunksOfMemory) {
+  Machine machine;
+  EmulatedState& state = *machine.states[0];
+  std::vector<int64_t> taken;
+  for (const int64_t chunks : {5, 11}) {
+    const NormProblem problem{.batch = 1,
+                              .channels = 1,
+                              .positions = chunks * int64_t{cuda::Lane::kChunkBytes} / 2,
+                              .dtype = DType::kBFloat16};
+    const TestTensor x(problem.dtype, problem.size());
+    TestTensor y(problem.dtype, problem.size());
+    const double mean = 0, var = 1;
+    const ForwardByStatisticsArgs args{.x = x.data(), .y = y.data(), .statistics = {&mean, &var}};
+    ASSERT_EQ(machine.backend->ForwardByStatistics(problem, args, Place::kHost, {}), Outcome::kOk);
+    taken.push_back(state.bytes_in_use);
+  }
+  EXPECT_EQ(taken[0], taken[1]);
+  EXPECT_LT(taken[0], 5 * int64_t{cuda::Lane::kChunkBytes});
+  EXPECT_EQ(state.streams, 4);
+}
+
+TEST(CudaBackend, StopsBetweenChunks) {
+  Machine machine;
+  EmulatedState& state = *machine.states[0];
+  const NormProblem problem{
+      .batch = 1, .channels = 1, .positions = 8 * int64_t{cuda::Lane::kChunkBytes} / 4};
+  const TestTensor x(problem.dtype, problem.size());
+  TestTensor y(problem.dtype, problem.size());
+  const double mean = 0, var = 1;
+  const ForwardByStatisticsArgs args{.x = x.data(), .y = y.data(), .statistics = {&mean, &var}};
+  std::stop_source source;
+  state.on_launch = [&] {
+    if (state.launches == 3) source.request_stop();
+  };
+  EXPECT_EQ(machine.backend->ForwardByStatistics(problem, args, Place::kHost, source.get_token()),
+            Outcome::kStopped);
+  EXPECT_EQ(state.launches, 3);
+  state.on_launch = [&] { state.fail = state.launches == 6; };
+  EXPECT_EQ(machine.backend->ForwardByStatistics(problem, args, Place::kHost, {}),
+            Outcome::kDeviceFailed);
+  EXPECT_EQ(state.launches, 6);
+  EXPECT_FALSE(machine.backend->devices()[0].healthy);
+}
+
 TEST(CudaBackend, KeepsMemoryForTheNextCall) {
   Machine machine;
   ASSERT_EQ(machine.Normalize(kSmall), Outcome::kOk);

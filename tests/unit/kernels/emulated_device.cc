@@ -1,6 +1,8 @@
 #include "tests/unit/kernels/emulated_device.h"
 
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -53,6 +55,7 @@ class GuardedMemory {
   std::map<void*, Block> blocks_;
 };
 
+// Does nothing before it is waited for: who forgets to wait finds nothing done.
 class EmulatedStream final : public cuda::Stream {
  public:
   EmulatedStream(EmulatedState& state, const cuda::Limits& limits)
@@ -62,32 +65,51 @@ class EmulatedStream final : public cuda::Stream {
   ~EmulatedStream() override { --state_.streams; }
 
   Outcome CopyIn(void* device, const void* pinned, size_t bytes) override {
-    std::memcpy(device, pinned, bytes);
-    return state();
+    return Enqueue([=] { std::memcpy(device, pinned, bytes); });
   }
   Outcome CopyOut(void* pinned, const void* device, size_t bytes) override {
-    std::memcpy(pinned, device, bytes);
-    return state();
+    return Enqueue([=] { std::memcpy(pinned, device, bytes); });
   }
   Outcome Forward(const cuda::ForwardWork& work) override { return Launch(work); }
   Outcome Backward(const cuda::BackwardWork& work) override { return Launch(work); }
-  Outcome Mark(int) override { return state(); }
-  Outcome WaitFor(int) override { return state(); }
-  Outcome Wait() override { return state(); }
+  Outcome Mark(int mark) override {
+    marks_[mark] = done_ + static_cast<int64_t>(pending_.size());
+    return state();
+  }
+  Outcome WaitFor(int mark) override { return DoUntil(marks_[mark]); }
+  Outcome Wait() override { return DoUntil(done_ + static_cast<int64_t>(pending_.size())); }
 
  private:
   Outcome state() const { return state_.fail ? Outcome::kDeviceFailed : Outcome::kOk; }
 
+  Outcome Enqueue(std::function<void()> work) {
+    if (state_.fail) return Outcome::kDeviceFailed;
+    pending_.push_back(std::move(work));
+    return Outcome::kOk;
+  }
+
+  Outcome DoUntil(int64_t count) {
+    for (; done_ < count; ++done_) {
+      pending_.front()();
+      pending_.pop_front();
+    }
+    return state();
+  }
+
   template <class Work>
   Outcome Launch(const Work& work) {
     ++state_.launches;
-    if (!state_.fail)
+    if (state_.on_launch) state_.on_launch();
+    return Enqueue([this, work] {
       cuda::Run(emulated::Launch{limits_, &state_.kernels, &state_.cooperative_kernels}, work);
-    return state();
+    });
   }
 
   EmulatedState& state_;
   const cuda::Limits limits_;
+  std::deque<std::function<void()>> pending_;
+  int64_t done_ = 0;  // of all so far
+  int64_t marks_[kMarks] = {};
 };
 
 class EmulatedDevice final : public cuda::Device {

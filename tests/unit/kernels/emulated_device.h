@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "kernels/cuda/device.h"
@@ -27,6 +28,9 @@ struct EmulatedState {
   std::atomic<int> kernels = 0;
   std::atomic<int> cooperative_kernels = 0;
   std::atomic<bool> fail = false;  // every launch from now on
+
+  // Called by each launch, if set. Not changed while calls are under way, but by itself.
+  std::function<void()> on_launch;
 };
 
 std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state,
