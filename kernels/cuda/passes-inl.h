@@ -202,7 +202,7 @@ class Passes {
     if (work.y == nullptr && plan.splits > 1) return {};
     // A byte of the mask belongs to one octet of one set.
     if (work.epilogue.relu_mask != nullptr && plan.runs.length % kOctet != 0) return {};
-    return ResidenceFor(plan, work.problem, ResidentBytesFor<E, PartialMoments>(1, false),
+    return ResidenceFor(plan, work.problem, ResidentBytesFor<E, PartialMoments>(1),
                         launch_.limits());
   }
   Residence ResidenceOf(const BackwardPlans& plans) const {
@@ -210,10 +210,10 @@ class Passes {
     if (plans.rows) {
       const Residence home =
           RowResidenceFor(plans.plan, plans.problem, plans.row_splits,
-                          ResidentBytesFor<E, GradientSums>(4, true), launch_.limits());
+                          ResidentBytesFor<E, GradientSums>(2), launch_.limits());
       if (home.stays()) return home;
     }
-    return ResidenceFor(plans.plan, plans.problem, ResidentBytesFor<E, GradientSums>(2, false),
+    return ResidenceFor(plans.plan, plans.problem, ResidentBytesFor<E, GradientSums>(2),
                         launch_.limits());
   }
 

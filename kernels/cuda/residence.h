@@ -39,17 +39,20 @@ struct Residence {
   int64_t held = 0;    // jobs a block keeps at once
   int64_t shared_bytes = 0;
 
-  // 0, or with one block a set: rows that a block takes one after another, fetching one
-  // ahead, and sums by column. A row is `sets_a_row` sets, of which it takes one.
+  // With one block a set: whether a block fetches its next set while it has another.
+  bool ahead = false;
+  // 0, or with one block a set: rows that a block takes one after another, and sums by
+  // column. A row is `sets_a_row` sets, of which it takes one.
   int64_t rows = 0;
   int64_t sets_a_row = 1;
 
   constexpr bool stays() const { return parts != 0; }
 };
 
-// What a block needs: for each slot that it holds, for each thread and job, and at all.
+// What a block needs: for the octets of each slot that it holds, for the sums of its columns,
+// for each thread and job, and at all.
 struct ResidentBytes {
-  int64_t slot, sum, fixed;
+  int64_t octets, columns, sum, fixed;
 };
 
 // Whether so many blocks, as long as each other, leave the multiprocessors idle for no
@@ -71,7 +74,8 @@ constexpr Residence JobsOf(const Plan& plan, const NormProblem& problem) {
 }
 
 constexpr int64_t SharedBytesOf(const Residence& home, const ResidentBytes& bytes, int64_t held) {
-  return bytes.fixed + home.threads * bytes.sum + held * (home.job_slots * bytes.slot + bytes.sum);
+  const int64_t slot = bytes.octets * (home.ahead ? 2 : 1) + (home.rows != 0 ? bytes.columns : 0);
+  return bytes.fixed + home.threads * bytes.sum + held * (home.job_slots * slot + bytes.sum);
 }
 
 // Sets of a plan of runs.
@@ -84,11 +88,19 @@ constexpr Residence ResidenceFor(const Plan& plan, const NormProblem& problem,
   const int64_t room = limits.shared_bytes - SharedBytesOf(home, bytes, 0);
   const int64_t most = room / (SharedBytesOf(home, bytes, 1) - SharedBytesOf(home, bytes, 0));
   if (most < 1) return home;
-  if (most >= home.jobs && (home.jobs * home.job_slots * bytes.slot <= kSmallSet ||
+  if (most >= home.jobs && (home.jobs * home.job_slots * bytes.octets <= kSmallSet ||
                             Fill(sets, limits.multiprocessors))) {
     home.parts = 1;
     home.held = home.jobs;
     home.blocks = sets;
+    // Where blocks come to several sets each.
+    home.ahead = true;
+    const int64_t at_once =
+        limits.multiprocessors *
+        std::min<int64_t>(kResidentThreads / home.threads,
+                          limits.shared_bytes / SharedBytesOf(home, bytes, home.jobs));
+    home.ahead = at_once != 0 && sets >= 4 * at_once;
+    if (home.ahead) home.blocks = at_once;
   } else if (limits.cooperative) {
     const int64_t wanted = std::max<int64_t>(
         CeilDiv(home.jobs, most), std::min<int64_t>(home.jobs, limits.multiprocessors / sets));
@@ -115,14 +127,14 @@ constexpr Residence RowResidenceFor(const Plan& plan, const NormProblem& problem
   // A thread must meet the same columns in every row; and rows of less than a warp leave
   // too little to do at once.
   if (plan.runs.length % kOctet != 0 || plan.runs.slots() < 32) return home;
-  if (SharedBytesOf(home, bytes, home.jobs) > limits.shared_bytes) return home;
   if (!Fill(blocks, limits.multiprocessors)) return home;
-  home.parts = 1;
   home.held = home.jobs;
   home.blocks = blocks;
+  home.ahead = true;
   home.rows = CeilDiv(problem.batch, splits);
   home.sets_a_row = problem.groups;
   home.shared_bytes = SharedBytesOf(home, bytes, home.held);
+  home.parts = home.shared_bytes <= limits.shared_bytes ? 1 : 0;
   return home;
 }
 

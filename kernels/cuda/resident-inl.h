@@ -13,15 +13,15 @@ struct alignas(16) SlotSums {
   T dy[kOctet], dy_d[kOctet];
 };
 
-// Shared memory: octets of x, and where wanted of dy and then of both again for the next
-// row; SlotSums; a sum a thread; a sum a job; the set's coefficients.
+// Shared memory: octets of x, and with two tensors of dy, and ahead of the next set's; sums of
+// columns; a sum a thread; a sum a job; the set's constants and coefficients.
 template <class E, class V>
-constexpr ResidentBytes ResidentBytesFor(int octets, bool by_column) {
+constexpr ResidentBytes ResidentBytesFor(int tensors) {
   using T = typename E::Compute;
-  return {.slot = static_cast<int64_t>(octets * sizeof(Octet<E>) +
-                                       (by_column ? sizeof(SlotSums<T>) : 0)),
+  return {.octets = tensors * static_cast<int64_t>(sizeof(Octet<E>)),
+          .columns = sizeof(SlotSums<T>),
           .sum = sizeof(V),
-          .fixed = sizeof(SetCoefficients<T>)};
+          .fixed = sizeof(SetConstants) + sizeof(SetCoefficients<T>)};
 }
 
 // Until all `parts` blocks that share a set have come here; what each wrote to global
@@ -47,8 +47,7 @@ class Resident {
   using T = typename E::Compute;
 
  public:
-  // `octets`: arrays of these.
-  NORMD_DEVICE Resident(const Residence& residence, int octets, unsigned char* shared)
+  NORMD_DEVICE Resident(const Residence& residence, int tensors, unsigned char* shared)
       : home_(residence),
         group_(static_cast<int>(threadIdx.x) / residence.job_threads),
         thread_(static_cast<int>(threadIdx.x) % residence.job_threads),
@@ -56,22 +55,64 @@ class Resident {
         first_job_(blockIdx.x % residence.parts * residence.held),
         past_job_(first_job_ + residence.held < residence.jobs ? first_job_ + residence.held
                                                                : residence.jobs),
+        tensors_(tensors),
         octets_(reinterpret_cast<Octet<E>*>(shared)) {
-    slot_sums_ = reinterpret_cast<SlotSums<T>*>(octets_ + octets * slots());
+    slot_sums_ =
+        reinterpret_cast<SlotSums<T>*>(octets_ + tensors * (residence.ahead ? 2 : 1) * slots());
     auto* const end = slot_sums_ + (residence.rows != 0 ? slots() : 0);
     merging_ = reinterpret_cast<V*>(end);
     sums_ = merging_ + residence.threads;
-    coefficients_ = reinterpret_cast<SetCoefficients<T>*>(sums_ + residence.held);
+    constants_ = reinterpret_cast<SetConstants*>(sums_ + residence.held);
+    coefficients_ = reinterpret_cast<SetCoefficients<T>*>(constants_ + 1);
   }
 
   NORMD_DEVICE int64_t slots() const { return home_.held * home_.job_slots; }
   NORMD_DEVICE bool IsFirstOfSet() const { return first_job_ == 0; }
 
-  // Of each of the thread's slots: x or dy, and its columns' sums.
-  NORMD_DEVICE Octet<E>* octets(int array) const { return octets_ + array * slots(); }
+  // Of each of the thread's slots in the block's n-th set: x, or as the second tensor dy; and
+  // the sums of its columns.
+  NORMD_DEVICE Octet<E>* octets(int64_t n, int tensor) const {
+    return octets_ + ((home_.ahead ? n % 2 * tensors_ : 0) + tensor) * slots();
+  }
   NORMD_DEVICE SlotSums<T>* slot_sums() const { return slot_sums_; }
   NORMD_DEVICE V* merging() const { return merging_; }
+  NORMD_DEVICE SetConstants* constants() const { return constants_; }
   NORMD_DEVICE SetCoefficients<T>* coefficients() const { return coefficients_; }
+
+  // The sets of the block: first_set(), and on by set_step() to past_set().
+  NORMD_DEVICE int64_t first_set() const {
+    if (home_.rows == 0) return blockIdx.x / home_.parts;
+    return row_part() * home_.rows * home_.sets_a_row + blockIdx.x % home_.sets_a_row;
+  }
+  NORMD_DEVICE int64_t set_step() const {
+    return home_.rows == 0 ? gridDim.x / home_.parts : home_.sets_a_row;
+  }
+  NORMD_DEVICE int64_t past_set(int64_t sets) const {
+    const int64_t past = (row_part() + 1) * home_.rows * home_.sets_a_row;
+    return home_.rows == 0 || past > sets ? sets : past;
+  }
+  NORMD_DEVICE int64_t row_part() const { return blockIdx.x / home_.sets_a_row; }
+
+  // Begins to fetch the block's n-th set, or where that was done ahead the next one.
+  // tensors[k] are of `size` elements.
+  NORMD_DEVICE void Fetch(int64_t n, int64_t set, int64_t past, const void* const (&tensors)[2],
+                          int64_t size) const {
+    if (n == 0 || !home_.ahead) FetchSet(n, set, tensors, size);
+    if (!home_.ahead) return;
+    if (set + set_step() < past) {
+      FetchSet(n + 1, set + set_step(), tensors, size);
+    } else {
+      EndFetches();  // Await() counts
+    }
+  }
+  // For the n-th set.
+  NORMD_DEVICE void Await() const {
+    if (home_.ahead) {
+      AwaitFetches<1>();
+    } else {
+      AwaitFetches<0>();
+    }
+  }
 
   // Calls visit(walk, before, unit) for each of the thread's jobs: the slots of `walk` are
   // kept at slot - before.
@@ -150,6 +191,21 @@ class Resident {
   }
 
  private:
+  NORMD_DEVICE void FetchSet(int64_t n, int64_t set, const void* const (&tensors)[2],
+                             int64_t size) const {
+    ForEachJob(set, [&](Walk walk, int64_t before, int64_t) {
+      for (; walk.More(); walk.Next()) {
+        const Walk::Place at = walk.Here();
+        if (at.low >= at.high) continue;
+        for (int tensor = 0; tensor < tensors_; ++tensor) {
+          FetchOctet<E>(octets(n, tensor) + (walk.slot - before), tensors[tensor], size, at.i,
+                        at.low, at.high);
+        }
+      }
+    });
+    EndFetches();
+  }
+
   template <class Visit>
   NORMD_DEVICE void VisitJob(int64_t set, int64_t job, Visit visit) const {
     int64_t in_set;
@@ -167,34 +223,29 @@ class Resident {
   const Residence& home_;
   int group_, thread_, groups_;
   int64_t first_job_, past_job_;
+  int tensors_;
   Octet<E>* octets_;
   SlotSums<T>* slot_sums_;
   V* merging_;
   V* sums_;
+  SetConstants* constants_;
   SetCoefficients<T>* coefficients_;
 };
 
-// Blocks `parts` of a set beside each other, and on by the size of the grid.
+// The `parts` blocks of a set beside each other, and on by the size of the grid.
 template <class E>
 NORMD_RESIDENT_KERNEL void ResidentForward(ForwardOp<E> op, NormProblem problem, Residence home,
                                            bool careful, Moments moments, PartialMoments* partials,
                                            unsigned* arrived) {
   NORMD_SHARED(shared);
   const Resident<E, PartialMoments> block(home, 1, shared);
-  Octet<E>* const xs = block.octets(0);
   const bool shares = home.parts > 1;
-  for (int64_t set = blockIdx.x / home.parts; set < problem.num_sets();
-       set += gridDim.x / home.parts) {
-    block.ForEachJob(set, [&](Walk walk, int64_t before, int64_t) {
-      for (; walk.More(); walk.Next()) {
-        const Walk::Place at = walk.Here();
-        if (at.low < at.high) {
-          FetchOctet<E>(xs + (walk.slot - before), op.x, op.size, at.i, at.low, at.high);
-        }
-      }
-    });
-    EndFetches();
-    AwaitFetches<0>();
+  const int64_t past = block.past_set(problem.num_sets());
+  int64_t n = 0;
+  for (int64_t set = block.first_set(); set < past; set += block.set_step(), ++n) {
+    block.Fetch(n, set, past, {op.x, nullptr}, op.size);
+    block.Await();
+    const Octet<E>* const xs = block.octets(n, 0);
     block.ReduceJobs(
         set, shares ? partials : nullptr, [&](const Walk& walk, int64_t before, int64_t) {
           return MomentsOfSlots<E>(walk, careful, [&](const Walk& at, const Walk::Place&) {
@@ -233,54 +284,21 @@ NORMD_RESIDENT_KERNEL void ResidentBackward(BackwardOp<E> op, NormProblem proble
                                             unsigned* arrived) {
   using T = typename E::Compute;
   NORMD_SHARED(shared);
-  const bool by_row = home.rows != 0;
-  const Resident<E, GradientSums> block(home, by_row ? 4 : 2, shared);
+  const Resident<E, GradientSums> block(home, 2, shared);
+  SetConstants* const constants = block.constants();
   SetCoefficients<T>* const coefficients = block.coefficients();
   const bool shares = home.parts > 1;
-  int64_t set = blockIdx.x / home.parts;
-  int64_t step = gridDim.x / home.parts;
-  int64_t past = problem.num_sets();
-  if (by_row) {
-    const int64_t part = blockIdx.x / home.sets_a_row;
-    set = part * home.rows * home.sets_a_row + blockIdx.x % home.sets_a_row;
-    step = home.sets_a_row;
-    if ((part + 1) * home.rows * home.sets_a_row < past) {
-      past = (part + 1) * home.rows * home.sets_a_row;
-    }
-  }
-  const auto fetch = [&](int64_t of_set, int array) {
-    Octet<E>* const xs = block.octets(array);
-    Octet<E>* const dys = block.octets(array + 1);
-    block.ForEachJob(of_set, [&](Walk walk, int64_t before, int64_t) {
-      for (; walk.More(); walk.Next()) {
-        const Walk::Place at = walk.Here();
-        if (at.low >= at.high) continue;
-        FetchOctet<E>(xs + (walk.slot - before), op.x, op.size, at.i, at.low, at.high);
-        FetchOctet<E>(dys + (walk.slot - before), op.grad_y, op.size, at.i, at.low, at.high);
-      }
-    });
-    EndFetches();
-  };
-  if (by_row && set < past) fetch(set, 0);
-  for (int64_t row = 0; set < past; set += step, ++row) {
-    const int array = by_row && row % 2 != 0 ? 2 : 0;
-    const Octet<E>* const xs = block.octets(array);
-    const Octet<E>* const dys = block.octets(array + 1);
-    if (!by_row) {
-      fetch(set, array);
-    } else if (set + step < past) {
-      fetch(set + step, 2 - array);
-    } else {
-      EndFetches();
-    }
+  const int64_t past = block.past_set(problem.num_sets());
+  int64_t n = 0;
+  for (int64_t set = block.first_set(); set < past; set += block.set_step(), ++n) {
+    block.Fetch(n, set, past, {op.x, op.grad_y}, op.size);
     if (threadIdx.x == 0) {
-      *coefficients = ToCoefficients<T>(SetConstants(problem, statistics, set, op.of_batch));
+      *constants = SetConstants(problem, statistics, set, op.of_batch);
+      *coefficients = ToCoefficients<T>(*constants);
     }
-    if (by_row) {
-      AwaitFetches<1>();
-    } else {
-      AwaitFetches<0>();
-    }
+    block.Await();
+    const Octet<E>* const xs = block.octets(n, 0);
+    const Octet<E>* const dys = block.octets(n, 1);
     __syncthreads();
     const T shift = coefficients->shift;
     block.ReduceJobs(set, partials, [&](const Walk& walk, int64_t before, int64_t unit) {
@@ -299,14 +317,10 @@ NORMD_RESIDENT_KERNEL void ResidentBackward(BackwardOp<E> op, NormProblem proble
     if (op.of_batch) {
       const GradientSums total =
           MergeInOrder(home.jobs, block.merging(), [&](GradientSums& into, int64_t job) {
-            AddToSet(problem, SetConstants(problem, statistics, set, /*of_batch=*/true),
-                     block.UnitOf(set, job), weigh_elements ? nullptr : op.weight,
-                     block.SumOf(set, job, partials), into);
+            AddToSet(problem, *constants, block.UnitOf(set, job),
+                     weigh_elements ? nullptr : op.weight, block.SumOf(set, job, partials), into);
           });
-      if (threadIdx.x == 0) {
-        FinishGradient(problem, SetConstants(problem, statistics, set, /*of_batch=*/true), total,
-                       coefficients);
-      }
+      if (threadIdx.x == 0) FinishGradient(problem, *constants, total, coefficients);
       __syncthreads();
     }
     const SetCoefficients<T> of_set = *coefficients;
@@ -315,14 +329,15 @@ NORMD_RESIDENT_KERNEL void ResidentBackward(BackwardOp<E> op, NormProblem proble
         [&](const Walk::Place& place, int64_t at, int64_t channel, const auto& of) {
           const Octet<E> x = xs[at];
           const Octet<E> dy = dys[at];
-          if (by_row) {
+          if (home.rows != 0) {
             // As SumsOfColumns: some tens of rows in the computing type, then in double.
-            const bool begins = row % kRowsInBlock == 0;
-            const bool ends = row % kRowsInBlock == kRowsInBlock - 1 || set + step >= past;
+            const bool begins = n % kRowsInBlock == 0;
+            const bool ends =
+                n % kRowsInBlock == kRowsInBlock - 1 || set + block.set_step() >= past;
             const uint32_t bits = op.relu_mask == nullptr ? 0xffu : op.relu_mask[place.i / kOctet];
             SlotSums<T> sums = begins ? SlotSums<T>{} : block.slot_sums()[at];
             GradientSums* const columns =
-                row_partials + blockIdx.x / home.sets_a_row * problem.channels + channel;
+                row_partials + block.row_part() * problem.channels + channel;
 #pragma unroll
             for (int k = 0; k < kOctet; ++k) {
               const T g = (bits >> k & 1) != 0 ? dy[k] : T{0};
@@ -330,7 +345,7 @@ NORMD_RESIDENT_KERNEL void ResidentBackward(BackwardOp<E> op, NormProblem proble
               sums.dy_d[k] = MultiplyAdd(
                   g, MultiplyAdd(x[k] - of_set.shift, of_set.invstd, of_set.lost), sums.dy_d[k]);
               if (ends) {
-                GradientSums total = row < kRowsInBlock ? GradientSums{} : columns[k];
+                GradientSums total = n < kRowsInBlock ? GradientSums{} : columns[k];
                 total.dy += static_cast<double>(sums.dy[k]);
                 total.dy_d += static_cast<double>(sums.dy_d[k]);
                 columns[k] = total;

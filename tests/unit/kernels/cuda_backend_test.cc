@@ -474,9 +474,10 @@ TEST(CudaBackend, KeepsASetThatJustFits) {
       std::vector<Answers> answers;
       for (const int64_t tensors : {1, 2}) {
         const cuda::ResidentBytes bytes{
-            .slot = tensors * octet,
+            .octets = tensors * octet,
+            .columns = 0,
             .sum = tensors == 1 ? int64_t{sizeof(PartialMoments)} : int64_t{sizeof(GradientSums)},
-            .fixed = 5 * compute};
+            .fixed = int64_t{sizeof(SetConstants)} + 5 * compute};
         const cuda::Limits much{.shared_bytes = 1 << 20, .multiprocessors = 6};
         const int64_t needed =
             cuda::ResidenceFor(cuda::PlanFor(problem, tensors == 2), problem, bytes, much)
@@ -497,9 +498,9 @@ TEST(CudaBackend, KeepsASetThatJustFits) {
 }
 
 cuda::Residence OnH100(const NormProblem& problem, bool backward) {
-  return cuda::ResidenceFor(cuda::PlanFor(problem, backward), problem,
-                            {.slot = backward ? 64 : 32, .sum = backward ? 16 : 24, .fixed = 20},
-                            kH100);
+  return cuda::ResidenceFor(
+      cuda::PlanFor(problem, backward), problem,
+      {.octets = backward ? 64 : 32, .columns = 64, .sum = backward ? 16 : 24, .fixed = 52}, kH100);
 }
 
 TEST(CudaResidence, KeepsWhatFitsAndLeavesTheRest) {
@@ -516,6 +517,10 @@ TEST(CudaResidence, KeepsWhatFitsAndLeavesTheRest) {
   EXPECT_GE(OnH100(batch_norm(3, 224), false).blocks, 99);
   EXPECT_FALSE(OnH100(batch_norm(3, 448), false).stays());
   EXPECT_FALSE(OnH100(batch_norm(1, 1000), true).stays());
+  // More sets than blocks at once: each block takes several, the next one fetched ahead.
+  EXPECT_TRUE(OnH100(batch_norm(2048, 7), false).ahead);
+  EXPECT_EQ(OnH100(batch_norm(2048, 7), false).blocks, 2 * kH100.multiprocessors);
+  EXPECT_FALSE(OnH100(batch_norm(512, 14), true).ahead);
   for (const int64_t channels : {1, 3, 64, 200, 2048}) {
     for (const int64_t side : {7, 14, 50, 112, 300}) {
       for (const bool backward : {false, true}) {
