@@ -122,8 +122,8 @@ class Passes {
     // Before anything is written: dx may be x or dy.
     if (rows_apart) {
       SumsOfColumnsBy(tensors, plans.row_columns, plans.row_splits, 1,
-                      problem.channels / problem.groups, plans.row_columns.tile_threads,
-                      scratch.sets, scratch.more_sums);
+                      problem.channels / problem.groups, plans.row_threads, scratch.sets,
+                      scratch.more_sums);
     }
     if (home.stays()) {
       const bool sums_wanted = home.parts > 1 || (plans.parameters && !plans.rows);
@@ -179,6 +179,7 @@ class Passes {
     bool writes;      // dx, or the residual's gradient
     Columns row_columns;
     int64_t row_splits;
+    int row_threads;
   };
   static BackwardPlans PlansOf(const BackwardWork& work) {
     const NormProblem& problem = work.problem;
@@ -190,7 +191,10 @@ class Passes {
                  (plans.parameters && !plans.rows_are_sets);
     plans.rows = plans.parameters && plans.rows_are_sets;
     plans.row_columns = CutColumns(1, problem.batch, problem.channels);
-    plans.row_splits = SplitsOfRows(plans.row_columns);
+    const bool may_stay = RowsMayStay(plans.plan.runs);
+    plans.row_splits =
+        may_stay ? SplitsOfRows(plans.row_columns) : SplitsOfColumns(plans.row_columns);
+    plans.row_threads = may_stay ? plans.row_columns.tile_threads : kThreads;
     plans.writes = args.grad_x != nullptr || args.grad_residual != nullptr;
     return plans;
   }

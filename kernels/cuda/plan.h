@@ -99,9 +99,15 @@ constexpr int64_t SplitsOfColumns(const Columns& columns) {
   return std::clamp<int64_t>(kFullGrid / tiles, 1, CeilDiv(columns.rows, 4 * rows_a_block));
 }
 
-// Parts of the rows of a matrix whose columns are summed for the parameters' gradients,
-// each row being sets of its own. Of eight rows or more: a sum has as many bytes as two
-// to eight elements.
+// Whether rows that are sets with a weight an element may stay on a device while their
+// columns are summed (residence.h). A thread must meet the same columns in every row; rows of
+// less than a warp leave too little to do at once; and longer ones no device can hold.
+constexpr bool RowsMayStay(const Runs& rows) {
+  return rows.length % kOctet == 0 && rows.slots() >= 32 && rows.slots() <= 2048;
+}
+
+// Parts of the rows, if they may: a column of a part is summed row by row. Of eight rows or
+// more: a sum has as many bytes as two to eight elements.
 constexpr int64_t SplitsOfRows(const Columns& columns) {
   const int64_t wanted = std::max<int64_t>(kFullGrid / columns.tiles(), 256);
   const int64_t splits = std::clamp<int64_t>(wanted, 1, CeilDiv(columns.rows, 8));

@@ -124,10 +124,7 @@ constexpr Residence RowResidenceFor(const Plan& plan, const NormProblem& problem
                                     const ResidentBytes& bytes, const Limits& limits) {
   Residence home = JobsOf(plan, problem);
   const int64_t blocks = splits * problem.groups;
-  // A thread must meet the same columns in every row; and rows of less than a warp leave
-  // too little to do at once.
-  if (plan.runs.length % kOctet != 0 || plan.runs.slots() < 32) return home;
-  if (!Fill(blocks, limits.multiprocessors)) return home;
+  if (!RowsMayStay(plan.runs) || !Fill(blocks, limits.multiprocessors)) return home;
   home.held = home.jobs;
   home.blocks = blocks;
   home.ahead = true;

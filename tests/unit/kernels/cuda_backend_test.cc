@@ -392,6 +392,7 @@ TEST(CudaBackend, AnswersTheSameBitsOnEveryDevice) {
       {{.batch = 95, .channels = 264, .positions = 1, .reduction = of_rows}, false},
       {{.batch = 1111, .channels = 256, .positions = 1, .reduction = of_rows}, false},
       {{.batch = 90, .channels = 768, .positions = 1, .groups = 2, .reduction = of_rows}, false},
+      {{.batch = 700, .channels = 40, .positions = 1, .reduction = of_rows}, false},
       {{.batch = 67, .channels = 769, .positions = 1, .reduction = of_rows}, false},
       {{.batch = 44,
         .channels = 2048,
