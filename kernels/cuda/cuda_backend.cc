@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels/cuda/budgeted_device.h"
+#include "kernels/cuda/chunked_forward.h"
 #include "kernels/cuda/constants.h"
 #include "kernels/cuda/lane.h"
 
@@ -273,16 +274,9 @@ class CudaBackend final : public Backend {
                      .statistics_of_batch = args.statistics_of_batch,
                      .epilogue = args.epilogue};
     Lasting lasting = args.lasting;
-    if (problem.reduction == Reduction::kPerSampleGroup) {
-      // Only the samples that it touches, and their statistics.
-      lasting.mean = lasting.var = nullptr;
-      const int64_t sample = problem.channels * problem.positions;
-      const int64_t before = args.first / sample;
-      work.first -= before * sample;
-      work.problem.batch = (work.first + args.count + sample - 1) / sample;
-      if (work.statistics.mean != nullptr) work.statistics.mean += before * problem.groups;
-      work.statistics.var += before * problem.groups;
-    }
+    // A part of them, then.
+    if (problem.reduction == Reduction::kPerSampleGroup) lasting.mean = lasting.var = nullptr;
+    KeepTouchedSamples(work);
     return Forward(work, lasting, place, stop);
   }
 
@@ -319,8 +313,9 @@ class CudaBackend final : public Backend {
     layout.Output(on_device.grad_bias, parameters, false);
     layout.Output(on_device.grad_x, tensor, true);
     layout.Output(on_device.grad_residual, tensor, true);
-    return Run(layout, work, stop,
-               [](Stream& stream, const BackwardWork& with) { return stream.Backward(with); });
+    return Run(
+        layout, work, stop, [&](const Device& device) { return device.ScratchBytes(work); },
+        [&](Lane& lane) { return lane.stream().Backward(work); });
   }
 
  private:
@@ -358,14 +353,21 @@ class CudaBackend final : public Backend {
     layout.Constant(work.bias, bias);
     layout.Constant(work.statistics.mean, mean);
     layout.Constant(work.statistics.var, var);
+    const ChunkedForward chunked(work);
+    if (place == Place::kHost && work.moments.mean == nullptr && chunked.has_chunks()) {
+      return Run(
+          layout, work, stop, [&](const Device& device) { return chunked.DeviceBytes(device); },
+          [&](Lane& lane) { return chunked.Run(lane, work, stop); });
+    }
     layout.Input(work.x, tensor, true);
     layout.Input(work.epilogue.residual, tensor, true);
     layout.Output(work.moments.mean, sets, false);
     layout.Output(work.moments.m2, sets, false);
     layout.Output(work.epilogue.relu_mask, mask, true);
     layout.Output(work.y, tensor, true);
-    return Run(layout, work, stop,
-               [](Stream& stream, const ForwardWork& with) { return stream.Forward(with); });
+    return Run(
+        layout, work, stop, [&](const Device& device) { return device.ScratchBytes(work); },
+        [&](Lane& lane) { return lane.stream().Forward(work); });
   }
 
   // The healthy device with the fewest bytes to move, were it to take a call with these
@@ -386,17 +388,19 @@ class CudaBackend final : public Backend {
     return best;
   }
 
-  template <class Work, class Enqueue>
-  Outcome Run(Layout& layout, Work& work, const std::stop_token& stop, Enqueue enqueue) {
+  // Runs compute(lane) with all of the layout and scratch_bytes(device) where `work` says.
+  template <class Work, class ScratchBytes, class Compute>
+  Outcome Run(Layout& layout, Work& work, const std::stop_token& stop, ScratchBytes scratch_bytes,
+              Compute compute) {
     if (stop.stop_requested()) return Outcome::kStopped;
     DeviceState& device = layout.device();
-    const size_t scratch = device.device().ScratchBytes(work);
+    const size_t scratch = scratch_bytes(device.device());
     const Outcome outcome = device.Run(layout.bytes(scratch), [&](Lane& lane) {
       std::byte* const memory = lane.memory();
       work.scratch = layout.Bind(memory);
       Outcome outcome = lane.In(layout.in(), memory, stop);
       if (outcome == Outcome::kOk) outcome = layout.KeepMissing(lane.stream(), memory);
-      if (outcome == Outcome::kOk) outcome = enqueue(lane.stream(), work);
+      if (outcome == Outcome::kOk) outcome = compute(lane);
       if (outcome != Outcome::kOk) return outcome;
       return lane.Out(layout.out(), layout.OutAt(memory), stop);
     });

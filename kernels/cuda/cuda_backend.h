@@ -3,7 +3,8 @@
 // A call is staged through pinned memory by a lane of its own (a stream, staging and
 // device memory, kept for the next call), so that the copies of one call run beside the
 // kernels of another, and a large tensor's first chunk is under way while its second is
-// gathered. What a Token names stays on the device between calls, as long as there is room.
+// gathered; by given statistics, is back before its last. What a Token names stays on the
+// device between calls, as long as there is room.
 #ifndef NORMD_KERNELS_CUDA_CUDA_BACKEND_H_
 #define NORMD_KERNELS_CUDA_CUDA_BACKEND_H_
 
