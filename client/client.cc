@@ -227,7 +227,8 @@ absl::StatusOr<SharedMemoryStatus> Client::GetSharedMemoryStatus(const CallOptio
                             .bytes_in_use = wire->bytes_in_use(),
                             .shared_memory_budget = wire->shared_memory_budget(),
                             .max_region_bytes = wire->max_region_bytes(),
-                            .max_regions = wire->max_regions()};
+                            .max_regions = wire->max_regions(),
+                            .cuda_ipc = wire->cuda_ipc()};
 }
 
 absl::StatusOr<Health> Client::CheckHealth(std::string_view service,

@@ -33,6 +33,7 @@ namespace normd::inline client {
 
 namespace internal {
 class Connection;
+class CudaRegion;
 class Lease;
 }  // namespace internal
 
@@ -126,6 +127,29 @@ class TensorBuffer {
   size_t size_ = 0;
   bool shared_ = false;
   std::shared_ptr<const void> owner_;
+};
+
+// Memory that this process has on the server's GPU, from Client::RegisterCudaMemory().
+// Shared by copies; with the last one the server lets go of it, which is one call to it. Only
+// then may the memory be freed. One made by default is none, and no call takes it.
+class CudaMemory {
+ public:
+  int64_t size() const { return size_; }
+
+ private:
+  friend class Client;
+  std::string region() const;
+  int64_t size_ = 0;
+  std::shared_ptr<const internal::CudaRegion> region_;
+};
+
+// A tensor that lies there.
+struct CudaTensor {
+  CudaMemory memory;
+  int64_t offset = 0;  // of its first byte; a multiple of 64
+  DataType dtype = DataType::kFloat32;
+  std::vector<int64_t> shape;
+  MemoryFormat format = MemoryFormat::kContiguous;
 };
 
 struct NamedTensor {
@@ -401,6 +425,8 @@ struct ServerInfo {
     int32_t parallelism = 0;
     int64_t memory_bytes = 0;
     bool healthy = false;
+    int64_t memory_budget = 0;  // of a GPU's own memory; 0: none but the host's
+    int64_t memory_in_use = 0;
   };
   struct Limits {
     int64_t max_message_bytes = 0;
@@ -431,6 +457,7 @@ struct SharedMemoryStatus {
   int64_t shared_memory_budget = 0;
   int64_t max_region_bytes = 0;
   int64_t max_regions = 0;  // of a connection
+  bool cuda_ipc = false;    // whether memory on the server's GPU may be registered
 };
 
 // grpc.health.v1.HealthCheckResponse.ServingStatus.
@@ -537,6 +564,25 @@ class Client {
   absl::StatusOr<BackwardResult> BackwardStream(std::string_view name, const Tensor& grad_output,
                                                 const BackwardOptions& options,
                                                 const CallOptions& call = {}) const;
+
+  // For tensors on the server's GPU, which runs with --cuda_ipc=on on this host: has it open
+  // `bytes` of memory from cudaMalloc, by the bytes of its cudaIpcMemHandle_t.
+  absl::StatusOr<CudaMemory> RegisterCudaMemory(std::string_view ipc_handle, int64_t bytes,
+                                                const CallOptions& call = {}) const;
+  // `input` must be complete before the call; `output`, which may be the input in eval mode,
+  // is complete after it, and the result's is empty. Keeps no context: Backward takes the input
+  // again. After an error of deadline or connection the server may still work on both.
+  absl::StatusOr<ForwardResult> Forward(std::string_view name, const CudaTensor& input,
+                                        const CudaTensor& output,
+                                        const ForwardOptions& options = {},
+                                        const CallOptions& call = {}) const;
+  // Likewise; without `grad_input` it is not computed. options.input and context_id are for
+  // tensors of the host.
+  absl::StatusOr<BackwardResult> Backward(std::string_view name, const CudaTensor& grad_output,
+                                          const CudaTensor& input,
+                                          const std::optional<CudaTensor>& grad_input,
+                                          const BackwardOptions& options = {},
+                                          const CallOptions& call = {}) const;
 
   // Weight and bias of a convolution that does what the one of `weight` does with
   // the instance in eval mode after it.

@@ -2,7 +2,10 @@
 #ifndef NORMD_KERNELS_BACKEND_H_
 #define NORMD_KERNELS_BACKEND_H_
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <stop_token>
 #include <string>
 #include <string_view>
@@ -15,13 +18,19 @@ namespace normd {
 enum class Outcome : uint8_t {
   kOk,
   kStopped,       // the stop token was set; outputs hold anything
-  kOutOfMemory,   // scratch or device memory; outputs hold anything
+  kOutOfMemory,   // scratch, staging or device memory; outputs hold anything
+  kTooLarge,      // likewise, and there will not be: more than the device's budget
   kDeviceFailed,  // the device cannot go on (sticky); outputs hold anything
+  kRefused,       // what was given names nothing that this device can use
 };
 
 // Where the tensors of a call lie. Parameters and statistics are always in host
 // memory.
 enum class Place : uint8_t { kHost, kDevice };
+
+// By what a process names memory that it has on a device to others of this host: the bytes
+// of a cudaIpcMemHandle_t.
+using DeviceHandle = std::array<std::byte, 64>;
 
 // weight and bias a channel, problem.channels values of
 // problem.parameter_dtype() each; null: 1 and 0.
@@ -44,6 +53,19 @@ struct Moments {
 struct Statistics {
   const double* mean = nullptr;
   const double* var = nullptr;
+};
+
+// What a block of parameters or statistics is known by: with the same pointer, of the same
+// owner, and the same number of bytes it holds the same bytes for ever, so that a backend
+// with memory of its own may keep them there while the owner lives. Null: of this call alone.
+using Token = std::shared_ptr<const void>;
+
+// Those of the blocks of a call.
+struct Lasting {
+  Token weight = nullptr;
+  Token bias = nullptr;
+  Token mean = nullptr;
+  Token var = nullptr;
 };
 
 // ReLU as PyTorch has it: NaN stays NaN and lets its gradient through.
@@ -69,6 +91,7 @@ struct ForwardByBatchArgs {
   Affine affine = {};
   Moments moments = {};  // written; required
   Epilogue epilogue = {};
+  Lasting lasting = {};
 };
 
 struct ForwardByStatisticsArgs {
@@ -77,6 +100,7 @@ struct ForwardByStatisticsArgs {
   Affine affine = {};
   Statistics statistics = {};
   Epilogue epilogue = {};
+  Lasting lasting = {};
 };
 
 // `count` elements, in the order of memory, from element `first` of a tensor that
@@ -91,6 +115,7 @@ struct ForwardRangeArgs {
   // Whether these are the whole tensor's own, as ForwardByBatch found them.
   bool statistics_of_batch = false;
   Epilogue epilogue = {};
+  Lasting lasting = {};
 };
 
 struct BackwardArgs {
@@ -110,6 +135,7 @@ struct BackwardArgs {
   // where the residual's gradient goes: may be grad_y; null: not wanted.
   const uint8_t* relu_mask = nullptr;
   void* grad_residual = nullptr;
+  Lasting lasting = {};
 };
 
 struct DeviceInfo {
@@ -117,6 +143,10 @@ struct DeviceInfo {
   int parallelism = 1;
   int64_t memory_bytes = 0;
   bool healthy = true;
+  // Of the device's own memory: what this process may take, and what it has. 0: it has
+  // none but the host's.
+  int64_t memory_budget = 0;
+  int64_t memory_in_use = 0;
 };
 
 // A device that computes norms.
@@ -142,6 +172,15 @@ class Backend {
   virtual std::vector<DeviceInfo> devices() const = 0;
   // Whether tensors may lie there.
   virtual bool Supports(Place place) const = 0;
+  // Opens memory that another process has on the device: where it lies for Place::kDevice,
+  // and how many bytes there are from there on. It stays open as long as `memory`, which
+  // must not outlive this. kRefused: the handle names none.
+  virtual Outcome OpenShared(const DeviceHandle& /*handle*/, std::shared_ptr<void>* /*memory*/,
+                             int64_t* /*bytes*/) {
+    return Outcome::kRefused;
+  }
+  // Gives up memory of the host that is kept for calls to come. At any time, on any thread.
+  virtual void ReleaseIdle() {}
 
   // Normalizes x by the statistics of x itself and returns them.
   virtual Outcome ForwardByBatch(const NormProblem& problem, const ForwardByBatchArgs& args,

@@ -35,6 +35,9 @@ ABSL_FLAG(std::string, backend, "auto",
           "What computes: auto (cuda where there is a device), cpu, cuda");
 ABSL_FLAG(std::string, cuda_devices, "",
           "GPUs that compute, by CUDA's numbers, separated by commas: 0,1; empty: all");
+ABSL_FLAG(int64_t, device_memory_budget, 0,
+          "Bytes of each GPU's memory that requests under way and what is kept for them may take; "
+          "0: half of it");
 ABSL_FLAG(int32_t, threads, 0, "Threads that compute; 0: one for each core");
 ABSL_FLAG(bool, deterministic, false,
           "Results that do not depend on the number of threads, bit for bit");
@@ -73,6 +76,9 @@ ABSL_FLAG(int64_t, shared_memory_budget, 0,
 ABSL_FLAG(int64_t, max_region_bytes, int64_t{4} << 30,
           "Largest piece of shared memory that a client may ask for, in bytes");
 ABSL_FLAG(int64_t, max_regions, 64, "Pieces of shared memory that one client may have");
+ABSL_FLAG(std::string, cuda_ipc, "off",
+          "on: clients with --shared_memory=on may also hand over memory that they have on the "
+          "GPU, by CUDA's IPC handles; they are trusted to keep it while it is used");
 ABSL_FLAG(absl::Duration, drain_timeout, absl::Seconds(30),
           "How long calls under way may take after SIGTERM or SIGINT");
 ABSL_FLAG(std::string, tls_cert, "",
@@ -285,6 +291,7 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
   config.state_dir = absl::GetFlag(FLAGS_state_dir);
   config.backend = absl::GetFlag(FLAGS_backend);
   const std::string cuda_devices = absl::GetFlag(FLAGS_cuda_devices);
+  config.device_memory_budget = absl::GetFlag(FLAGS_device_memory_budget);
   config.threads = absl::GetFlag(FLAGS_threads);
   config.deterministic = absl::GetFlag(FLAGS_deterministic);
   config.checkpoint_interval = absl::GetFlag(FLAGS_checkpoint_interval);
@@ -304,6 +311,8 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
   config.shared_memory_budget = absl::GetFlag(FLAGS_shared_memory_budget);
   config.max_region_bytes = absl::GetFlag(FLAGS_max_region_bytes);
   config.max_regions = absl::GetFlag(FLAGS_max_regions);
+  const std::string cuda_ipc = absl::GetFlag(FLAGS_cuda_ipc);
+  config.cuda_ipc = cuda_ipc == "on";
   config.tls = {.cert = absl::GetFlag(FLAGS_tls_cert),
                 .key = absl::GetFlag(FLAGS_tls_key),
                 .client_ca = absl::GetFlag(FLAGS_tls_client_ca)};
@@ -329,6 +338,7 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
            config.state_dir.empty() ? BadFlag("state_dir", "", "a directory") : absl::OkStatus(),
            CheckOneOf("backend", config.backend, {"auto", "cpu", "cuda"}),
            ReadCudaDevices(cuda_devices, config.cuda_devices),
+           CheckRange<int64_t>("device_memory_budget", config.device_memory_budget, 0, kMost),
            CheckRange("threads", config.threads, 0, 1024),
            CheckOneOf("durability", durability, {"interval", "update", "none"}),
            CheckAtLeast("checkpoint_interval", config.checkpoint_interval, absl::Milliseconds(100)),
@@ -349,6 +359,10 @@ absl::StatusOr<Config> ReadConfig(int argc, char** argv) {
            CheckRange<int64_t>("shared_memory_budget", config.shared_memory_budget, 0, kMost),
            CheckRange<int64_t>("max_region_bytes", config.max_region_bytes, 1, kMost),
            CheckRange<int64_t>("max_regions", config.max_regions, 1, 100'000),
+           CheckOneOf("cuda_ipc", cuda_ipc, {"on", "off"}),
+           config.cuda_ipc && !config.shared_memory
+               ? BadFlag("cuda_ipc", cuda_ipc, "off without --shared_memory=on")
+               : absl::OkStatus(),
            CheckTimer("handshake_timeout", config.handshake_timeout),
            CheckTimer("keepalive_time", config.keepalive_time),
            CheckTimer("keepalive_timeout", config.keepalive_timeout),

@@ -16,12 +16,13 @@ namespace normd {
 enum class LogFormat : uint8_t { kText, kJson };
 
 struct Config {
-  std::vector<std::string> listen;  // "127.0.0.1:50051", "unix:/run/normd.sock"
-  std::string port_file;            // empty: none
-  std::string state_dir;            // empty with Durability::kNone only
-  std::string backend;              // "auto", "cpu", "cuda"
-  std::vector<int> cuda_devices;    // empty: all
-  int threads = 0;                  // 0: all cores
+  std::vector<std::string> listen;   // "127.0.0.1:50051", "unix:/run/normd.sock"
+  std::string port_file;             // empty: none
+  std::string state_dir;             // empty with Durability::kNone only
+  std::string backend;               // "auto", "cpu", "cuda"
+  std::vector<int> cuda_devices;     // empty: all
+  int64_t device_memory_budget = 0;  // of each; 0: half of its memory
+  int threads = 0;                   // 0: all cores
   bool deterministic = false;
   Durability durability = Durability::kInterval;
   absl::Duration checkpoint_interval;
@@ -41,6 +42,7 @@ struct Config {
   int64_t shared_memory_budget = 0;
   int64_t max_region_bytes = 0;
   int64_t max_regions = 0;  // of a connection
+  bool cuda_ipc = false;    // also memory that clients have on the GPU
   // Who may connect and what they may do.
   TlsFiles tls;           // without a certificate: no TLS
   std::string auth_file;  // empty: everyone may do all

@@ -18,7 +18,6 @@
 #include "grpcpp/impl/server_builder_option.h"
 #include "grpcpp/resource_quota.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "kernels/cuda/cuda_backend.h"
 #include "kernels/tbb_executor.h"
 #include "server/admission/admission_queue.h"
 #include "server/admission/call_gate.h"
@@ -87,8 +86,8 @@ class ServerImpl final : public Server {
     if (grpc_ != nullptr) Drain().IgnoreError();
   }
 
-  absl::Status Start() {
-    if (absl::Status made = MakeBackend(); !made.ok()) return made;
+  absl::Status Start(const MakeCuda& make_cuda) {
+    if (absl::Status made = MakeBackend(make_cuda); !made.ok()) return made;
     if (absl::Status opened = OpenDoors(); !opened.ok()) return opened;
     if (absl::Status opened = OpenState(); !opened.ok()) return opened;
     if (absl::Status shared = ShareMemory(); !shared.ok()) return shared;
@@ -110,6 +109,7 @@ class ServerImpl final : public Server {
              .context_memory = &context_memory_,
              .regions = regions_.has_value() ? &*regions_ : nullptr,
              .shared_memory_socket = hand_over_ != nullptr ? hand_over_->path() : "",
+             .cuda_ipc = config_.cuda_ipc,
              .persister = persister_.get(),
              .registry = &*registry_,
              .contexts = &contexts_,
@@ -152,13 +152,16 @@ class ServerImpl final : public Server {
   }
 
  private:
-  absl::Status MakeBackend() {
+  absl::Status MakeBackend(const MakeCuda& make_cuda) {
     if (config_.backend != "cpu") {
       const CudaOptions options{
           .devices = config_.cuda_devices,
-          .on_failure = [this](const DeviceInfo& failed, int left) { DeviceFailed(failed, left); }};
-      backend_ = MakeCudaBackend(options, &backend_reason_);
+          .on_failure = [this](const DeviceInfo& failed, int left) { DeviceFailed(failed, left); },
+          .memory_budget = config_.device_memory_budget,
+          .claim_pinned = [this](size_t bytes) { return ClaimPinned(bytes); }};
+      backend_ = make_cuda(options, &backend_reason_);
       if (backend_ != nullptr) {
+        memory_.ReclaimBy([this] { backend_->ReleaseIdle(); });
         for (const DeviceInfo& device : backend_->devices()) {
           spdlog::info("computing on {}", device.name);
         }
@@ -172,6 +175,13 @@ class ServerImpl final : public Server {
     }
     backend_ = MakeCpuBackend(executor_, {.deterministic = config_.deterministic});
     return absl::OkStatus();
+  }
+
+  std::shared_ptr<void> ClaimPinned(size_t bytes) {
+    auto claim = memory_.Claim(static_cast<int64_t>(bytes));
+    if (!claim.ok()) return nullptr;
+    pool_.MakeRoom();
+    return std::make_shared<MemoryClaim>(*std::move(claim));
   }
 
   // What a device that failed has in memory is lost to this process: with the last one,
@@ -246,6 +256,11 @@ class ServerImpl final : public Server {
   absl::Status ShareMemory() {
     if (!config_.shared_memory) return absl::OkStatus();
     if (absl::Status able = Region::CheckSystem(); !able.ok()) return able;
+    if (config_.cuda_ipc && !backend_->Supports(Place::kDevice)) {
+      return absl::FailedPreconditionError(
+          "--cuda_ipc=on needs one GPU that computes: --backend=cuda, and --cuda_devices with one "
+          "number where there are several");
+    }
     regions_.emplace(&shared_memory_, &memory_,
                      RegionLimits{.max_region_bytes = config_.max_region_bytes,
                                   .max_regions = config_.max_regions});
@@ -427,9 +442,10 @@ class ServerImpl final : public Server {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config) {
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const Config& config,
+                                                      const MakeCuda& make_cuda) {
   auto server = std::make_unique<ServerImpl>(config);
-  if (absl::Status started = server->Start(); !started.ok()) return started;
+  if (absl::Status started = server->Start(make_cuda); !started.ok()) return started;
   return server;
 }
 

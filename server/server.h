@@ -2,11 +2,13 @@
 #ifndef NORMD_SERVER_SERVER_H_
 #define NORMD_SERVER_SERVER_H_
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/cuda/cuda_backend.h"
 #include "server/config.h"
 
 namespace normd {
@@ -14,7 +16,10 @@ namespace normd {
 class Server {
  public:
   // Restores the state, listens, and serves. The error's message says what to do.
-  static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config);
+  // `make_cuda` makes the CUDA backend, for tests that bring devices of their own.
+  using MakeCuda = std::function<std::unique_ptr<Backend>(const CudaOptions&, std::string* why)>;
+  static absl::StatusOr<std::unique_ptr<Server>> Start(const Config& config,
+                                                       const MakeCuda& make_cuda = MakeCudaBackend);
   // Drains, if that was not done.
   virtual ~Server() = default;
 

@@ -280,8 +280,12 @@ ServerInfo FromWire(const v1::GetServerInfoResponse& wire) {
   info.backend = wire.backend();
   info.backend_reason = wire.backend_reason();
   for (const v1::Device& device : wire.devices()) {
-    info.devices.push_back(
-        {device.name(), device.parallelism(), device.memory_bytes(), device.healthy()});
+    info.devices.push_back({.name = device.name(),
+                            .parallelism = device.parallelism(),
+                            .memory_bytes = device.memory_bytes(),
+                            .healthy = device.healthy(),
+                            .memory_budget = device.memory_budget(),
+                            .memory_in_use = device.memory_in_use()});
   }
   const v1::Limits& limits = wire.limits();
   info.limits = {.max_message_bytes = limits.max_message_bytes(),

@@ -41,6 +41,7 @@ constexpr size_t kMostIdleBlocks = 32;
 // How long a refusal is believed.
 constexpr absl::Duration kOffFor = absl::Seconds(10);
 constexpr absl::Duration kNotNowFor = absl::Seconds(1);
+constexpr absl::Duration kLongestFarewell = absl::Seconds(5);
 // The server sends what it sends before it answers.
 constexpr timeval kLongestReceive = {.tv_sec = 5, .tv_usec = 0};
 
@@ -206,6 +207,14 @@ class BlockPool {
 
 Lease::~Lease() { pool_->Put(std::move(block_), discard_); }
 
+CudaRegion::~CudaRegion() {
+  v1::UnregisterSharedMemoryRequest request;
+  request.set_region(name_);
+  // The worst that an error means is that the region lives as long as the connection.
+  (void)connection_->CallOnce(&Stub::UnregisterSharedMemory, request,
+                              absl::Now() + kLongestFarewell);
+}
+
 v1::SharedMemory Lease::Name(size_t bytes) const {
   v1::SharedMemory name;
   name.set_region(block_->region);
@@ -279,6 +288,28 @@ absl::StatusOr<std::shared_ptr<Lease>> SharedMemoryPool::Get(size_t bytes, absl:
                    absl::IsNotFound(status);
   ask_again_ = absl::Now() + (off ? kOffFor : kNotNowFor);
   return status;
+}
+
+absl::StatusOr<std::shared_ptr<const CudaRegion>> SharedMemoryPool::RegisterCuda(
+    std::shared_ptr<Connection> self, std::string_view ipc_handle, int64_t bytes,
+    absl::Time deadline) {
+  absl::MutexLock lock(&asking_);
+  for (bool again = true;; again = false) {
+    auto opened = Open(deadline);
+    if (!opened.ok()) return opened.status();
+    v1::RegisterSharedMemoryRequest request;
+    request.set_connection((*opened)->name());
+    request.set_region_bytes(bytes);
+    request.set_cuda_ipc_handle(std::string(ipc_handle));
+    auto answer = connection_->CallOnce(&Stub::RegisterSharedMemory, request, deadline);
+    if (absl::IsNotFound(answer.status()) && again) {
+      Forget(*opened);  // of a server of before
+      continue;
+    }
+    if (!answer.ok()) return answer.status();
+    return std::make_shared<const CudaRegion>(std::move(self), *std::move(opened),
+                                              answer->region());
+  }
 }
 
 absl::StatusOr<std::shared_ptr<BlockPool>> SharedMemoryPool::Open(absl::Time deadline) {

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -60,6 +61,25 @@ class Lease {
   std::atomic<bool> discard_ = false;
 };
 
+// Memory that this process has on the server's GPU. Taken back from the server with this.
+class CudaRegion {
+ public:
+  CudaRegion(std::shared_ptr<Connection> connection, std::shared_ptr<BlockPool> pool,
+             std::string name)
+      : connection_(std::move(connection)), pool_(std::move(pool)), name_(std::move(name)) {}
+  ~CudaRegion();
+  CudaRegion(const CudaRegion&) = delete;
+  CudaRegion& operator=(const CudaRegion&) = delete;
+
+  // What the server calls it.
+  const std::string& name() const { return name_; }
+
+ private:
+  const std::shared_ptr<Connection> connection_;
+  const std::shared_ptr<BlockPool> pool_;  // the region lives as long as its socket
+  const std::string name_;
+};
+
 // Thread-safe.
 class SharedMemoryPool {
  public:
@@ -76,6 +96,13 @@ class SharedMemoryPool {
   absl::StatusOr<std::shared_ptr<Lease>> Get(size_t bytes, absl::Time deadline);
   // Where the bytes are for the server, if they lie in a block of this pool.
   std::optional<v1::SharedMemory> Find(std::string_view bytes) const;
+
+  // Has the server open memory that this process has on its GPU, for as long as the answer
+  // lives. `self` is the connection that this belongs to.
+  absl::StatusOr<std::shared_ptr<const CudaRegion>> RegisterCuda(std::shared_ptr<Connection> self,
+                                                                 std::string_view ipc_handle,
+                                                                 int64_t bytes,
+                                                                 absl::Time deadline);
 
   // Whether `status` says that the server does not know our memory: it has been restarted,
   // or is another. The memory is forgotten then, and the call may be made without it.

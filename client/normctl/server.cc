@@ -42,7 +42,8 @@ Action Info(CLI::App&) {
                        {"bytes_in_use", shared->bytes_in_use},
                        {"shared_memory_budget", shared->shared_memory_budget},
                        {"max_region_bytes", shared->max_region_bytes},
-                       {"max_regions", shared->max_regions}};
+                       {"max_regions", shared->max_regions},
+                       {"cuda_ipc", shared->cuda_ipc}};
       facts.push_back(
           {"shared memory", absl::StrCat(HumanBytes(static_cast<double>(shared->bytes_in_use)),
                                          " of ", Limit(shared->shared_memory_budget), ", of ",
@@ -52,10 +53,17 @@ Action Info(CLI::App&) {
       devices.push_back({{"name", device.name},
                          {"parallelism", device.parallelism},
                          {"memory_bytes", device.memory_bytes},
-                         {"healthy", device.healthy}});
+                         {"healthy", device.healthy},
+                         {"memory_budget", device.memory_budget},
+                         {"memory_in_use", device.memory_in_use}});
+      const std::string in_use =
+          device.memory_budget == 0
+              ? ""
+              : absl::StrCat(" (", HumanBytes(static_cast<double>(device.memory_in_use)),
+                             " in use of ", Limit(device.memory_budget), ")");
       facts.push_back(
           {"device", absl::StrCat(device.name, ", parallelism ", device.parallelism, ", ",
-                                  HumanBytes(static_cast<double>(device.memory_bytes)),
+                                  HumanBytes(static_cast<double>(device.memory_bytes)), in_use,
                                   device.healthy ? "" : ", UNHEALTHY")});
     }
     return Report{.json = {{"version", info->version},

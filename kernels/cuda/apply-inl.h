@@ -1,4 +1,5 @@
-// The kernels that write: y, or dx and the residual's gradient, an octet at a time.
+// The kernels that write: y, or dx and the residual's gradient, an octet at a time. The
+// last blocks' first: the end of x is what a pass before has left in the L2 cache.
 #ifndef NORMD_KERNELS_CUDA_APPLY_INL_H_
 #define NORMD_KERNELS_CUDA_APPLY_INL_H_
 
@@ -72,24 +73,34 @@ struct BackwardOp {
     return {set.shift, set.invstd * w, set.slope, set.offset};
   }
 
+  // `of(k)`: the coefficients of element i + k. `from`: x, which only gradients through
+  // the statistics take.
   template <class Of>
-  NORMD_DEVICE void Apply(int64_t i, int high, const Of& of) const {
-    const Octet<E> dy = LoadOctet<E>(grad_y, size, i, 0, high);
-    Octet<E> from{}, to, passed;
-    if (of_batch && grad_x != nullptr) from = LoadOctet<E>(x, size, i, 0, high);
+  NORMD_DEVICE void Apply(int64_t i, int low, int high, const Octet<E>& from, const Octet<E>& dy,
+                          const Of& of) const {
+    Octet<E> to, passed;
     const uint32_t bits = relu_mask == nullptr ? 0xffu : relu_mask[i / kOctet];
 #pragma unroll
     for (int k = 0; k < kOctet; ++k) {
       const Coefficients c = of(k);
       const T g = (bits >> k & 1) != 0 ? dy[k] : T{0};
-      T value = g * c.scale;
-      if (of_batch) value += (from[k] - c.shift) * c.slope + c.offset;
+      const T value =
+          of_batch ? MultiplyAdd(g, c.scale, MultiplyAdd(from[k] - c.shift, c.slope, c.offset))
+                   : g * c.scale;
       to.Set(k, value);
       passed.Set(k, g);
     }
     // After all that is read: dx may be x or dy, and the residual's gradient dy.
-    if (grad_x != nullptr) StoreOctet(grad_x, i, 0, high, to);
-    if (grad_residual != nullptr) StoreOctet(grad_residual, i, 0, high, passed);
+    if (grad_x != nullptr) StoreOctet(grad_x, i, low, high, to);
+    if (grad_residual != nullptr) StoreOctet(grad_residual, i, low, high, passed);
+  }
+
+  template <class Of>
+  NORMD_DEVICE void Apply(int64_t i, int high, const Of& of) const {
+    const Octet<E> dy = LoadOctet<E>(grad_y, size, i, 0, high);
+    Octet<E> from{};
+    if (of_batch && grad_x != nullptr) from = LoadOctet<E>(x, size, i, 0, high);
+    Apply(i, 0, high, from, dy, of);
   }
 
   int64_t size;
@@ -101,17 +112,6 @@ struct BackwardOp {
   const T* weight;
   bool of_batch;
 };
-
-// a / b and a % b; in 32 bits where both fit, several times as fast.
-NORMD_DEVICE int64_t Divide(int64_t a, int64_t b, int64_t& rest) {
-  if ((a | b) >> 32 == 0) {
-    const auto quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-    rest = static_cast<uint32_t>(a) - quotient * static_cast<uint32_t>(b);
-    return quotient;
-  }
-  rest = a % b;
-  return a / b;
-}
 
 // The channel and the set of an element, and from it on to the next ones.
 struct ElementPlace {
@@ -159,14 +159,14 @@ struct ElementPlace {
   int64_t channel, set;
 };
 
-// Any problem, or its elements from `first` on. Thread (octet), and on by the size of the
-// grid.
+// Any problem, or its elements from `first` on. Thread (octet, from the last), and on by
+// the size of the grid.
 template <class Op>
 NORMD_KERNEL void ApplyFlat(Op op, NormProblem problem, int64_t first,
                             const SetCoefficients<typename Op::T>* sets) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * kOctet;
-  int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kOctet;
-  for (; i < op.size; i += step) {
+  const int64_t after = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kOctet;
+  for (int64_t i = (op.size - 1) / kOctet * kOctet - after; i >= 0; i -= step) {
     const int high = op.size - i < kOctet ? static_cast<int>(op.size - i) : kOctet;
     ElementPlace place(problem, first + i);
     if (place.rest + high <= place.inner) {
@@ -195,7 +195,7 @@ NORMD_KERNEL void ApplyFlat(Op op, NormProblem problem, int64_t first,
 template <class Op>
 NORMD_KERNEL void ApplyColumns(Op op, NormProblem problem, Columns cut, int64_t splits,
                                bool row_sets, const SetCoefficients<typename Op::T>* sets) {
-  ColumnPlace at(cut, splits);
+  ColumnPlace at(cut, splits, gridDim.x - 1 - blockIdx.x);
   if (at.row >= at.last) return;
   const bool per_channel = problem.reduction == Reduction::kPerChannel;
   const int64_t width = per_channel ? 1 : problem.channels / problem.groups;
@@ -212,68 +212,6 @@ NORMD_KERNEL void ApplyColumns(Op op, NormProblem problem, Columns cut, int64_t 
     const int64_t row = at.sample * cut.rows + at.row;
     if (row_sets) find(row * problem.groups + group);
     op.Apply(row * cut.columns + at.column, kOctet, [&](int k) { return each[k]; });
-  }
-}
-
-// Block (set): a set that is one unit of runs, and stays in shared memory from its
-// moments to its y, so that x is read once. Shared: PartialMoments a thread, then the
-// octets of the set's slots.
-template <class E>
-NORMD_KERNEL void ResidentForward(ForwardOp<E> op, NormProblem problem, Runs runs, bool careful,
-                                  Moments moments) {
-  using T = typename E::Compute;
-  NORMD_SHARED(shared);
-  auto* const merging = reinterpret_cast<PartialMoments*>(shared);
-  auto* const octets = reinterpret_cast<Octet<E>*>(merging + blockDim.x);
-  const int64_t set = blockIdx.x;
-  const int64_t slots = runs.slots();
-  const Walk walk(runs, set, threadIdx.x, slots, blockDim.x);
-  // Each thread comes back to its own slots alone.
-  for (Walk at = walk; at.More(); at.Next()) {
-    const Walk::Place place = at.Here();
-    if (place.low < place.high) {
-      octets[at.slot] = LoadOctet<E>(op.x, op.size, place.i, place.low, place.high);
-    }
-  }
-  PartialMoments total = MomentsOfSlots<E>(
-      walk, careful, [&](const Walk& at, const Walk::Place&) { return octets[at.slot]; });
-  total = MergeOverBlock(total, 1, merging);
-  auto* const coefficients = reinterpret_cast<SetCoefficients<T>*>(merging);
-  if (threadIdx.x == 0) FinishSet(problem, total, set, moments, coefficients);
-  if (op.y == nullptr) return;
-  __syncthreads();
-  const SetCoefficients<T> of_set = *coefficients;
-
-  const bool per_channel = problem.reduction == Reduction::kPerChannel;
-  const int64_t positions = problem.positions;
-  const int64_t first_channel =
-      per_channel ? set : set % problem.groups * (problem.channels / problem.groups);
-  for (Walk at = walk; at.More(); at.Next()) {
-    const Walk::Place place = at.Here();
-    if (place.low >= place.high) continue;
-    const Octet<E> x = octets[at.slot];
-    int64_t rest = 0;
-    int64_t channel = first_channel;
-    if (!per_channel) {
-      channel += Divide(place.i + place.low - at.begin, positions, rest);
-    }
-    if (per_channel || rest + (place.high - place.low) <= positions) {
-      const auto all = op.At(of_set, channel);
-      op.Apply(place.i, place.low, place.high, x, [&](int) { return all; });
-    } else {
-      typename ForwardOp<E>::Coefficients each[kOctet];
-#pragma unroll
-      for (int k = 0; k < kOctet; ++k) {
-        each[k] = {};
-        if (k < place.low || k >= place.high) continue;
-        each[k] = op.At(of_set, channel);
-        if (++rest == positions) {
-          rest = 0;
-          ++channel;
-        }
-      }
-      op.Apply(place.i, place.low, place.high, x, [&](int k) { return each[k]; });
-    }
   }
 }
 

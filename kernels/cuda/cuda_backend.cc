@@ -7,6 +7,9 @@
 #include <mutex>
 #include <utility>
 
+#include "kernels/cuda/budgeted_device.h"
+#include "kernels/cuda/chunked_forward.h"
+#include "kernels/cuda/constants.h"
 #include "kernels/cuda/lane.h"
 
 namespace normd {
@@ -15,18 +18,23 @@ namespace {
 
 // Idle lanes that a device keeps, and with them their memory.
 constexpr size_t kIdleLanes = 8;
+// The part of a device's budget that constants may take.
+constexpr int64_t kConstantsShare = 16;
 
-// A device and its lanes. Thread-safe.
+// A device, its lanes and what lasts on it. Thread-safe.
 class DeviceState {
  public:
-  explicit DeviceState(std::unique_ptr<Device> device) : device_(std::move(device)) {}
+  DeviceState(std::unique_ptr<Device> device, const CudaOptions& options)
+      : device_(std::move(device), options.memory_budget, options.claim_pinned),
+        constants_(device_, static_cast<size_t>(device_.budget() / kConstantsShare)) {}
 
-  Device& device() { return *device_; }
+  Device& device() { return device_; }
+  Constants& constants() { return constants_; }
   bool healthy() const { return healthy_.load(std::memory_order_relaxed); }
   int64_t bytes_under_way() const { return bytes_under_way_.load(std::memory_order_relaxed); }
 
   DeviceInfo info() const {
-    DeviceInfo info = device_->info();
+    DeviceInfo info = device_.info();
     info.healthy = healthy();
     return info;
   }
@@ -41,14 +49,25 @@ class DeviceState {
     std::unique_ptr<Lane> lane = Take();
     Outcome outcome = lane->Prepare(bytes);
     if (outcome == Outcome::kOutOfMemory) {
-      // What idle lanes keep may be enough.
+      // What is kept for calls to come may be enough.
       DropIdle();
+      outcome = lane->Prepare(bytes);
+    }
+    if (outcome == Outcome::kOutOfMemory) {
+      constants_.Release();
       outcome = lane->Prepare(bytes);
     }
     if (outcome == Outcome::kOk) outcome = call(*lane);
     bytes_under_way_ -= static_cast<int64_t>(bytes);
     if (outcome == Outcome::kOk || outcome == Outcome::kStopped) Put(std::move(lane));
     return outcome;
+  }
+
+  // Gives up lanes that no call uses.
+  void DropIdle() {
+    std::vector<std::unique_ptr<Lane>> dropped;
+    const std::lock_guard lock(mutex_);
+    dropped.swap(idle_);
   }
 
  private:
@@ -61,7 +80,7 @@ class DeviceState {
         return lane;
       }
     }
-    return std::make_unique<Lane>(*device_);
+    return std::make_unique<Lane>(device_);
   }
 
   void Put(std::unique_ptr<Lane> lane) {
@@ -69,13 +88,8 @@ class DeviceState {
     if (idle_.size() < kIdleLanes) idle_.push_back(std::move(lane));
   }
 
-  void DropIdle() {
-    std::vector<std::unique_ptr<Lane>> dropped;
-    const std::lock_guard lock(mutex_);
-    dropped.swap(idle_);
-  }
-
-  const std::unique_ptr<Device> device_;
+  BudgetedDevice device_;
+  Constants constants_;
   std::atomic<bool> healthy_ = true;
   std::atomic<int64_t> bytes_under_way_ = 0;
   std::mutex mutex_;
@@ -86,7 +100,9 @@ class DeviceState {
 // then scratch.
 class Layout {
  public:
-  explicit Layout(Place place) : place_(place) {}
+  Layout(DeviceState& device, Place place) : device_(device), place_(place) {}
+
+  DeviceState& device() const { return device_; }
 
   // `pointer` is to host memory until Bind(), to device memory then; a tensor's may be
   // that already.
@@ -103,6 +119,42 @@ class Layout {
     const size_t offset = out_.Add(pointer, bytes);
     bindings_.push_back(
         {[&pointer](std::byte* at) { pointer = reinterpret_cast<T*>(at); }, false, offset});
+  }
+
+  // Parameters and statistics: where `block` is on the device, or an input, which stays there
+  // if it has a token.
+  template <class T>
+  void Constant(T*& pointer, const Block& block) {
+    if (pointer == nullptr) return;
+    if (block.token != nullptr) {
+      if (auto slot = device_.constants().Find(block); slot != nullptr) {
+        pointer = reinterpret_cast<T*>(slot->memory());
+        used_.push_back(std::move(slot));
+        return;
+      }
+      missing_.push_back({block, in_.bytes()});
+    }
+    Input(pointer, block.bytes, false);
+  }
+
+  // Leaves a copy of what was not there, when the stream has come so far.
+  Outcome KeepMissing(Stream& stream, const std::byte* memory) {
+    for (Missing& missing : missing_) {
+      missing.slot = device_.constants().Reserve(missing.block);
+      if (missing.slot == nullptr) continue;
+      const Outcome outcome =
+          stream.CopyWithin(missing.slot->memory(), memory + missing.offset, missing.block.bytes);
+      if (outcome != Outcome::kOk) return outcome;
+    }
+    return Outcome::kOk;
+  }
+  // The stream has come so far.
+  void PublishMissing() {
+    for (Missing& missing : missing_) {
+      if (missing.slot != nullptr) {
+        device_.constants().Publish(missing.block, std::move(missing.slot));
+      }
+    }
   }
 
   size_t bytes(size_t scratch) const { return in_.bytes() + out_.bytes() + scratch; }
@@ -124,7 +176,15 @@ class Layout {
     bool is_input;
     size_t offset;
   };
-  Place place_;
+  struct Missing {
+    Block block;
+    size_t offset;  // of the copy that travels
+    std::shared_ptr<const Slot> slot = nullptr;
+  };
+  DeviceState& device_;
+  const Place place_;
+  std::vector<std::shared_ptr<const Slot>> used_;
+  std::vector<Missing> missing_;
   Parcel in_;
   Parcel out_;
   std::vector<Binding> bindings_;
@@ -139,7 +199,7 @@ class CudaBackend final : public Backend {
   CudaBackend(std::vector<std::unique_ptr<Device>> devices, const CudaOptions& options)
       : on_failure_(options.on_failure) {
     for (auto& device : devices) {
-      devices_.push_back(std::make_unique<DeviceState>(std::move(device)));
+      devices_.push_back(std::make_unique<DeviceState>(std::move(device), options));
     }
   }
 
@@ -155,6 +215,25 @@ class CudaBackend final : public Backend {
     return place == Place::kHost || devices_.size() == 1;
   }
 
+  Outcome OpenShared(const DeviceHandle& handle, std::shared_ptr<void>* memory,
+                     int64_t* bytes) override {
+    if (!Supports(Place::kDevice)) return Outcome::kRefused;
+    DeviceState& device = *devices_.front();
+    if (!device.healthy()) return Outcome::kDeviceFailed;
+    void* opened = nullptr;
+    size_t size = 0;
+    const Outcome outcome = device.device().OpenShared(handle, &opened, &size);
+    if (outcome != Outcome::kOk) return outcome;
+    *memory =
+        std::shared_ptr<void>(opened, [&device](void* at) { device.device().CloseShared(at); });
+    *bytes = static_cast<int64_t>(size);
+    return Outcome::kOk;
+  }
+
+  void ReleaseIdle() override {
+    for (const auto& device : devices_) device->DropIdle();
+  }
+
   Outcome ForwardByBatch(const NormProblem& problem, const ForwardByBatchArgs& args, Place place,
                          std::stop_token stop) override {
     return Forward({.problem = problem,
@@ -165,7 +244,7 @@ class CudaBackend final : public Backend {
                     .bias = args.affine.bias,
                     .moments = args.moments,
                     .epilogue = args.epilogue},
-                   place, stop);
+                   args.lasting, place, stop);
   }
 
   Outcome ForwardByStatistics(const NormProblem& problem, const ForwardByStatisticsArgs& args,
@@ -178,7 +257,7 @@ class CudaBackend final : public Backend {
                     .bias = args.affine.bias,
                     .statistics = args.statistics,
                     .epilogue = args.epilogue},
-                   place, stop);
+                   args.lasting, place, stop);
   }
 
   Outcome ForwardRange(const NormProblem& problem, const ForwardRangeArgs& args, Place place,
@@ -194,16 +273,11 @@ class CudaBackend final : public Backend {
                      .statistics = args.statistics,
                      .statistics_of_batch = args.statistics_of_batch,
                      .epilogue = args.epilogue};
-    if (problem.reduction == Reduction::kPerSampleGroup) {
-      // Only the samples that it touches, and their statistics.
-      const int64_t sample = problem.channels * problem.positions;
-      const int64_t before = args.first / sample;
-      work.first -= before * sample;
-      work.problem.batch = (work.first + args.count + sample - 1) / sample;
-      if (work.statistics.mean != nullptr) work.statistics.mean += before * problem.groups;
-      work.statistics.var += before * problem.groups;
-    }
-    return Forward(work, place, stop);
+    Lasting lasting = args.lasting;
+    // A part of them, then.
+    if (problem.reduction == Reduction::kPerSampleGroup) lasting.mean = lasting.var = nullptr;
+    KeepTouchedSamples(work);
+    return Forward(work, lasting, place, stop);
   }
 
   Outcome Backward(const NormProblem& problem, const BackwardArgs& args, Place place,
@@ -223,10 +297,15 @@ class CudaBackend final : public Backend {
     if (!args.statistics_of_batch && args.grad_weight == nullptr && args.grad_bias == nullptr) {
       on_device.x = nullptr;
     }
-    Layout layout(place);
-    layout.Input(on_device.weight, parameters, false);
-    layout.Input(on_device.statistics.mean, sets, false);
-    layout.Input(on_device.statistics.var, sets, false);
+    const Block weight{args.lasting.weight, parameters};
+    const Block mean{args.lasting.mean, sets};
+    const Block var{args.lasting.var, sets};
+    DeviceState* const device = Choose({weight, mean, var});
+    if (device == nullptr) return Outcome::kDeviceFailed;
+    Layout layout(*device, place);
+    layout.Constant(on_device.weight, weight);
+    layout.Constant(on_device.statistics.mean, mean);
+    layout.Constant(on_device.statistics.var, var);
     layout.Input(on_device.relu_mask, static_cast<size_t>(ReluMaskBytes(problem.size())), true);
     layout.Input(on_device.x, tensor, true);
     layout.Input(on_device.grad_y, tensor, true);
@@ -234,8 +313,9 @@ class CudaBackend final : public Backend {
     layout.Output(on_device.grad_bias, parameters, false);
     layout.Output(on_device.grad_x, tensor, true);
     layout.Output(on_device.grad_residual, tensor, true);
-    return Run(layout, work, stop,
-               [](Stream& stream, const BackwardWork& with) { return stream.Backward(with); });
+    return Run(
+        layout, work, stop, [&](const Device& device) { return device.ScratchBytes(work); },
+        [&](Lane& lane) { return lane.stream().Backward(work); });
   }
 
  private:
@@ -249,7 +329,8 @@ class CudaBackend final : public Backend {
     return static_cast<size_t>(problem.num_sets()) * sizeof(double);
   }
 
-  Outcome Forward(ForwardWork work, Place place, const std::stop_token& stop) {
+  Outcome Forward(ForwardWork work, const Lasting& lasting, Place place,
+                  const std::stop_token& stop) {
     const NormProblem& problem = work.problem;
     if (problem.size() == 0) {
       ZeroDoubles(work.moments.mean, problem.num_sets());
@@ -261,51 +342,73 @@ class CudaBackend final : public Backend {
     const size_t parameters = ParameterBytes(problem);
     const size_t sets = SetBytes(problem);
     if (work.y == nullptr) work.epilogue = {};
-    Layout layout(place);
-    layout.Input(work.weight, parameters, false);
-    layout.Input(work.bias, parameters, false);
-    layout.Input(work.statistics.mean, sets, false);
-    layout.Input(work.statistics.var, sets, false);
+    const Block weight{lasting.weight, parameters};
+    const Block bias{lasting.bias, parameters};
+    const Block mean{lasting.mean, sets};
+    const Block var{lasting.var, sets};
+    DeviceState* const device = Choose({weight, bias, mean, var});
+    if (device == nullptr) return Outcome::kDeviceFailed;
+    Layout layout(*device, place);
+    layout.Constant(work.weight, weight);
+    layout.Constant(work.bias, bias);
+    layout.Constant(work.statistics.mean, mean);
+    layout.Constant(work.statistics.var, var);
+    const ChunkedForward chunked(work);
+    if (place == Place::kHost && work.moments.mean == nullptr && chunked.has_chunks()) {
+      return Run(
+          layout, work, stop, [&](const Device& device) { return chunked.DeviceBytes(device); },
+          [&](Lane& lane) { return chunked.Run(lane, work, stop); });
+    }
     layout.Input(work.x, tensor, true);
     layout.Input(work.epilogue.residual, tensor, true);
     layout.Output(work.moments.mean, sets, false);
     layout.Output(work.moments.m2, sets, false);
     layout.Output(work.epilogue.relu_mask, mask, true);
     layout.Output(work.y, tensor, true);
-    return Run(layout, work, stop,
-               [](Stream& stream, const ForwardWork& with) { return stream.Forward(with); });
+    return Run(
+        layout, work, stop, [&](const Device& device) { return device.ScratchBytes(work); },
+        [&](Lane& lane) { return lane.stream().Forward(work); });
   }
 
-  // The healthy device with the least to do; null: none is.
-  DeviceState* LeastLoaded() const {
+  // The healthy device with the fewest bytes to move, were it to take a call with these
+  // blocks; null: none is healthy.
+  DeviceState* Choose(std::vector<Block> blocks) const {
+    std::erase_if(blocks, [](const Block& block) { return block.token == nullptr; });
     DeviceState* best = nullptr;
+    int64_t fewest = 0;
     for (const auto& device : devices_) {
       if (!device->healthy()) continue;
-      if (best == nullptr || device->bytes_under_way() < best->bytes_under_way()) {
+      const int64_t bytes =
+          device->bytes_under_way() + static_cast<int64_t>(device->constants().Missing(blocks));
+      if (best == nullptr || bytes < fewest) {
         best = device.get();
+        fewest = bytes;
       }
     }
     return best;
   }
 
-  template <class Work, class Enqueue>
-  Outcome Run(const Layout& layout, Work& work, const std::stop_token& stop, Enqueue enqueue) {
-    DeviceState* const device = LeastLoaded();
-    if (device == nullptr) return Outcome::kDeviceFailed;
+  // Runs compute(lane) with all of the layout and scratch_bytes(device) where `work` says.
+  template <class Work, class ScratchBytes, class Compute>
+  Outcome Run(Layout& layout, Work& work, const std::stop_token& stop, ScratchBytes scratch_bytes,
+              Compute compute) {
     if (stop.stop_requested()) return Outcome::kStopped;
-    const size_t scratch = device->device().ScratchBytes(work);
-    const Outcome outcome = device->Run(layout.bytes(scratch), [&](Lane& lane) {
+    DeviceState& device = layout.device();
+    const size_t scratch = scratch_bytes(device.device());
+    const Outcome outcome = device.Run(layout.bytes(scratch), [&](Lane& lane) {
       std::byte* const memory = lane.memory();
       work.scratch = layout.Bind(memory);
       Outcome outcome = lane.In(layout.in(), memory, stop);
-      if (outcome == Outcome::kOk) outcome = enqueue(lane.stream(), work);
+      if (outcome == Outcome::kOk) outcome = layout.KeepMissing(lane.stream(), memory);
+      if (outcome == Outcome::kOk) outcome = compute(lane);
       if (outcome != Outcome::kOk) return outcome;
       return lane.Out(layout.out(), layout.OutAt(memory), stop);
     });
-    if (outcome == Outcome::kDeviceFailed && device->MarkFailed() && on_failure_ != nullptr) {
-      on_failure_(device->info(), static_cast<int>(std::count_if(
-                                      devices_.begin(), devices_.end(),
-                                      [](const auto& other) { return other->healthy(); })));
+    if (outcome == Outcome::kOk) layout.PublishMissing();
+    if (outcome == Outcome::kDeviceFailed && device.MarkFailed() && on_failure_ != nullptr) {
+      on_failure_(device.info(), static_cast<int>(std::count_if(
+                                     devices_.begin(), devices_.end(),
+                                     [](const auto& other) { return other->healthy(); })));
     }
     return outcome;
   }

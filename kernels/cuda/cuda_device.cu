@@ -1,7 +1,9 @@
 // The devices of this machine, by the CUDA runtime.
+#include <cstring>
 #include <string>
 #include <utility>
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/cuda_backend.h"
@@ -20,7 +22,10 @@ Outcome ToOutcome(cudaError_t error) {
 
 struct CudaLaunch {
   cudaStream_t stream;
+  Limits of_device;
   Outcome* outcome;
+
+  const Limits& limits() const { return of_device; }
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, int threads,
@@ -31,16 +36,50 @@ struct CudaLaunch {
       *outcome = Outcome::kOutOfMemory;  // more sets than a grid has blocks
       return;
     }
-    kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y)),
-             static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes), stream>>>(
-        static_cast<Parameters>(arguments)...);
-    *outcome = ToOutcome(cudaGetLastError());
+    Launch(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y)), threads,
+           shared_bytes, false, arguments...);
+  }
+
+  template <class... Parameters, class... Arguments>
+  void Cooperative(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+                   Arguments... arguments) const {
+    if (*outcome != Outcome::kOk) return;
+    Launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, true, arguments...);
+  }
+
+  void Zero(void* memory, size_t bytes) const {
+    if (*outcome != Outcome::kOk) return;
+    *outcome = ToOutcome(cudaMemsetAsync(memory, 0, bytes, stream));
+  }
+
+ private:
+  template <class... Parameters, class... Arguments>
+  void Launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int64_t shared_bytes,
+              bool cooperative, Arguments... arguments) const {
+    // More than this has to be asked for.
+    if (shared_bytes > Limits{}.shared_bytes) {
+      *outcome = ToOutcome(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                static_cast<int>(of_device.shared_bytes)));
+      if (*outcome != Outcome::kOk) return;
+    }
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &together;
+    config.numAttrs = cooperative ? 1 : 0;
+    *outcome =
+        ToOutcome(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   }
 };
 
 class CudaStream final : public Stream {
  public:
-  explicit CudaStream(int device) : device_(device) {}
+  CudaStream(int device, const Limits& limits) : device_(device), limits_(limits) {}
   ~CudaStream() override {
     (void)cudaSetDevice(device_);
     for (cudaEvent_t mark : marks_) {
@@ -66,6 +105,9 @@ class CudaStream final : public Stream {
     return Do(
         [&] { return cudaMemcpyAsync(pinned, device, bytes, cudaMemcpyDeviceToHost, stream_); });
   }
+  Outcome CopyWithin(void* to, const void* from, size_t bytes) override {
+    return Do([&] { return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_); });
+  }
   Outcome Forward(const ForwardWork& work) override { return Enqueue(work); }
   Outcome Backward(const BackwardWork& work) override { return Enqueue(work); }
   Outcome Mark(int mark) override {
@@ -89,11 +131,12 @@ class CudaStream final : public Stream {
   template <class Work>
   Outcome Enqueue(const Work& work) {
     Outcome outcome = ToOutcome(cudaSetDevice(device_));
-    Run(CudaLaunch{stream_, &outcome}, work);
+    Run(CudaLaunch{stream_, limits_, &outcome}, work);
     return outcome;
   }
 
   const int device_;
+  const Limits limits_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t marks_[kMarks] = {};
 };
@@ -104,7 +147,10 @@ class CudaDevice final : public Device {
       : number_(number),
         info_{.name = std::string(properties.name) + " (cuda:" + std::to_string(number) + ")",
               .parallelism = properties.multiProcessorCount,
-              .memory_bytes = static_cast<int64_t>(properties.totalGlobalMem)} {}
+              .memory_bytes = static_cast<int64_t>(properties.totalGlobalMem)},
+        limits_{.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin),
+                .multiprocessors = properties.multiProcessorCount,
+                .cooperative = properties.cooperativeLaunch != 0} {}
 
   DeviceInfo info() const override { return info_; }
   Outcome Allocate(size_t bytes, void** memory) override {
@@ -123,8 +169,28 @@ class CudaDevice final : public Device {
     (void)cudaSetDevice(number_);
     (void)cudaFreeHost(memory);
   }
+  Outcome OpenShared(const DeviceHandle& handle, void** memory, size_t* bytes) override {
+    static_assert(sizeof(handle) == sizeof(cudaIpcMemHandle_t));
+    cudaIpcMemHandle_t opaque;
+    std::memcpy(&opaque, handle.data(), sizeof(opaque));
+    if (cudaSetDevice(number_) != cudaSuccess) return Outcome::kDeviceFailed;
+    // Whatever is wrong with a handle, that is for its sender to know: it spoils nothing here.
+    const cudaError_t opened = cudaIpcOpenMemHandle(memory, opaque, cudaIpcMemLazyEnablePeerAccess);
+    if (opened != cudaSuccess) {
+      (void)cudaGetLastError();
+      return opened == cudaErrorMemoryAllocation ? Outcome::kOutOfMemory : Outcome::kRefused;
+    }
+    if (IsHere(*memory) && BytesFrom(*memory, bytes)) return Outcome::kOk;
+    (void)cudaGetLastError();
+    (void)cudaIpcCloseMemHandle(*memory);
+    return Outcome::kRefused;
+  }
+  void CloseShared(void* memory) override {
+    (void)cudaSetDevice(number_);
+    (void)cudaIpcCloseMemHandle(memory);
+  }
   std::unique_ptr<Stream> NewStream() override {
-    auto stream = std::make_unique<CudaStream>(number_);
+    auto stream = std::make_unique<CudaStream>(number_, limits_);
     if (!stream->Open()) return nullptr;
     return stream;
   }
@@ -136,8 +202,40 @@ class CudaDevice final : public Device {
   }
 
  private:
+  // A handle may name another device's memory, which this one would reach over the bus.
+  bool IsHere(const void* memory) const {
+    cudaPointerAttributes attributes;
+    return cudaPointerGetAttributes(&attributes, memory) == cudaSuccess &&
+           attributes.type == cudaMemoryTypeDevice && attributes.device == number_;
+  }
+
+  // The bytes from `memory` to the end of its allocation, as the driver has it: the runtime
+  // does not tell, and the driver's library is not linked.
+  static bool BytesFrom(const void* memory, size_t* bytes) {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &symbol,
+                                                               3020, cudaEnableDefault, &found);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuMemGetAddressRange", &symbol, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || symbol == nullptr) {
+      return false;
+    }
+    using AddressRange = CUresult (*)(CUdeviceptr*, size_t*, CUdeviceptr);
+    const auto at = reinterpret_cast<CUdeviceptr>(memory);
+    CUdeviceptr begin = 0;
+    size_t size = 0;
+    if (reinterpret_cast<AddressRange>(symbol)(&begin, &size, at) != CUDA_SUCCESS) return false;
+    *bytes = size - (at - begin);
+    return true;
+  }
+
   const int number_;
   const DeviceInfo info_;
+  const Limits limits_;
 };
 
 // Whether this build has kernels for the device, too.

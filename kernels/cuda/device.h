@@ -45,6 +45,8 @@ class Stream {
   // Between device memory and pinned memory, when what was enqueued before is done.
   virtual Outcome CopyIn(void* device, const void* pinned, size_t bytes) = 0;
   virtual Outcome CopyOut(void* pinned, const void* device, size_t bytes) = 0;
+  // Between places in device memory, likewise.
+  virtual Outcome CopyWithin(void* to, const void* from, size_t bytes) = 0;
   virtual Outcome Forward(const ForwardWork& work) = 0;
   virtual Outcome Backward(const BackwardWork& work) = 0;
 
@@ -71,6 +73,11 @@ class Device {
   // Memory of the host that the device copies from and to by itself.
   virtual Outcome AllocatePinned(size_t bytes, void** memory) = 0;
   virtual void FreePinned(void* memory) = 0;
+  // Memory that another process of this host has here, which stays its own: where it lies,
+  // and the bytes from there to the allocation's end. kRefused: the handle names none. As
+  // often as it was opened it must be closed.
+  virtual Outcome OpenShared(const DeviceHandle& handle, void** memory, size_t* bytes) = 0;
+  virtual void CloseShared(void* memory) = 0;
   // Null where the device refuses. Must not outlive the device.
   virtual std::unique_ptr<Stream> NewStream() = 0;
   // That the kernels of a call need between their passes. Looks at which pointers are

@@ -11,12 +11,15 @@
 #define NORMD_DEVICE __device__ __forceinline__
 // Two large blocks a multiprocessor or more: registers for more would leave it idle.
 #define NORMD_KERNEL __global__ __launch_bounds__(256, 2)
+// One that keeps its sets in shared memory: as many registers a thread.
+#define NORMD_RESIDENT_KERNEL __global__ __launch_bounds__(512, 1)
 // The block's shared memory, of the size it was launched with.
 #define NORMD_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else  // after what plays the GPU: see tests/unit/kernels/emulated_gpu.h
 #include "kernels/half.h"
 #define NORMD_DEVICE inline
 #define NORMD_KERNEL
+#define NORMD_RESIDENT_KERNEL
 #endif
 
 #include <cstdint>
@@ -74,8 +77,8 @@ struct BHalf {
 };
 #endif
 
-// a * b + c, rounded once on a GPU, in every kernel alike: left to the compiler, parts
-// of a tensor might come out otherwise than the whole.
+// a * b + c, rounded once on a GPU. Nothing else is contracted (CMakeLists.txt): left to
+// the compiler, one kernel might round otherwise than another that does the same.
 #if defined(__CUDACC__)
 NORMD_DEVICE float MultiplyAdd(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 NORMD_DEVICE double MultiplyAdd(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -139,6 +142,53 @@ NORMD_DEVICE void StoreOctet(void* data, int64_t i, int low, int high, const Oct
       if (k >= low && k < high) to[k] = octet.value[k];
     }
   }
+}
+
+// Begins to copy an octet to shared memory; otherwise as LoadOctet(). The thread that
+// called may read it after AwaitFetches().
+template <class E>
+NORMD_DEVICE void FetchOctet(Octet<E>* to, const void* data, int64_t size, int64_t i, int low,
+                             int high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if (IsAligned(data) && i + kOctet <= size) {
+    const auto* from =
+        reinterpret_cast<const char*>(static_cast<const typename E::Storage*>(data) + i);
+    const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+#pragma unroll
+    for (unsigned q = 0; q < sizeof(Octet<E>); q += sizeof(Quad)) {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at + q), "l"(from + q)
+                   : "memory");
+    }
+    return;
+  }
+#endif
+  *to = LoadOctet<E>(data, size, i, low, high);
+}
+
+// Ends a group of fetches.
+NORMD_DEVICE void EndFetches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// For all of this thread's groups but the last `kBut`.
+template <int kBut>
+NORMD_DEVICE void AwaitFetches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kBut) : "memory");
+#endif
+}
+
+// a / b and a % b; in 32 bits where both fit, several times as fast.
+NORMD_DEVICE int64_t Divide(int64_t a, int64_t b, int64_t& rest) {
+  if ((a | b) >> 32 == 0) {
+    const auto quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+    rest = static_cast<uint32_t>(a) - quotient * static_cast<uint32_t>(b);
+    return quotient;
+  }
+  rest = a % b;
+  return a / b;
 }
 
 }  // namespace normd::cuda

@@ -7,12 +7,15 @@
 
 namespace normd::cuda {
 
+// `writes`: the moments too.
 template <class T>
 NORMD_DEVICE void FinishSet(const NormProblem& problem, const PartialMoments& partial, int64_t set,
-                            const Moments& moments, SetCoefficients<T>* coefficients) {
+                            bool writes, const Moments& moments, SetCoefficients<T>* coefficients) {
   const SetMoments of_set = CenteredAsAsked(problem, partial);
-  moments.mean[set] = of_set.mean;
-  moments.m2[set] = of_set.m2;
+  if (writes) {
+    moments.mean[set] = of_set.mean;
+    moments.m2[set] = of_set.m2;
+  }
   *coefficients = ToCoefficients<T>(
       SetConstants(problem, of_set.mean, of_set.m2 / static_cast<double>(problem.set_size()),
                    /*of_batch=*/true));
@@ -25,12 +28,12 @@ NORMD_KERNEL void FinishMoments(NormProblem problem, const PartialMoments* parti
                                 SetCoefficients<T>* sets) {
   NORMD_SHARED(shared);
   const int64_t set = blockIdx.x;
-  PartialMoments total;
-  for (int64_t k = threadIdx.x; k < units_per_set * splits; k += blockDim.x) {
-    total.Merge(partials[k / units_per_set * units + set * units_per_set + k % units_per_set]);
-  }
-  total = MergeOverBlock(total, 1, reinterpret_cast<PartialMoments*>(shared));
-  if (threadIdx.x == 0) FinishSet(problem, total, set, moments, sets + set);
+  const PartialMoments total = MergeInOrder(
+      units_per_set * splits, reinterpret_cast<PartialMoments*>(shared),
+      [&](PartialMoments& into, int64_t k) {
+        into.Merge(partials[k / units_per_set * units + set * units_per_set + k % units_per_set]);
+      });
+  if (threadIdx.x == 0) FinishSet(problem, total, set, true, moments, sets + set);
 }
 
 // Thread (set).
@@ -55,28 +58,39 @@ struct PartialSums {
   }
 };
 
+// Adds the sums of a unit to those of its set: of g, and of g * x^. `weight`: null where
+// it is 1, or in the sums already.
+template <class T>
+NORMD_DEVICE void AddToSet(const NormProblem& problem, const SetConstants& constants, int64_t unit,
+                           const T* weight, const GradientSums& sums, GradientSums& total) {
+  const double w = weight == nullptr ? 1 : static_cast<double>(weight[unit % problem.channels]);
+  total.dy += w * sums.dy;
+  total.dy_d += w * GradWeight(constants, sums);
+}
+
+template <class T>
+NORMD_DEVICE void FinishGradient(const NormProblem& problem, const SetConstants& constants,
+                                 const GradientSums& total, SetCoefficients<T>* coefficients) {
+  const SetGradient gradient(problem, constants, total.dy, total.dy_d);
+  coefficients->slope = static_cast<T>(gradient.slope);
+  coefficients->offset = static_cast<T>(gradient.offset);
+}
+
 // Block (set): what the elements of a set share of dx. Shared: GradientSums a thread.
-// `weight`: null where it is 1, or in the sums already.
 template <class T>
 NORMD_KERNEL void FinishSets(NormProblem problem, Statistics statistics, PartialSums partials,
                              const T* weight, SetCoefficients<T>* sets) {
   NORMD_SHARED(shared);
   const int64_t set = blockIdx.x;
   const SetConstants constants(problem, statistics, set, /*of_batch=*/true);
-  GradientSums total;  // of g, and of g * x^
-  for (int64_t k = threadIdx.x; k < partials.units_per_set * partials.splits; k += blockDim.x) {
-    const int64_t unit = set * partials.units_per_set + k % partials.units_per_set;
-    const GradientSums& sums = partials.At(unit, k / partials.units_per_set);
-    const double w = weight == nullptr ? 1 : static_cast<double>(weight[unit % problem.channels]);
-    total.dy += w * sums.dy;
-    total.dy_d += w * GradWeight(constants, sums);
-  }
-  total = MergeOverBlock(total, 1, reinterpret_cast<GradientSums*>(shared));
-  if (threadIdx.x == 0) {
-    const SetGradient gradient(problem, constants, total.dy, total.dy_d);
-    sets[set].slope = static_cast<T>(gradient.slope);
-    sets[set].offset = static_cast<T>(gradient.offset);
-  }
+  const GradientSums total =
+      MergeInOrder(partials.units_per_set * partials.splits,
+                   reinterpret_cast<GradientSums*>(shared), [&](GradientSums& into, int64_t k) {
+                     const int64_t unit = set * partials.units_per_set + k % partials.units_per_set;
+                     AddToSet(problem, constants, unit, weight,
+                              partials.At(unit, k / partials.units_per_set), into);
+                   });
+  if (threadIdx.x == 0) FinishGradient(problem, constants, total, sets + set);
 }
 
 // Block (channel): the gradients of its parameters. Shared: GradientSums a thread.

@@ -31,8 +31,8 @@ size_t BytesOfChunk(const Parcel& parcel, size_t number) {
 }  // namespace
 
 Lane::~Lane() {
-  if (stream_ != nullptr) stream_->Wait();
-  stream_.reset();
+  WaitForAll();
+  for (auto& stream : streams_) stream.reset();
   Release();
   if (pinned_ != nullptr) device_.FreePinned(pinned_);
 }
@@ -44,12 +44,9 @@ void Lane::Release() {
 }
 
 Outcome Lane::Prepare(size_t device_bytes) {
-  if (stream_ == nullptr) {
-    stream_ = device_.NewStream();
-    if (stream_ == nullptr) return Outcome::kDeviceFailed;
-  }
+  if (stream(0) == nullptr) return Outcome::kDeviceFailed;
   if (pinned_ == nullptr) {
-    const Outcome outcome = device_.AllocatePinned(Stream::kMarks * kChunkBytes, &pinned_);
+    const Outcome outcome = device_.AllocatePinned(kSlots * kChunkBytes, &pinned_);
     if (outcome != Outcome::kOk) return outcome;
   }
   if (device_bytes <= memory_bytes_) return Outcome::kOk;
@@ -59,8 +56,21 @@ Outcome Lane::Prepare(size_t device_bytes) {
   return outcome;
 }
 
+Stream* Lane::stream(size_t slot) {
+  if (streams_[slot] == nullptr) streams_[slot] = device_.NewStream();
+  return streams_[slot].get();
+}
+
+bool Lane::WaitForAll() {
+  bool well = true;
+  for (const auto& stream : streams_) {
+    if (stream != nullptr && stream->Wait() != Outcome::kOk) well = false;
+  }
+  return well;
+}
+
 Outcome Lane::Stopped() {
-  const Outcome outcome = stream_->Wait();
+  const Outcome outcome = stream().Wait();
   return outcome == Outcome::kOk ? Outcome::kStopped : outcome;
 }
 
@@ -69,13 +79,13 @@ Outcome Lane::In(const Parcel& parcel, std::byte* device, const std::stop_token&
     if (stop.stop_requested()) return Stopped();
     const int mark = static_cast<int>(k % Stream::kMarks);
     Outcome outcome = Outcome::kOk;
-    if (k >= Stream::kMarks) outcome = stream_->WaitFor(mark);
+    if (k >= Stream::kMarks) outcome = stream().WaitFor(mark);
     if (outcome != Outcome::kOk) return outcome;
     ForEachPiece(
         parcel, k * kChunkBytes, chunk(k),
         [](std::byte* host, std::byte* pinned, size_t bytes) { std::memcpy(pinned, host, bytes); });
-    outcome = stream_->CopyIn(device + k * kChunkBytes, chunk(k), BytesOfChunk(parcel, k));
-    if (outcome == Outcome::kOk) outcome = stream_->Mark(mark);
+    outcome = stream().CopyIn(device + k * kChunkBytes, chunk(k), BytesOfChunk(parcel, k));
+    if (outcome == Outcome::kOk) outcome = stream().Mark(mark);
     if (outcome != Outcome::kOk) return outcome;
   }
   return Outcome::kOk;
@@ -85,8 +95,8 @@ Outcome Lane::Out(const Parcel& parcel, const std::byte* device, const std::stop
   const size_t chunks = Chunks(parcel);
   const auto start = [&](size_t k) {
     const Outcome outcome =
-        stream_->CopyOut(chunk(k), device + k * kChunkBytes, BytesOfChunk(parcel, k));
-    return outcome == Outcome::kOk ? stream_->Mark(static_cast<int>(k % Stream::kMarks)) : outcome;
+        stream().CopyOut(chunk(k), device + k * kChunkBytes, BytesOfChunk(parcel, k));
+    return outcome == Outcome::kOk ? stream().Mark(static_cast<int>(k % Stream::kMarks)) : outcome;
   };
   // The stream's order keeps these behind the copies in that still read a chunk.
   for (size_t k = 0; k < std::min<size_t>(chunks, Stream::kMarks); ++k) {
@@ -94,7 +104,7 @@ Outcome Lane::Out(const Parcel& parcel, const std::byte* device, const std::stop
   }
   for (size_t k = 0; k < chunks; ++k) {
     if (stop.stop_requested()) return Stopped();
-    Outcome outcome = stream_->WaitFor(static_cast<int>(k % Stream::kMarks));
+    Outcome outcome = stream().WaitFor(static_cast<int>(k % Stream::kMarks));
     if (outcome != Outcome::kOk) return outcome;
     ForEachPiece(
         parcel, k * kChunkBytes, chunk(k),
@@ -102,7 +112,7 @@ Outcome Lane::Out(const Parcel& parcel, const std::byte* device, const std::stop
     if (k + Stream::kMarks < chunks) outcome = start(k + Stream::kMarks);
     if (outcome != Outcome::kOk) return outcome;
   }
-  return stream_->Wait();
+  return stream().Wait();
 }
 
 }  // namespace normd::cuda

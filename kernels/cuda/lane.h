@@ -53,7 +53,9 @@ class Lane {
   // Of Prepare(), 256-byte aligned.
   std::byte* memory() const { return static_cast<std::byte*>(memory_); }
   size_t memory_bytes() const { return memory_bytes_; }
-  Stream& stream() { return *stream_; }
+  Stream& stream() { return *streams_[0]; }
+
+  const Device& device() const { return device_; }
 
   // Copies of whole parcels, in chunks: one is gathered or scattered by this thread
   // while the device copies another. In() may return before its last chunk is copied,
@@ -64,15 +66,23 @@ class Lane {
 
   static constexpr size_t kChunkBytes = size_t{4} << 20;
 
- private:
-  std::byte* chunk(size_t number) const {
-    return static_cast<std::byte*>(pinned_) + number % Stream::kMarks * kChunkBytes;
+  // For who copies by himself: staging of kChunkBytes each, and a stream for each of them,
+  // the first of which is stream(). Null where the device refuses.
+  static constexpr size_t kSlots = Stream::kMarks;
+  std::byte* staging(size_t slot) const {
+    return static_cast<std::byte*>(pinned_) + slot * kChunkBytes;
   }
+  Stream* stream(size_t slot);
+  // For everything on all of them; whether that went well.
+  bool WaitForAll();
+
+ private:
+  std::byte* chunk(size_t number) const { return staging(number % kSlots); }
   Outcome Stopped();
 
   Device& device_;
-  std::unique_ptr<Stream> stream_;
-  void* pinned_ = nullptr;  // kMarks chunks
+  std::unique_ptr<Stream> streams_[kSlots];
+  void* pinned_ = nullptr;  // kSlots chunks
   void* memory_ = nullptr;
   size_t memory_bytes_ = 0;
 };

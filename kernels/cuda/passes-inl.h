@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <limits>
 
-#include "kernels/cuda/apply-inl.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/resident-inl.h"
 
 namespace normd::cuda {
 
@@ -29,29 +29,8 @@ class ScratchCut {
   size_t used_ = 0;
 };
 
-// A power of two from 32 to kThreads, for so many things to do.
-constexpr int ThreadsFor(int64_t things) {
-  int threads = 32;
-  while (threads < kThreads && threads < things) threads *= 2;
-  return threads;
-}
-
 constexpr bool IsCareful(const NormProblem& problem) {
   return problem.eps <= 1e-20 && problem.dtype != DType::kFloat64;
-}
-
-// Shared memory of ResidentForward, and whether it serves the call at all.
-constexpr int64_t ResidentShared(const Runs& runs, size_t element_bytes, int threads) {
-  return static_cast<int64_t>(sizeof(PartialMoments)) * threads +
-         runs.slots() * kOctet * static_cast<int64_t>(element_bytes);
-}
-
-constexpr bool IsResident(const Plan& plan, const ForwardWork& work) {
-  if (plan.geometry != Geometry::kRuns || work.moments.mean == nullptr) return false;
-  // A byte of the mask belongs to one octet of one set.
-  if (work.epilogue.relu_mask != nullptr && plan.runs.length % kOctet != 0) return false;
-  if (plan.splits > 1 && plan.runs.units < 128) return false;
-  return ResidentShared(plan.runs, SizeOf(work.problem.dtype), kThreads) <= kResidentBytes;
 }
 
 // What a call of either kind keeps between its kernels.
@@ -62,15 +41,20 @@ struct CallScratch {
     sets = cut.Take<SetCoefficients<T>>(problem.num_sets());
     sums = cut.Take<Sums>(partials);
     more_sums = cut.Take<Sums>(more_partials);
+    arrived = cut.Take<unsigned>(problem.num_sets());
     bytes = cut.used();
   }
   SetCoefficients<T>* sets;
   Sums* sums;
   Sums* more_sums;
+  unsigned* arrived;  // blocks that share a set, of each
   size_t bytes;
 };
 
-// Launch: a callable (kernel, blocks, blocks_y, threads, shared bytes, arguments...).
+// Launch: a callable (kernel, blocks, blocks_y, threads, shared bytes, arguments...), with
+//   .Cooperative(kernel, blocks, threads, shared bytes, arguments...)
+//   .Zero(memory, bytes)
+//   .limits(), of the device
 template <class E, class Launch>
 class Passes {
   using T = typename E::Compute;
@@ -90,14 +74,13 @@ class Passes {
                           .relu_mask = work.epilogue.relu_mask,
                           .weight = static_cast<const T*>(work.weight),
                           .bias = static_cast<const T*>(work.bias)};
-    if (IsResident(plan, work)) {
-      const int threads = ThreadsFor(plan.runs.slots());
-      launch_(ResidentForward<E>, plan.runs.units, 1, threads,
-              ResidentShared(plan.runs, SizeOf(problem.dtype), threads), op, problem, plan.runs,
-              IsCareful(problem), work.moments);
+    const CallScratch<T, PartialMoments> scratch(work.scratch, problem,
+                                                 by_batch ? PartialsOf(plan) : 0, 0);
+    if (const Residence home = ResidenceOf(work, plan); home.stays()) {
+      LaunchResident(ResidentForward<E>, home, problem.num_sets(), scratch.arrived, op, problem,
+                     home, IsCareful(problem), work.moments, scratch.sums);
       return;
     }
-    const CallScratch<T, PartialMoments> scratch(work.scratch, problem, PartialsOf(plan), 0);
     if (by_batch) {
       MomentsOfSets(problem, work.x, plan, scratch.sums);
       const int threads = ThreadsFor(plan.units_per_set * plan.splits);
@@ -120,48 +103,59 @@ class Passes {
     const CallScratch<T, GradientSums> scratch(
         work.scratch, problem, plans.sets ? PartialsOf(plans.plan) : 0,
         plans.rows ? plans.row_columns.units() * plans.row_splits : 0);
-    launch_(PrepareSets<T>, CeilDiv(problem.num_sets(), kThreads), 1, kThreads, 0, problem,
-            args.statistics, args.statistics_of_batch, scratch.sets);
+    const BackwardOp<E> op{.size = problem.size(),
+                           .x = args.x,
+                           .grad_y = args.grad_y,
+                           .grad_x = args.grad_x,
+                           .grad_residual = args.grad_residual,
+                           .relu_mask = args.relu_mask,
+                           .weight = weight,
+                           .of_batch = args.statistics_of_batch};
     const PartialSums sums{scratch.sums, plans.plan.units(), plans.plan.units_per_set,
                            plans.plan.splits};
-    if (plans.sets) {
+    const Residence home = ResidenceOf(plans);
+    const bool rows_apart = plans.rows && home.rows == 0;
+    if (!home.stays() || rows_apart) {
+      launch_(PrepareSets<T>, CeilDiv(problem.num_sets(), kThreads), 1, kThreads, 0, problem,
+              args.statistics, args.statistics_of_batch, scratch.sets);
+    }
+    // Before anything is written: dx may be x or dy.
+    if (rows_apart) {
+      SumsOfColumnsBy(tensors, plans.row_columns, plans.row_splits, 1,
+                      problem.channels / problem.groups, plans.row_threads, scratch.sets,
+                      scratch.more_sums);
+    }
+    if (home.stays()) {
+      const bool sums_wanted = home.parts > 1 || (plans.parameters && !plans.rows);
+      LaunchResident(ResidentBackward<E>, home, problem.num_sets(), scratch.arrived, op, problem,
+                     home, args.statistics, plans.rows_are_sets,
+                     sums_wanted ? scratch.sums : nullptr, scratch.more_sums);
+    } else if (plans.sets) {
       SumsOf(tensors, problem, plans.plan, plans.rows_are_sets ? weight : nullptr, scratch.sets,
              scratch.sums);
-    }
-    if (args.statistics_of_batch && args.grad_x != nullptr) {
-      const int threads = ThreadsFor(sums.units_per_set * sums.splits);
-      launch_(FinishSets<T>, problem.num_sets(), 1, threads, threads * sizeof(GradientSums),
-              problem, args.statistics, sums, plans.rows_are_sets ? nullptr : weight, scratch.sets);
+      if (args.statistics_of_batch && args.grad_x != nullptr) {
+        const int threads = ThreadsFor(sums.units_per_set * sums.splits);
+        launch_(FinishSets<T>, problem.num_sets(), 1, threads, threads * sizeof(GradientSums),
+                problem, args.statistics, sums, plans.rows_are_sets ? nullptr : weight,
+                scratch.sets);
+      }
     }
     if (plans.parameters) {
-      PartialSums of_channels = sums;
-      if (plans.rows) {
-        SumsOfColumnsBy(tensors, plans.row_columns, plans.row_splits, 1,
-                        problem.channels / problem.groups, scratch.sets, scratch.more_sums);
-        of_channels = {scratch.more_sums, problem.channels, 1, plans.row_splits};
-      }
+      const PartialSums of_channels =
+          plans.rows ? PartialSums{scratch.more_sums, problem.channels, 1, plans.row_splits} : sums;
       const int threads = ThreadsFor(of_channels.units / problem.channels * of_channels.splits);
       launch_(FinishChannels<T>, problem.channels, 1, threads, threads * sizeof(GradientSums),
               problem, args.statistics, args.statistics_of_batch, of_channels, plans.rows,
               static_cast<T*>(args.grad_weight), static_cast<T*>(args.grad_bias));
     }
-    if (args.grad_x != nullptr || args.grad_residual != nullptr) {
-      Apply(BackwardOp<E>{.size = problem.size(),
-                          .x = args.x,
-                          .grad_y = args.grad_y,
-                          .grad_x = args.grad_x,
-                          .grad_residual = args.grad_residual,
-                          .relu_mask = args.relu_mask,
-                          .weight = weight,
-                          .of_batch = args.statistics_of_batch},
-            problem, 0, scratch.sets);
-    }
+    if (!home.stays() && plans.writes) Apply(op, problem, 0, scratch.sets);
   }
 
   static size_t ScratchBytes(const ForwardWork& work) {
     const Plan plan = PlanFor(work.problem, /*by_plane=*/false);
-    if (IsResident(plan, work)) return 0;
-    return CallScratch<T, PartialMoments>(nullptr, work.problem, PartialsOf(plan), 0).bytes;
+    const bool by_batch = work.moments.mean != nullptr;
+    return CallScratch<T, PartialMoments>(nullptr, work.problem, by_batch ? PartialsOf(plan) : 0, 0)
+        .bytes;
   }
 
   static size_t ScratchBytes(const BackwardWork& work) {
@@ -176,26 +170,68 @@ class Passes {
   // The sums of a backward pass. Where a set is a row with a weight an element, its
   // sums and those of the parameters have nothing in common: two passes.
   struct BackwardPlans {
+    NormProblem problem;
     Plan plan;
     bool rows_are_sets;
     bool parameters;  // some gradient of these is wanted
     bool sets;        // sums over `plan` are
     bool rows;        // sums over `row_columns` are
+    bool writes;      // dx, or the residual's gradient
     Columns row_columns;
     int64_t row_splits;
+    int row_threads;
   };
   static BackwardPlans PlansOf(const BackwardWork& work) {
     const NormProblem& problem = work.problem;
     const BackwardArgs& args = work.args;
-    BackwardPlans plans{.plan = PlanFor(problem, /*by_plane=*/true)};
+    BackwardPlans plans{.problem = problem, .plan = PlanFor(problem, /*by_plane=*/true)};
     plans.rows_are_sets = problem.reduction == Reduction::kPerSampleGroup && problem.positions == 1;
     plans.parameters = args.grad_weight != nullptr || args.grad_bias != nullptr;
     plans.sets = (args.statistics_of_batch && args.grad_x != nullptr) ||
                  (plans.parameters && !plans.rows_are_sets);
     plans.rows = plans.parameters && plans.rows_are_sets;
     plans.row_columns = CutColumns(1, problem.batch, problem.channels);
-    plans.row_splits = SplitsOfColumns(plans.row_columns);
+    const bool may_stay = RowsMayStay(plans.plan.runs);
+    plans.row_splits =
+        may_stay ? SplitsOfRows(plans.row_columns) : SplitsOfColumns(plans.row_columns);
+    plans.row_threads = may_stay ? plans.row_columns.tile_threads : kThreads;
+    plans.writes = args.grad_x != nullptr || args.grad_residual != nullptr;
     return plans;
+  }
+
+  // Whether the sets of a call stay in shared memory.
+  Residence ResidenceOf(const ForwardWork& work, const Plan& plan) const {
+    if (plan.geometry != Geometry::kRuns || work.moments.mean == nullptr) return {};
+    // Moments alone read x once anyhow.
+    if (work.y == nullptr && plan.splits > 1) return {};
+    // A byte of the mask belongs to one octet of one set.
+    if (work.epilogue.relu_mask != nullptr && plan.runs.length % kOctet != 0) return {};
+    return ResidenceFor(plan, work.problem, ResidentBytesFor<E, PartialMoments>(1),
+                        launch_.limits());
+  }
+  Residence ResidenceOf(const BackwardPlans& plans) const {
+    if (plans.plan.geometry != Geometry::kRuns || !plans.sets || !plans.writes) return {};
+    if (plans.rows) {
+      const Residence home =
+          RowResidenceFor(plans.plan, plans.problem, plans.row_splits,
+                          ResidentBytesFor<E, GradientSums>(2), launch_.limits());
+      if (home.stays()) return home;
+    }
+    return ResidenceFor(plans.plan, plans.problem, ResidentBytesFor<E, GradientSums>(2),
+                        launch_.limits());
+  }
+
+  // `arrived`: of so many sets; the kernel's last argument too.
+  template <class Kernel, class... Arguments>
+  void LaunchResident(Kernel kernel, const Residence& home, int64_t sets, unsigned* arrived,
+                      const Arguments&... arguments) const {
+    if (home.parts == 1) {
+      launch_(kernel, home.blocks, 1, home.threads, home.shared_bytes, arguments..., arrived);
+      return;
+    }
+    launch_.Zero(arrived, static_cast<size_t>(sets) * sizeof(unsigned));
+    launch_.Cooperative(kernel, home.blocks, home.threads, home.shared_bytes, arguments...,
+                        arrived);
   }
 
   static int64_t PartialsOf(const Plan& plan) { return plan.units() * plan.splits; }
@@ -224,7 +260,8 @@ class Passes {
   void SumsOf(const GradientTensors<E>& tensors, const NormProblem& problem, const Plan& plan,
               const T* weight, const SetCoefficients<T>* sets, GradientSums* partials) const {
     if (plan.geometry == Geometry::kColumns) {
-      SumsOfColumnsBy(tensors, plan.columns, plan.splits, plan.units_per_set, 0, sets, partials);
+      SumsOfColumnsBy(tensors, plan.columns, plan.splits, plan.units_per_set, 0, kThreads, sets,
+                      partials);
       return;
     }
     const int threads = ThreadsFor(CeilDiv(plan.runs.slots(), plan.splits));
@@ -234,16 +271,11 @@ class Passes {
   }
 
   void SumsOfColumnsBy(const GradientTensors<E>& tensors, const Columns& cut, int64_t splits,
-                       int64_t units_per_set, int64_t row_width, const SetCoefficients<T>* sets,
-                       GradientSums* partials) const {
-    constexpr size_t kShared = kThreads * sizeof(GradientSums);
-    if (cut.width == kOctet) {
-      launch_(SumsOfColumns<E, kOctet>, Blocks(cut, splits), 1, kThreads, kShared, tensors, cut,
-              splits, units_per_set, row_width, sets, partials);
-    } else {
-      launch_(SumsOfColumns<E, 1>, Blocks(cut, splits), 1, kThreads, kShared, tensors, cut, splits,
-              units_per_set, row_width, sets, partials);
-    }
+                       int64_t units_per_set, int64_t row_width, int threads,
+                       const SetCoefficients<T>* sets, GradientSums* partials) const {
+    const auto kernel = cut.width == kOctet ? SumsOfColumns<E, kOctet> : SumsOfColumns<E, 1>;
+    launch_(kernel, Blocks(cut, splits), 1, threads, threads * sizeof(GradientSums), tensors, cut,
+            splits, units_per_set, row_width, sets, partials);
   }
 
   template <class Op>

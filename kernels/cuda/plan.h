@@ -17,11 +17,17 @@ inline constexpr int kThreads = 256;
 inline constexpr int kOctet = 8;
 // Blocks that fill any GPU of today about twice.
 inline constexpr int64_t kFullGrid = 2048;
-// Bytes of a set that one block keeps in its shared memory between the passes: every
-// GPU from sm_75 on has as much.
-inline constexpr int64_t kResidentBytes = int64_t{48} << 10;
+// Rows of a column that are summed in the computing type.
+inline constexpr int kRowsInBlock = 32;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A power of two from 32 to kThreads, for so many things to do.
+constexpr int ThreadsFor(int64_t things) {
+  int threads = 32;
+  while (threads < kThreads && threads < things) threads *= 2;
+  return threads;
+}
 
 // The elements of unit u, which are reduced together: `count` runs of `length`
 // neighbours; run r begins at u * unit_stride + r * run_stride.
@@ -91,6 +97,21 @@ constexpr int64_t SplitsOfColumns(const Columns& columns) {
   const int64_t tiles = columns.samples * columns.tiles();
   const int64_t rows_a_block = kThreads / columns.tile_threads;
   return std::clamp<int64_t>(kFullGrid / tiles, 1, CeilDiv(columns.rows, 4 * rows_a_block));
+}
+
+// Whether rows that are sets with a weight an element may stay on a device while their
+// columns are summed (residence.h). A thread must meet the same columns in every row; rows of
+// less than a warp leave too little to do at once; and longer ones no device can hold.
+constexpr bool RowsMayStay(const Runs& rows) {
+  return rows.length % kOctet == 0 && rows.slots() >= 32 && rows.slots() <= 2048;
+}
+
+// Parts of the rows, if they may: a column of a part is summed row by row. Of eight rows or
+// more: a sum has as many bytes as two to eight elements.
+constexpr int64_t SplitsOfRows(const Columns& columns) {
+  const int64_t wanted = std::max<int64_t>(kFullGrid / columns.tiles(), 256);
+  const int64_t splits = std::clamp<int64_t>(wanted, 1, CeilDiv(columns.rows, 8));
+  return CeilDiv(columns.rows, CeilDiv(columns.rows, splits));
 }
 
 // `by_plane`: a sample's channel is a unit even where its group could be one, because

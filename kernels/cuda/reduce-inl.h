@@ -36,21 +36,39 @@ NORMD_DEVICE void MergeInto(GradientSums& total, const GradientSums& other) {
   total.dy_d += other.dy_d;
 }
 
-// All values of threads whose number differs by a multiple of `stride`, merged pairwise
-// in a fixed order. `stride` and the number of threads are powers of two. `shared` has
-// room for a value a thread.
+// Of each `threads` neighbours of the block, all values of those whose number differs by
+// a multiple of `stride`, merged pairwise in a fixed order. Both are powers of two, and
+// the block is a multiple of `threads`. `shared` has room for a value a thread of it.
 template <class V>
-NORMD_DEVICE V MergeOverBlock(const V& value, int stride, V* shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  shared[thread] = value;
+NORMD_DEVICE V MergeOver(int threads, int stride, const V& value, V* shared) {
+  const int thread = static_cast<int>(threadIdx.x) % threads;
+  V* const ours = shared + (static_cast<int>(threadIdx.x) - thread);
+  ours[thread] = value;
   __syncthreads();
-  for (int half = static_cast<int>(blockDim.x) / 2; half >= stride; half /= 2) {
-    if (thread < half) MergeInto(shared[thread], shared[thread + half]);
+  for (int half = threads / 2; half >= stride; half /= 2) {
+    if (thread < half) MergeInto(ours[thread], ours[thread + half]);
     __syncthreads();
   }
-  const V merged = shared[thread % stride];
+  const V merged = ours[thread % stride];
   __syncthreads();  // `shared` may be used again
   return merged;
+}
+
+template <class V>
+NORMD_DEVICE V MergeOverBlock(const V& value, int stride, V* shared) {
+  return MergeOver(static_cast<int>(blockDim.x), stride, value, shared);
+}
+
+// `count` values, which add(total, k) adds, by the block's first ThreadsFor(count)
+// threads, in an order that depends on `count` alone; only for the first of them.
+template <class V, class Add>
+NORMD_DEVICE V MergeInOrder(int64_t count, V* shared, Add add) {
+  const int threads = ThreadsFor(count);
+  V total;
+  if (static_cast<int>(threadIdx.x) < threads) {
+    for (int64_t k = threadIdx.x; k < count; k += threads) add(total, k);
+  }
+  return MergeOver(threads, 1, total, shared);
 }
 
 // Whether rounding hides nothing that matters: sums are finite, the shift was not so far
@@ -88,11 +106,10 @@ struct Walk {
         begin(unit * runs.unit_stride),
         slot(first),
         last(past),
-        run(first / octets),
-        octet(first % octets),
-        by(step),
-        by_runs(step / octets),
-        by_octets(step % octets) {}
+        by(step) {
+    run = Divide(first, octets, octet);
+    by_runs = Divide(step, octets, by_octets);
+  }
 
   NORMD_DEVICE bool More() const { return slot < last; }
   NORMD_DEVICE void Next() {
@@ -119,7 +136,7 @@ struct Walk {
             left < kOctet ? (left > 0 ? static_cast<int>(left) : 0) : kOctet};
   }
 
-  int64_t octets, length, run_stride, begin, slot, last, run, octet, by, by_runs, by_octets;
+  int64_t octets, length, run_stride, begin, slot, last, by, run, octet, by_runs, by_octets;
 };
 
 // Slots that are summed before they are merged in double.
@@ -151,7 +168,7 @@ NORMD_DEVICE PartialMoments MomentsOfSlots(Walk walk, bool careful, Load load) {
         const bool ours = j >= at.low && j < at.high;
         const T d = ours ? x[j] - shift : T{0};
         sum += d;
-        squares += d * d;
+        squares = MultiplyAdd(d, d, squares);
       }
       count += at.high - at.low;
     }
@@ -209,8 +226,7 @@ NORMD_KERNEL void MomentsOfRuns(const void* x, int64_t size, Runs runs, int64_t 
 
 // Where a block and a thread of it are in the columns.
 struct ColumnPlace {
-  NORMD_DEVICE ColumnPlace(const Columns& cut, int64_t splits) {
-    const int64_t block = blockIdx.x;
+  NORMD_DEVICE ColumnPlace(const Columns& cut, int64_t splits, int64_t block) {
     const int64_t tile = block % cut.tiles();
     split = block / cut.tiles() % splits;
     sample = block / cut.tiles() / splits;
@@ -246,15 +262,13 @@ struct Cells {
   T value[kWidth];
 };
 
-constexpr int kRowsInBlock = 32;
-
 // Block (tile, split, sample). Shared: PartialMoments a thread.
 template <class E, int kWidth>
 NORMD_KERNEL void MomentsOfColumns(const void* x, int64_t size, Columns cut, int64_t splits,
                                    bool careful, PartialMoments* partials) {
   using T = typename E::Compute;
   NORMD_SHARED(shared);
-  ColumnPlace at(cut, splits);
+  ColumnPlace at(cut, splits, blockIdx.x);
   PartialMoments total[kWidth];
   T shift[kWidth] = {};
   bool first = true;
@@ -272,7 +286,7 @@ NORMD_KERNEL void MomentsOfColumns(const void* x, int64_t size, Columns cut, int
         if (first) shift[w] = cells.value[w];
         const T d = cells.value[w] - shift[w];
         sum[w] += d;
-        squares[w] += d * d;
+        squares[w] = MultiplyAdd(d, d, squares[w]);
       }
       first = false;
     }
@@ -329,44 +343,56 @@ struct GradientTensors {
   }
 };
 
-// Block (unit, split). Shared: GradientSums a thread. `weight`: each element's dy counts
-// by the weight of its channel; then the sets are rows, `width` channels each.
-template <class E>
-NORMD_KERNEL void SumsOfRuns(GradientTensors<E> tensors, Runs runs, int64_t splits,
-                             int64_t units_per_set,
-                             const SetCoefficients<typename E::Compute>* sets,
-                             const typename E::Compute* weight, int64_t groups,
-                             GradientSums* partials) {
+// The sums of a thread's slots in unit `unit`. Pairs come from load(walk, place).
+// `weight`: each element's dy counts by the weight of its channel; then the units are the
+// sets, which are rows.
+template <class E, class Load>
+NORMD_DEVICE GradientSums SumsOfSlots(Walk walk, int64_t unit, typename E::Compute shift,
+                                      const typename E::Compute* weight, int64_t groups,
+                                      Load load) {
   using T = typename E::Compute;
-  NORMD_SHARED(shared);
-  const int64_t unit = blockIdx.x;
-  const int64_t part = CeilDiv(runs.slots(), splits);
-  const int64_t first = blockIdx.y * part;
-  const int64_t last = first + part < runs.slots() ? first + part : runs.slots();
-  const T shift = sets[unit / units_per_set].shift;
   // Weight of element i: weight[i - weights_before].
   const int64_t weights_before =
-      weight == nullptr ? 0 : unit * runs.length - unit % groups * runs.length;
+      weight == nullptr ? 0 : unit * walk.length - unit % groups * walk.length;
   GradientSums total;
-  for (Walk walk(runs, unit, first + threadIdx.x, last, blockDim.x); walk.More();) {
+  while (walk.More()) {
     T dy = 0, dy_d = 0;
 #pragma unroll 2
     for (int k = 0; k < kSlotsInBlock && walk.More(); ++k, walk.Next()) {
       const Walk::Place at = walk.Here();
       if (at.low >= at.high) continue;
-      const auto pair = tensors.Load(at.i, at.low, at.high);
+      const auto pair = load(walk, at);
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
         if (j < at.low || j >= at.high) continue;
         T g = pair.Dy(j);
         if (weight != nullptr) g *= weight[at.i + j - weights_before];
         dy += g;
-        dy_d += g * (pair.x[j] - shift);
+        dy_d = MultiplyAdd(g, pair.x[j] - shift, dy_d);
       }
     }
     total.dy += static_cast<double>(dy);
     total.dy_d += static_cast<double>(dy_d);
   }
+  return total;
+}
+
+// Block (unit, split). Shared: GradientSums a thread.
+template <class E>
+NORMD_KERNEL void SumsOfRuns(GradientTensors<E> tensors, Runs runs, int64_t splits,
+                             int64_t units_per_set,
+                             const SetCoefficients<typename E::Compute>* sets,
+                             const typename E::Compute* weight, int64_t groups,
+                             GradientSums* partials) {
+  NORMD_SHARED(shared);
+  const int64_t unit = blockIdx.x;
+  const int64_t part = CeilDiv(runs.slots(), splits);
+  const int64_t first = blockIdx.y * part;
+  const int64_t last = first + part < runs.slots() ? first + part : runs.slots();
+  const Walk walk(runs, unit, first + threadIdx.x, last, blockDim.x);
+  GradientSums total = SumsOfSlots<E>(
+      walk, unit, sets[unit / units_per_set].shift, weight, groups,
+      [&](const Walk&, const Walk::Place& at) { return tensors.Load(at.i, at.low, at.high); });
   total = MergeOverBlock(total, 1, reinterpret_cast<GradientSums*>(shared));
   if (threadIdx.x == 0) partials[blockIdx.y * runs.units + unit] = total;
 }
@@ -380,7 +406,7 @@ NORMD_KERNEL void SumsOfColumns(GradientTensors<E> tensors, Columns cut, int64_t
                                 GradientSums* partials) {
   using T = typename E::Compute;
   NORMD_SHARED(shared);
-  ColumnPlace at(cut, splits);
+  ColumnPlace at(cut, splits, blockIdx.x);
   T shift[kWidth] = {};
   if (row_width == 0 && at.row < at.last) {
 #pragma unroll
@@ -410,10 +436,10 @@ NORMD_KERNEL void SumsOfColumns(GradientTensors<E> tensors, Columns cut, int64_t
           d = x.value[w] - shift[w];
         } else {
           const auto& set = sets[row * (cut.columns / row_width) + (at.column + w) / row_width];
-          d = (x.value[w] - set.shift) * set.invstd + set.lost;
+          d = MultiplyAdd(x.value[w] - set.shift, set.invstd, set.lost);
         }
         dy[w] += passed;
-        dy_d[w] += passed * d;
+        dy_d[w] = MultiplyAdd(passed, d, dy_d[w]);
       }
     }
 #pragma unroll

@@ -73,7 +73,7 @@ void AdmissionQueue::Released() {
 }
 
 bool AdmissionQueue::Fits(int64_t bytes) const {
-  return concurrency_.has_room() && bytes <= memory_.limit() - memory_.in_use();
+  return concurrency_.has_room() && memory_.HasRoom(bytes);
 }
 
 absl::StatusOr<Admission> AdmissionQueue::TryAdmit(int64_t bytes) {

@@ -17,7 +17,13 @@ MemoryClaim::~MemoryClaim() {
   if (budget_->listener_ != nullptr) budget_->listener_->Released();
 }
 
+bool MemoryBudget::HasRoom(int64_t bytes) {
+  if (bytes > limit_ - in_use_.load() && bytes <= limit_ && reclaim_ != nullptr) reclaim_();
+  return bytes <= limit_ - in_use_.load();
+}
+
 absl::StatusOr<MemoryClaim> MemoryBudget::Claim(int64_t bytes) {
+  HasRoom(bytes);  // or is made to have, if it can be
   int64_t used = in_use_.load(std::memory_order_relaxed);
   do {
     if (bytes > limit_ - used) {

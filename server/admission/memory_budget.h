@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <utility>
 
@@ -60,8 +61,13 @@ class MemoryBudget {
   // where they would fit an idle server, without one where they never do.
   absl::StatusOr<MemoryClaim> Claim(int64_t bytes);
 
-  // Before anything is claimed.
+  // Whether `bytes` fit, for now.
+  bool HasRoom(int64_t bytes);
+
+  // Both before anything is claimed. `reclaim` is called, on any thread, where there is no
+  // room: it gives back what may be claimed again later.
   void NotifyOnRelease(ReleaseListener* listener) { listener_ = listener; }
+  void ReclaimBy(std::function<void()> reclaim) { reclaim_ = std::move(reclaim); }
 
   int64_t in_use() const { return in_use_.load(); }
   int64_t limit() const { return limit_; }
@@ -72,6 +78,7 @@ class MemoryBudget {
   const int64_t limit_;
   const std::string flag_;
   ReleaseListener* listener_ = nullptr;
+  std::function<void()> reclaim_;
   std::atomic<int64_t> in_use_ = 0;
 };
 

@@ -34,6 +34,8 @@ class Values {
   int64_t size() const { return size_; }
   // Null when absent.
   const void* data() const { return data_.get(); }
+  // What these values are known by: no others have the same while a pointer to it is left.
+  std::shared_ptr<const void> token() const { return data_; }
   std::string_view bytes() const {
     return {reinterpret_cast<const char*>(data_.get()), size_ * SizeOf(dtype_)};
   }

@@ -23,6 +23,7 @@ struct ForwardPass {
   bool statistics_of_batch = true;
   Values weight;
   const uint8_t* relu_mask = nullptr;
+  Lasting lasting = {};
 };
 
 // Shared by the tries of one call: the first that is not stale answers.
@@ -57,7 +58,8 @@ struct Call {
 // the input itself.
 absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardRequest& request,
                                             const InstanceState& state, const Pass& of_layer,
-                                            const char* input, const std::stop_token& stop) {
+                                            const char* input, Place place,
+                                            const std::stop_token& stop) {
   const NormProblem& problem = of_layer.problem;
   ForwardPass pass{.problem = problem, .input = input, .weight = state.weight};
   pass.statistics_of_batch = of_layer.by_batch;
@@ -68,6 +70,8 @@ absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardReques
     }
     pass.mean = ToDoubles(state.running_mean);
     pass.var = ToDoubles(state.running_var);
+    pass.lasting.mean = state.running_mean.token();
+    pass.lasting.var = state.running_var.token();
     return pass;
   }
   BatchMoments moments;
@@ -76,7 +80,7 @@ absl::StatusOr<ForwardPass> PassFromRequest(Core& core, const v1::BackwardReques
     if (!given.ok()) return given.status();
     moments = *std::move(given);
   } else {
-    auto own = MomentsOf(core, problem, input, stop);
+    auto own = MomentsOf(core, problem, input, place, stop);
     if (!own.ok()) return own.status();
     moments = *std::move(own);
   }
@@ -152,6 +156,19 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
   if (absl::Status s = CheckOutputs(outputs, spec->bytes(), input, grad_output); !s.ok()) {
     return done(s);
   }
+  if (saved && grad_output.on_device) {
+    return done(InvalidField("context_id", "given beside a grad_output on the GPU",
+                             "the input, on the GPU too"));
+  }
+  const auto place = CommonPlace(
+      {{"grad_output", grad_output.on_device},
+       {"input", saved ? grad_output.on_device : input.on_device},
+       {"grad_input_memory",
+        request.skip_grad_input() ? grad_output.on_device : outputs.grad_input.on_device()},
+       {"grad_residual_memory", outputs.grad_residual.region == nullptr
+                                    ? grad_output.on_device
+                                    : outputs.grad_residual.on_device()}});
+  if (!place.ok()) return done(place.status());
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return done(instance.status());
 
@@ -213,12 +230,15 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
       if (memory.ok()) output.own = *std::move(memory);
       return memory.status();
     };
+    const auto move_out = [&](Payload& tensor) {
+      return MoveOutOf(core, call->grad_input.shared, "grad_input_memory", tensor);
+    };
     const bool wants_residual = saved && call->context->forward().has_residual;
     absl::Status memory;
     if (wants_residual) memory = get(call->grad_residual);
     if (memory.ok() && !request.skip_grad_input()) memory = get(call->grad_input);
-    if (memory.ok() && !only_try) memory = MoveOutOf(core, call->grad_input.shared, input);
-    if (memory.ok() && !only_try) memory = MoveOutOf(core, call->grad_input.shared, grad_output);
+    if (memory.ok() && !only_try) memory = move_out(input);
+    if (memory.ok() && !only_try) memory = move_out(grad_output);
     if (!memory.ok()) return call->Refuse(std::move(memory));
     char* const grad_input = call->grad_input.data();
     ForwardPass pass;
@@ -232,10 +252,11 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
               .weight = forward.weight,
               .relu_mask = reinterpret_cast<const uint8_t*>(forward.relu_mask.data())};
     } else {
-      auto made = PassFromRequest(core, request, *state, of_layer, input.data, stop);
+      auto made = PassFromRequest(core, request, *state, of_layer, input.data, *place, stop);
       if (!made.ok()) return call->Refuse(made.status());
       pass = *std::move(made);
     }
+    pass.lasting.weight = pass.weight.token();
 
     const Layer& layer = state->layer();
     Outcome outcome = Outcome::kOk;
@@ -252,8 +273,9 @@ void Backward(Core& core, const v1::BackwardRequest& request, Payload input, Pay
                                         .grad_weight = grad_weight_data,
                                         .grad_bias = grad_bias_data,
                                         .relu_mask = pass.relu_mask,
-                                        .grad_residual = call->grad_residual.data()},
-                                       Place::kHost, stop);
+                                        .grad_residual = call->grad_residual.data(),
+                                        .lasting = pass.lasting},
+                                       *place, stop);
     };
     // Into values of the parameters' type, where the layer has them.
     const auto with_values = [&](bool wanted, Values& values, auto fill) {

@@ -50,6 +50,7 @@ struct Core {
   MemoryBudget* context_memory = nullptr;
   Regions* regions = nullptr;             // null: no shared memory
   std::string shared_memory_socket = {};  // where its clients connect
+  bool cuda_ipc = false;                  // whether regions may lie on the backend's device
   Persister* persister = nullptr;
   Registry* registry = nullptr;
   SavedContexts* contexts = nullptr;

@@ -58,7 +58,7 @@ struct Normalized {
 // Normalizes `input` into the call's output with the parameters and statistics of
 // `state`.
 absl::StatusOr<Normalized> Normalize(Call& call, const InstanceState& state, const Pass& pass,
-                                     const char* input, Epilogue epilogue, bool saving,
+                                     const char* input, Epilogue epilogue, bool saving, Place place,
                                      const std::stop_token& stop) {
   Normalized made;
   if (saving && epilogue.activation == Activation::kRelu) {
@@ -67,6 +67,7 @@ absl::StatusOr<Normalized> Normalize(Call& call, const InstanceState& state, con
     epilogue.relu_mask = reinterpret_cast<uint8_t*>(made.relu_mask.data());
   }
   const Affine affine{state.weight.data(), state.bias.data()};
+  Lasting lasting{.weight = state.weight.token(), .bias = state.bias.token()};
   Outcome outcome;
   if (pass.by_batch) {
     made.moments = MomentsFor(pass.problem);
@@ -76,19 +77,23 @@ absl::StatusOr<Normalized> Normalize(Call& call, const InstanceState& state, con
          .y = call.output.data(),
          .affine = affine,
          .moments = {made.moments.mean.data(), made.moments.m2.data()},
-         .epilogue = epilogue},
-        Place::kHost, stop);
+         .epilogue = epilogue,
+         .lasting = std::move(lasting)},
+        place, stop);
   } else {
     made.mean = ToDoubles(state.running_mean);
     made.var = ToDoubles(state.running_var);
+    lasting.mean = state.running_mean.token();
+    lasting.var = state.running_var.token();
     outcome =
         call.core.backend->ForwardByStatistics(pass.problem,
                                                {.x = input,
                                                 .y = call.output.data(),
                                                 .affine = affine,
                                                 .statistics = {made.mean.data(), made.var.data()},
-                                                .epilogue = epilogue},
-                                               Place::kHost, stop);
+                                                .epilogue = epilogue,
+                                                .lasting = std::move(lasting)},
+                                               place, stop);
   }
   if (absl::Status status = ToStatus(outcome); !status.ok()) return status;
   return made;
@@ -164,6 +169,15 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
     absl::Status fits = CheckOutput(output, "output_memory", spec->input.bytes(), *tensor);
     if (!fits.ok()) return done(std::move(fits));
   }
+  const auto place =
+      CommonPlace({{"input", input.on_device},
+                   {"residual", request.has_residual() ? residual.on_device : input.on_device},
+                   {"output_memory", output.on_device()}});
+  if (!place.ok()) return done(place.status());
+  if (*place == Place::kDevice && request.save_for_backward()) {
+    return done(InvalidField("save_for_backward", "true",
+                             "false with tensors on the GPU; Backward takes the input again"));
+  }
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return done(instance.status());
   const bool saving = request.save_for_backward();
@@ -203,7 +217,7 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
     if (pass->folds) {
       // Another try will want them.
       for (Payload* tensor : {&input, &residual}) {
-        absl::Status moved = MoveOutOf(core, call->output.shared, *tensor);
+        absl::Status moved = MoveOutOf(core, call->output.shared, "output_memory", *tensor);
         if (!moved.ok()) return call->Refuse(std::move(moved));
       }
     }
@@ -218,7 +232,7 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
     }
 
     const Epilogue epilogue{.residual = residual.data, .activation = spec->activation};
-    auto made = Normalize(*call, *state, *pass, input.data, epilogue, saving, stop);
+    auto made = Normalize(*call, *state, *pass, input.data, epilogue, saving, *place, stop);
     if (!made.ok()) return call->Refuse(made.status());
 
     v1::ForwardResponse& header = call->answer.header;

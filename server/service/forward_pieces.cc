@@ -11,6 +11,10 @@
 namespace normd {
 namespace {
 
+std::shared_ptr<const std::vector<double>> Shared(std::vector<double> values) {
+  return std::make_shared<const std::vector<double>>(std::move(values));
+}
+
 bool IsPerSample(const Pass& pass) {
   return pass.by_batch && pass.problem.reduction == Reduction::kPerSampleGroup;
 }
@@ -49,8 +53,9 @@ absl::StatusOr<ForwardPieces::Way> ForwardPieces::Begin(Core& core, const Caller
   if (pass->by_batch) {
     made.grain_ = std::max<int64_t>(1, pass->problem.channels * pass->problem.positions);
   } else {
-    made.mean_ = ToDoubles(state->running_mean);
-    made.var_ = ToDoubles(state->running_var);
+    made.mean_ = Shared(ToDoubles(state->running_mean));
+    made.var_ = Shared(ToDoubles(state->running_var));
+    made.lasting_ = {.mean = state->running_mean.token(), .var = state->running_var.token()};
   }
   made.header_.set_mode(ToProto(mode));
   made.header_.set_version(state->version);
@@ -73,7 +78,7 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
   absl::Status allowed = CheckMayForward(caller, request, /*folds=*/true);
   if (!allowed.ok()) return done(std::move(allowed));
 
-  const auto moments = MomentsOf(core, pass->problem, input, stop);
+  const auto moments = MomentsOf(core, pass->problem, input, Place::kHost, stop);
   if (!moments.ok()) return done(moments.status());
 
   ForwardPieces pieces;
@@ -86,8 +91,9 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
   if (request.return_batch_statistics()) {
     *pieces.header_.mutable_batch_statistics() = ToProto(*moments);
   }
-  pieces.var_ = BiasedVariance(*moments);
-  pieces.mean_ = moments->mean;
+  pieces.var_ = Shared(BiasedVariance(*moments));
+  pieces.mean_ = Shared(moments->mean);
+  pieces.lasting_ = {.mean = pieces.mean_, .var = pieces.var_};
 
   // Shared: `done` is wanted here too if the edit is stale.
   const auto shared = std::make_shared<Done>(std::move(done));
@@ -116,16 +122,20 @@ absl::Status ForwardPieces::Normalize(char* data, const char* residual, int64_t 
                                       int64_t count, const std::stop_token& stop) const {
   const Affine affine{state_->weight.data(), state_->bias.data()};
   const Epilogue epilogue{.residual = residual, .activation = activation_};
-  if (!mean_.empty() || !by_batch_) {
+  Lasting lasting = lasting_;
+  lasting.weight = state_->weight.token();
+  lasting.bias = state_->bias.token();
+  if (mean_ != nullptr) {
     return ToStatus(backend_->ForwardRange(problem_,
                                            {.first = first,
                                             .count = count,
                                             .x = data,
                                             .y = data,
                                             .affine = affine,
-                                            .statistics = {mean_.data(), var_.data()},
+                                            .statistics = {mean_->data(), var_->data()},
                                             .statistics_of_batch = by_batch_,
-                                            .epilogue = epilogue},
+                                            .epilogue = epilogue,
+                                            .lasting = std::move(lasting)},
                                            Place::kHost, stop));
   }
   NormProblem samples = problem_;
@@ -136,7 +146,8 @@ absl::Status ForwardPieces::Normalize(char* data, const char* residual, int64_t 
                                             .y = data,
                                             .affine = affine,
                                             .moments = {moments.mean.data(), moments.m2.data()},
-                                            .epilogue = epilogue},
+                                            .epilogue = epilogue,
+                                            .lasting = std::move(lasting)},
                                            Place::kHost, stop));
 }
 

@@ -4,12 +4,14 @@
 #define NORMD_SERVER_SERVICE_FORWARD_PIECES_H_
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stop_token>
 #include <vector>
 
 #include "absl/functional/any_invocable.h"
 #include "absl/status/statusor.h"
+#include "kernels/backend.h"
 #include "kernels/problem.h"
 #include "normd/v1/norm_service.pb.h"
 #include "server/registry/instance.h"
@@ -59,9 +61,10 @@ class ForwardPieces {
   Activation activation_ = Activation::kNone;
   bool by_batch_ = false;
   int64_t grain_ = 1;
-  // What all pieces are normalized by; none where each sample has its own.
-  std::vector<double> mean_;
-  std::vector<double> var_;
+  // What all pieces are normalized by; null where each sample has its own.
+  std::shared_ptr<const std::vector<double>> mean_;
+  std::shared_ptr<const std::vector<double>> var_;
+  Lasting lasting_;
   v1::ForwardResponse header_;
 };
 

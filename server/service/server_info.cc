@@ -14,6 +14,8 @@ void GetServerInfo(Core& core, const v1::GetServerInfoRequest&, v1::GetServerInf
     device.set_parallelism(info.parallelism);
     device.set_memory_bytes(info.memory_bytes);
     device.set_healthy(info.healthy);
+    device.set_memory_budget(info.memory_budget);
+    device.set_memory_in_use(info.memory_in_use);
   }
   v1::Limits& limits = *response.mutable_limits();
   limits.set_max_message_bytes(core.limits.max_message_bytes);

@@ -1,5 +1,6 @@
 #include "server/service/shared_tensors.h"
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <utility>
@@ -9,15 +10,26 @@
 #include "server/service/tensor_answer.h"
 
 namespace normd {
+namespace {
 
-absl::Status NoSharedMemory(absl::string_view field) {
+absl::Status NotAllowed(absl::string_view field, absl::string_view flag, absl::string_view what) {
   v1::ErrorDetail detail;
   detail.set_field(std::string(field));
-  detail.set_flag("--shared_memory");
+  detail.set_flag(std::string(flag));
   absl::Status status = absl::FailedPreconditionError(
-      "the server runs without shared memory; --shared_memory=on allows it");
+      absl::StrCat("the server runs without ", what, "; ", flag, "=on allows it"));
   SetDetail(status, detail);
   return status;
+}
+
+}  // namespace
+
+absl::Status NoSharedMemory(absl::string_view field) {
+  return NotAllowed(field, "--shared_memory", "shared memory");
+}
+
+absl::Status NoCudaIpc(absl::string_view field) {
+  return NotAllowed(field, "--cuda_ipc", "shared memory on the GPU");
 }
 
 absl::StatusOr<SharedBytes> FindShared(Core& core, const Caller& caller,
@@ -38,6 +50,7 @@ absl::Status TakeShared(Core& core, const Caller& caller, v1::Tensor& tensor,
   tensor.clear_shared_memory();
   payload.data = shared->data;
   payload.size = shared->size;
+  payload.on_device = shared->on_device();
   payload.keep = std::move(shared->region);
   return absl::OkStatus();
 }
@@ -59,9 +72,14 @@ absl::Status CheckOutput(const SharedBytes& output, absl::string_view field, int
                       "memory apart from the request's tensors, or all of one's");
 }
 
-absl::Status MoveOutOf(Core& core, const SharedBytes& output, Payload& payload) {
+absl::Status MoveOutOf(Core& core, const SharedBytes& output, absl::string_view field,
+                       Payload& payload) {
   if (output.region == nullptr || payload.size == 0 || payload.data != output.data) {
     return absl::OkStatus();
+  }
+  if (payload.on_device) {
+    return InvalidField(field, "the memory of a tensor that is read",
+                        "memory of its own, for a change with tensors on the GPU");
   }
   MemoryClaim none;
   auto memory = GetBuffer(core, static_cast<int64_t>(payload.size), none);
@@ -70,6 +88,15 @@ absl::Status MoveOutOf(Core& core, const SharedBytes& output, Payload& payload) 
   std::memcpy(payload.gathered.buffer.data(), payload.data, payload.size);
   payload.data = payload.gathered.buffer.data();
   return absl::OkStatus();
+}
+
+absl::StatusOr<Place> CommonPlace(std::initializer_list<TensorPlace> tensors) {
+  const auto on_device = [](const TensorPlace& tensor) { return tensor.on_device; };
+  if (std::none_of(tensors.begin(), tensors.end(), on_device)) return Place::kHost;
+  const auto elsewhere = std::find_if_not(tensors.begin(), tensors.end(), on_device);
+  if (elsewhere == tensors.end()) return Place::kDevice;
+  return InvalidField(elsewhere->field, "on the host",
+                      "memory on the GPU, where another tensor of the call is");
 }
 
 }  // namespace normd

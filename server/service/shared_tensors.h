@@ -2,9 +2,12 @@
 #ifndef NORMD_SERVER_SERVICE_SHARED_TENSORS_H_
 #define NORMD_SERVER_SERVICE_SHARED_TENSORS_H_
 
+#include <initializer_list>
+
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/backend.h"
 #include "normd/v1/tensor.pb.h"
 #include "server/auth/caller.h"
 #include "server/service/core.h"
@@ -16,6 +19,8 @@ namespace normd {
 
 // FAILED_PRECONDITION: the server runs without shared memory, which `field` needs.
 absl::Status NoSharedMemory(absl::string_view field);
+// Likewise, without memory of the GPU.
+absl::Status NoCudaIpc(absl::string_view field);
 
 // Takes `shared_memory` out of a request's tensor, if it has one: `payload` is what lies
 // there, and keeps it mapped. `field` names the tensor.
@@ -31,9 +36,21 @@ absl::StatusOr<SharedBytes> FindShared(Core& core, const Caller& caller,
 absl::Status CheckOutput(const SharedBytes& output, absl::string_view field, int64_t bytes,
                          const Payload& input);
 
-// Moves `payload` into memory of its own if `output` is where it lies: for calls that may
-// read their input once more after they have written.
-absl::Status MoveOutOf(Core& core, const SharedBytes& output, Payload& payload);
+// Moves `payload` into memory of its own if `output`, the request's `field`, is where it lies:
+// for calls that may read their input once more after they have written. INVALID_ARGUMENT
+// where that is on a device.
+absl::Status MoveOutOf(Core& core, const SharedBytes& output, absl::string_view field,
+                       Payload& payload);
+
+// A tensor of a call, as a request's field names it.
+struct TensorPlace {
+  absl::string_view field;
+  bool on_device;
+};
+
+// Where the tensors of a call lie: INVALID_ARGUMENT names the first that is on the host while
+// another is on the device.
+absl::StatusOr<Place> CommonPlace(std::initializer_list<TensorPlace> tensors);
 
 }  // namespace normd
 

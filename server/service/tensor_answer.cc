@@ -3,10 +3,26 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "server/error/error.h"
 #include "server/service/convert.h"
 
 namespace normd {
+namespace {
+
+// Without a retry delay: it never fits.
+absl::Status TooLargeForDevice() {
+  constexpr char kFlag[] = "--device_memory_budget";
+  absl::Status status = absl::ResourceExhaustedError(
+      absl::StrCat("the call needs more of the device's memory than ", kFlag,
+                   " allows; send smaller tensors, or ", "set ", kFlag));
+  v1::ErrorDetail detail;
+  detail.set_flag(kFlag);
+  SetDetail(status, detail);
+  return status;
+}
+
+}  // namespace
 
 absl::Status NoSystemMemory() {
   return Retryable(absl::StatusCode::kResourceExhausted,
@@ -39,10 +55,14 @@ absl::Status ToStatus(Outcome outcome) {
     case Outcome::kStopped:
       return absl::CancelledError("the call was cancelled or its deadline passed");
     case Outcome::kOutOfMemory:
-      return Retryable(absl::StatusCode::kResourceExhausted, "the device has no memory left",
-                       absl::Seconds(1));
+      return Retryable(absl::StatusCode::kResourceExhausted,
+                       "no memory is left for the call on the device (--device_memory_budget), or "
+                       "on the host to get there (--memory_budget)",
+                       absl::Milliseconds(100));
+    case Outcome::kTooLarge: return TooLargeForDevice();
     case Outcome::kDeviceFailed:
       return absl::InternalError("the device failed, and takes no more calls; see normd's log");
+    case Outcome::kRefused: return absl::InternalError("the device refused what it was given");
   }
   return absl::InternalError("unknown outcome");
 }
@@ -61,11 +81,10 @@ BatchMoments MomentsFor(const NormProblem& problem) {
 }
 
 absl::StatusOr<BatchMoments> MomentsOf(Core& core, const NormProblem& problem, const char* input,
-                                       const std::stop_token& stop) {
+                                       Place place, const std::stop_token& stop) {
   BatchMoments moments = MomentsFor(problem);
   const Outcome outcome = core.backend->ForwardByBatch(
-      problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}}, Place::kHost,
-      stop);
+      problem, {.x = input, .moments = {moments.mean.data(), moments.m2.data()}}, place, stop);
   if (absl::Status status = ToStatus(outcome); !status.ok()) return status;
   return moments;
 }

@@ -53,7 +53,7 @@ std::vector<double> ToDoubles(const Values& values);
 BatchMoments MomentsFor(const NormProblem& problem);
 // The moments of `input` itself. Runs on the calling thread and those of the backend.
 absl::StatusOr<BatchMoments> MomentsOf(Core& core, const NormProblem& problem, const char* input,
-                                       const std::stop_token& stop);
+                                       Place place, const std::stop_token& stop);
 // Biased variance of a batch.
 std::vector<double> BiasedVariance(const BatchMoments& moments);
 

@@ -105,7 +105,15 @@ absl::StatusOr<std::shared_ptr<Region>> Region::Make(int64_t bytes, MemoryClaim 
       new Region(static_cast<char*>(data), bytes, std::move(shared), std::move(memory)));
 }
 
+std::shared_ptr<Region> Region::OnDevice(int64_t bytes, std::shared_ptr<void> memory) {
+  std::shared_ptr<Region> region(
+      new Region(static_cast<char*>(memory.get()), bytes, MemoryClaim(), MemoryClaim()));
+  region->device_memory_ = std::move(memory);
+  return region;
+}
+
 Region::~Region() {
+  if (on_device()) return;
   // Else a client that keeps its mapping would keep memory that nobody counts. What it
   // touches after this is its own, as if it had allocated it.
   if (abandoned_.load(std::memory_order_relaxed)) madvise(data_, size_, MADV_REMOVE);
@@ -170,7 +178,7 @@ absl::StatusOr<std::string> Regions::Add(const std::string& connection, absl::st
   if (found == connections_.end()) {
     return NotThere("connection", connection, "a connection that is still open");
   }
-  if (!Send(found->second.socket.get(), *name, fd.get())) {
+  if (fd.get() >= 0 && !Send(found->second.socket.get(), *name, fd.get())) {
     return Retryable(absl::StatusCode::kResourceExhausted,
                      absl::StrCat("the region cannot be sent: ", std::strerror(errno),
                                   "; does the client take those it was sent?"),
@@ -188,19 +196,34 @@ absl::StatusOr<std::string> Regions::Register(const std::string& connection,
     return LimitExceeded("region_bytes", absl::StrCat("a region of ", bytes, " bytes"),
                          limits_.max_region_bytes, "--max_region_bytes");
   }
-  if (absl::Status begun = BeginRegion(connection); !begun.ok()) return begun;
-  // Outside of the lock: the system may take its time.
-  const auto make = [&]() -> absl::StatusOr<std::string> {
+  return AddNew(connection, owner, [&](OwnedFd& fd) -> absl::StatusOr<std::shared_ptr<Region>> {
     auto shared = shared_->Claim(bytes);
     if (!shared.ok()) return ForField(shared.status(), "region_bytes");
     auto memory = memory_->Claim(bytes);
     if (!memory.ok()) return ForField(memory.status(), "region_bytes");
-    OwnedFd fd;
-    auto region = Region::Make(bytes, *std::move(shared), *std::move(memory), fd);
-    if (!region.ok()) return region.status();
-    return Add(connection, owner, *std::move(region), std::move(fd));
-  };
-  auto made = make();
+    return Region::Make(bytes, *std::move(shared), *std::move(memory), fd);
+  });
+}
+
+absl::StatusOr<std::string> Regions::RegisterOnDevice(const std::string& connection,
+                                                      absl::string_view owner, int64_t bytes,
+                                                      OpenDevice open) {
+  if (bytes < 1) return InvalidField("region_bytes", absl::StrCat(bytes), "1 or more");
+  return AddNew(connection, owner, [&](OwnedFd&) -> absl::StatusOr<std::shared_ptr<Region>> {
+    auto memory = open();
+    if (!memory.ok()) return memory.status();
+    return Region::OnDevice(bytes, *std::move(memory));
+  });
+}
+
+absl::StatusOr<std::string> Regions::AddNew(const std::string& connection, absl::string_view owner,
+                                            Make make) {
+  if (absl::Status begun = BeginRegion(connection); !begun.ok()) return begun;
+  // Outside of the lock: the system may take its time.
+  OwnedFd fd;
+  auto region = make(fd);
+  auto made = region.ok() ? Add(connection, owner, *std::move(region), std::move(fd))
+                          : absl::StatusOr<std::string>(region.status());
   absl::MutexLock lock(&mutex_);
   const auto found = connections_.find(connection);
   if (found != connections_.end()) --found->second.making;

@@ -12,6 +12,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -22,8 +23,9 @@
 
 namespace normd {
 
-// One region, mapped for as long as this lives. A memfd that can neither shrink nor grow
-// (it is sealed), so that every byte of the mapping can be touched whatever the client
+// One region, there for as long as this lives: memory of the host that the server made, or
+// of its GPU that the client has. What follows is about the first. A memfd that can neither shrink
+// nor grow (it is sealed), so that every byte of the mapping can be touched whatever the client
 // does with its own descriptor. What lies in it may change at any time: nothing that is
 // read here may decide where memory is read or written.
 class Region {
@@ -37,12 +39,16 @@ class Region {
   // RESOURCE_EXHAUSTED where the system has no such memory.
   static absl::StatusOr<std::shared_ptr<Region>> Make(int64_t bytes, MemoryClaim shared,
                                                       MemoryClaim memory, OwnedFd& fd);
+  // `bytes` of a device's memory, which `memory` keeps open.
+  static std::shared_ptr<Region> OnDevice(int64_t bytes, std::shared_ptr<void> memory);
   ~Region();
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
 
+  // With on_device(), where the device has it: not to be touched here.
   char* data() const { return data_; }
   uint64_t size() const { return size_; }
+  bool on_device() const { return device_memory_ != nullptr; }
 
   // The client has given the region up: its pages go with the mapping, though the client
   // may have kept one of its own.
@@ -60,6 +66,7 @@ class Region {
   std::atomic<bool> abandoned_ = false;
   MemoryClaim shared_;
   MemoryClaim memory_;
+  std::shared_ptr<void> device_memory_;
 };
 
 // A part of a region, which stays mapped while this lives.
@@ -68,6 +75,8 @@ struct SharedBytes {
   v1::SharedMemory name;
   char* data = nullptr;
   size_t size = 0;
+
+  bool on_device() const { return region != nullptr && region->on_device(); }
 };
 
 struct RegionLimits {
@@ -99,6 +108,12 @@ class Regions {
   // The errors are RegisterSharedMemory's.
   absl::StatusOr<std::string> Register(const std::string& connection, absl::string_view owner,
                                        int64_t bytes);
+  // Likewise a region of `bytes` of device memory that `open` opens, which is the client's
+  // own: nothing is claimed and nothing sent.
+  using OpenDevice = absl::FunctionRef<absl::StatusOr<std::shared_ptr<void>>()>;
+  absl::StatusOr<std::string> RegisterOnDevice(const std::string& connection,
+                                               absl::string_view owner, int64_t bytes,
+                                               OpenDevice open);
   // NOT_FOUND where there is no such region of `owner`.
   absl::Status Unregister(const std::string& region, absl::string_view owner);
   // The bytes that `name` says. INVALID_ARGUMENT or NOT_FOUND, with `field` naming the
@@ -128,6 +143,11 @@ class Regions {
   };
 
   absl::Status BeginRegion(const std::string& connection);
+  // Begins a region and ends with Add() what make(fd) answers; a descriptor that it sets is
+  // sent.
+  using Make = absl::FunctionRef<absl::StatusOr<std::shared_ptr<Region>>(OwnedFd& fd)>;
+  absl::StatusOr<std::string> AddNew(const std::string& connection, absl::string_view owner,
+                                     Make make);
   absl::StatusOr<std::string> Add(const std::string& connection, absl::string_view owner,
                                   std::shared_ptr<Region> region, OwnedFd fd);
 

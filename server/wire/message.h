@@ -30,6 +30,8 @@ struct Payload {
   ClaimedBuffer gathered;
   // Keeps them where they lie elsewhere.
   std::shared_ptr<const void> keep = nullptr;
+  // They are in a device's memory: not to be touched here.
+  bool on_device = false;
 };
 
 // One top-level field of type Tensor, and where its payload goes.

@@ -478,7 +478,7 @@ class Start(LifecycleCase):
         done = run_normd("--help")
         self.assertEqual(done.returncode, 0, done.stdout)
         for flag in ("listen", "port_file", "state_dir", "backend", "cuda_devices",
-                     "threads", "deterministic",
+                     "device_memory_budget", "cuda_ipc", "threads", "deterministic",
                      "durability", "checkpoint_interval", "keep_checkpoints", "max_message_bytes",
                      "max_instances", "max_features", "admission_queue_timeout", "memory_budget",
                      "context_budget",
@@ -488,6 +488,7 @@ class Start(LifecycleCase):
     def test_a_bad_flag_is_named(self):
         for flag in ("--listen=nonsense", "--listen=127.0.0.1:99999", "--listen=", "--backend=tpu",
                      "--cuda_devices=-1", "--cuda_devices=0,0", "--cuda_devices=first",
+                     "--device_memory_budget=-1", "--cuda_ipc=maybe", "--cuda_ipc=on",
                      "--threads=-1", "--threads=many", "--durability=sometimes",
                      "--checkpoint_interval=-1s", "--checkpoint_interval=soon",
                      "--keep_checkpoints=0", "--keep_checkpoints=-3", "--max_message_bytes=0",

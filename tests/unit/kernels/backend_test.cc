@@ -51,6 +51,22 @@ TEST_P(Conformance, DifferentiatesThroughReluAndResidual) {
   Check({.by_batch = false, .residual = true, .relu = true}, false, 5);
 }
 
+// Sets of more than a block of a GPU keeps, or too few of them for it; many rows.
+TEST_P(Conformance, TakesLargeSetsAndManyRows) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (NormProblem problem : {NormProblem{.batch = 2, .channels = 3, .positions = 21001},
+                                NormProblem{.batch = 5, .channels = 4, .positions = 6400},
+                                NormProblem{.batch = 1100,
+                                .channels = 264,
+                                .positions = 1,
+                                .reduction = Reduction::kPerSampleGroup}}) {
+      problem.dtype = dtype;
+      ExpectForwardMatches(*backend_, problem, {.residual = true, .relu = true});
+      ExpectBackwardMatches(*backend_, problem, {.residual = true, .relu = true});
+    }
+  }
+}
+
 TEST_P(Conformance, RoundsHalvesToNearestEven) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     // Statistics 0 and 1 with eps 0: y is x * weight, rounded once.

@@ -1,6 +1,8 @@
 #include "tests/unit/kernels/emulated_device.h"
 
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -53,41 +55,71 @@ class GuardedMemory {
   std::map<void*, Block> blocks_;
 };
 
+// Does nothing before it is waited for: who forgets to wait finds nothing done.
 class EmulatedStream final : public cuda::Stream {
  public:
-  explicit EmulatedStream(EmulatedState& state) : state_(state) { ++state_.streams; }
+  EmulatedStream(EmulatedState& state, const cuda::Limits& limits)
+      : state_(state), limits_(limits) {
+    ++state_.streams;
+  }
   ~EmulatedStream() override { --state_.streams; }
 
   Outcome CopyIn(void* device, const void* pinned, size_t bytes) override {
-    std::memcpy(device, pinned, bytes);
-    return state();
+    state_.bytes_in += static_cast<int64_t>(bytes);
+    return Enqueue([=] { std::memcpy(device, pinned, bytes); });
   }
   Outcome CopyOut(void* pinned, const void* device, size_t bytes) override {
-    std::memcpy(pinned, device, bytes);
-    return state();
+    return Enqueue([=] { std::memcpy(pinned, device, bytes); });
+  }
+  Outcome CopyWithin(void* to, const void* from, size_t bytes) override {
+    return Enqueue([=] { std::memcpy(to, from, bytes); });
   }
   Outcome Forward(const cuda::ForwardWork& work) override { return Launch(work); }
   Outcome Backward(const cuda::BackwardWork& work) override { return Launch(work); }
-  Outcome Mark(int) override { return state(); }
-  Outcome WaitFor(int) override { return state(); }
-  Outcome Wait() override { return state(); }
+  Outcome Mark(int mark) override {
+    marks_[mark] = done_ + static_cast<int64_t>(pending_.size());
+    return state();
+  }
+  Outcome WaitFor(int mark) override { return DoUntil(marks_[mark]); }
+  Outcome Wait() override { return DoUntil(done_ + static_cast<int64_t>(pending_.size())); }
 
  private:
   Outcome state() const { return state_.fail ? Outcome::kDeviceFailed : Outcome::kOk; }
 
-  template <class Work>
-  Outcome Launch(const Work& work) {
-    ++state_.launches;
-    if (!state_.fail) cuda::Run(emulated::Launch{}, work);
+  Outcome Enqueue(std::function<void()> work) {
+    if (state_.fail) return Outcome::kDeviceFailed;
+    pending_.push_back(std::move(work));
+    return Outcome::kOk;
+  }
+
+  Outcome DoUntil(int64_t count) {
+    for (; done_ < count; ++done_) {
+      pending_.front()();
+      pending_.pop_front();
+    }
     return state();
   }
 
+  template <class Work>
+  Outcome Launch(const Work& work) {
+    ++state_.launches;
+    if (state_.on_launch) state_.on_launch();
+    return Enqueue([this, work] {
+      cuda::Run(emulated::Launch{limits_, &state_.kernels, &state_.cooperative_kernels}, work);
+    });
+  }
+
   EmulatedState& state_;
+  const cuda::Limits limits_;
+  std::deque<std::function<void()>> pending_;
+  int64_t done_ = 0;  // of all so far
+  int64_t marks_[kMarks] = {};
 };
 
 class EmulatedDevice final : public cuda::Device {
  public:
-  explicit EmulatedDevice(std::shared_ptr<EmulatedState> state) : state_(std::move(state)) {}
+  EmulatedDevice(std::shared_ptr<EmulatedState> state, const cuda::Limits& limits)
+      : state_(std::move(state)), limits_(limits) {}
 
   DeviceInfo info() const override {
     return {.name = "emulated", .memory_bytes = state_->memory_bytes};
@@ -112,8 +144,17 @@ class EmulatedDevice final : public cuda::Device {
   void FreePinned(void* memory) override {
     state_->pinned_bytes -= static_cast<int64_t>(memory_.Put(memory));
   }
+  Outcome OpenShared(const DeviceHandle& handle, void** memory, size_t* bytes) override {
+    const auto found = state_->shared.find(handle);
+    if (found == state_->shared.end()) return Outcome::kRefused;
+    ++state_->shared_open;
+    *memory = found->second.data();
+    *bytes = found->second.size();
+    return Outcome::kOk;
+  }
+  void CloseShared(void*) override { --state_->shared_open; }
   std::unique_ptr<cuda::Stream> NewStream() override {
-    return std::make_unique<EmulatedStream>(*state_);
+    return std::make_unique<EmulatedStream>(*state_, limits_);
   }
   size_t ScratchBytes(const cuda::ForwardWork& work) const override {
     return cuda::ScratchBytesOf<emulated::Launch>(work);
@@ -124,13 +165,15 @@ class EmulatedDevice final : public cuda::Device {
 
  private:
   const std::shared_ptr<EmulatedState> state_;
+  const cuda::Limits limits_;
   GuardedMemory memory_;
 };
 
 }  // namespace
 
-std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state) {
-  return std::make_unique<EmulatedDevice>(std::move(state));
+std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state,
+                                                 const cuda::Limits& limits) {
+  return std::make_unique<EmulatedDevice>(std::move(state), limits);
 }
 
 }  // namespace normd

@@ -5,23 +5,44 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <memory>
+#include <vector>
 
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/residence.h"
 
 namespace normd {
+
+// A device of this kind that keeps much in shared memory, and one that has what all have.
+inline constexpr cuda::Limits kLargeDevice{
+    .shared_bytes = int64_t{227} << 10, .multiprocessors = 6, .cooperative = true};
+inline constexpr cuda::Limits kSmallDevice{.multiprocessors = 6};
 
 // What a test may ask of it, and see; shared with the device, which the backend owns.
 struct EmulatedState {
   std::atomic<int64_t> memory_bytes = int64_t{1} << 40;  // that there are
   std::atomic<int64_t> bytes_in_use = 0;                 // of the device's
   std::atomic<int64_t> pinned_bytes = 0;
+  std::atomic<int64_t> bytes_in = 0;  // copied to the device so far
   std::atomic<int> streams = 0;
-  std::atomic<int> launches = 0;   // of whole calls
+  std::atomic<int> launches = 0;  // of whole calls
+  std::atomic<int> kernels = 0;
+  std::atomic<int> cooperative_kernels = 0;
   std::atomic<bool> fail = false;  // every launch from now on
+  std::atomic<int> shared_open = 0;
+
+  // Called by each launch, if set. Not changed while calls are under way, but by itself.
+  std::function<void()> on_launch;
+
+  // Memory of "another process", as many bytes as it has, by a handle; what is not here
+  // cannot be opened. Not changed while calls are under way.
+  std::map<DeviceHandle, std::vector<char>> shared;
 };
 
-std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state);
+std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state,
+                                                 const cuda::Limits& limits = kLargeDevice);
 
 }  // namespace normd
 

@@ -2,10 +2,10 @@
 #undef _FORTIFY_SOURCE
 #include "tests/unit/kernels/emulated_gpu.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -27,25 +27,38 @@ struct Fiber {
 
 class Block {
  public:
-  void Run(int threads, const std::function<void()>& body, bool reverse) {
+  void Begin(Index index, int threads, int64_t shared_bytes, const std::function<void()>& body) {
     while (fibers_.size() < static_cast<size_t>(threads)) {
       fibers_.push_back(std::make_unique<Fiber>());
     }
+    index_ = index;
+    threads_ = threads;
     body_ = &body;
+    shared_bytes_ = static_cast<size_t>(shared_bytes);
+    shared_.assign(shared_bytes_ + 16 + kGuard, kUntouched);
     for (int t = 0; t < threads; ++t) fibers_[static_cast<size_t>(t)]->done = false;
-    for (bool any = true; any;) {
-      int done = 0;
-      for (int k = 0; k < threads; ++k) {
-        const int t = reverse ? threads - 1 - k : k;
-        Resume(t);
-        done += fibers_[static_cast<size_t>(t)]->done ? 1 : 0;
-      }
-      if (done != 0 && done != threads) {
-        std::fprintf(stderr, "%d of %d threads missed a barrier\n", done, threads);
-        std::abort();
-      }
-      any = done == 0;
+  }
+
+  // To the next barrier; whether there was one.
+  bool Step() {
+    running = this;
+    block_index = index_;
+    int done = 0;
+    for (int k = 0; k < threads_; ++k) {
+      const int t = index_.x % 2 == 1 ? threads_ - 1 - k : k;
+      Resume(t);
+      done += fibers_[static_cast<size_t>(t)]->done ? 1 : 0;
     }
+    if (done != 0 && done != threads_) {
+      std::fprintf(stderr, "%d of %d threads missed a barrier\n", done, threads_);
+      std::abort();
+    }
+    if (done != 0 && std::any_of(shared() + shared_bytes_, shared() + shared_bytes_ + kGuard,
+                                 [](unsigned char byte) { return byte != kUntouched; })) {
+      std::fprintf(stderr, "a block wrote past its shared memory\n");
+      std::abort();
+    }
+    return done == 0;
   }
 
   // Back to whoever resumed this fiber.
@@ -53,9 +66,19 @@ class Block {
     if (_setjmp(current_->place) == 0) _longjmp(resumer_, 1);
   }
 
+  unsigned char* shared() {
+    auto* const begin = shared_.data();
+    return begin + (16 - reinterpret_cast<uintptr_t>(begin) % 16) % 16;
+  }
+
+  static thread_local Block* running;
+
  private:
+  static constexpr size_t kGuard = 256;
+  static constexpr unsigned char kUntouched = 0xcd;
+
   static void Main() {
-    Block& block = Of();
+    Block& block = *running;
     for (;;) {
       (*block.body_)();
       block.current_->done = true;
@@ -78,45 +101,73 @@ class Block {
   }
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<unsigned char> shared_;
+  size_t shared_bytes_ = 0;
+  Index index_;
+  int threads_ = 0;
   const std::function<void()>* body_ = nullptr;
   Fiber* current_ = nullptr;
   jmp_buf resumer_;
-
- public:
-  static Block& Of() {
-    thread_local Block block;
-    return block;
-  }
-  std::vector<unsigned char> shared;
 };
+
+thread_local Block* Block::running = nullptr;
+
+// So many blocks of this thread, kept for the next launch.
+std::vector<std::unique_ptr<Block>>& Blocks(int64_t count) {
+  thread_local std::vector<std::unique_ptr<Block>> blocks;
+  while (blocks.size() < static_cast<size_t>(count)) blocks.push_back(std::make_unique<Block>());
+  return blocks;
+}
 
 }  // namespace
 
-void SyncThreads() { Block::Of().Yield(); }
+void SyncThreads() { Block::running->Yield(); }
 
-unsigned char* SharedMemory() {
-  auto* const begin = Block::Of().shared.data();
-  return begin + (16 - reinterpret_cast<uintptr_t>(begin) % 16) % 16;
+void Meet(unsigned* arrived, unsigned parts) {
+  SyncThreads();
+  if (thread_index.x == 0) ++*arrived;
+  SyncThreads();
+  // All threads of a block see the same: others run between barriers alone.
+  while (*static_cast<volatile unsigned*>(arrived) < parts) SyncThreads();
 }
+
+unsigned char* SharedMemory() { return Block::running->shared(); }
 
 void RunGrid(int64_t blocks, int64_t blocks_y, int threads, int64_t shared_bytes,
              const std::function<void()>& thread) {
-  Block& block = Block::Of();
+  Block& block = *Blocks(1)[0];
   block_dim = {static_cast<unsigned>(threads), 1};
   grid_dim = {static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y)};
   for (int64_t y = 0; y < blocks_y; ++y) {
     for (int64_t x = 0; x < blocks; ++x) {
-      block_index = {static_cast<unsigned>(x), static_cast<unsigned>(y)};
+      const Index index = {static_cast<unsigned>(x), static_cast<unsigned>(y)};
       if (shared_bytes == 0) {  // no barriers either
+        block_index = index;
         for (int t = 0; t < threads; ++t) {
           thread_index = {static_cast<unsigned>(t), 0};
           thread();
         }
         continue;
       }
-      block.shared.assign(static_cast<size_t>(shared_bytes) + 16, 0xcd);
-      block.Run(threads, thread, x % 2 == 1);
+      block.Begin(index, threads, shared_bytes, thread);
+      while (block.Step()) {
+      }
     }
+  }
+}
+
+void RunTogether(int64_t blocks, int threads, int64_t shared_bytes,
+                 const std::function<void()>& thread) {
+  auto& all = Blocks(blocks);
+  block_dim = {static_cast<unsigned>(threads), 1};
+  grid_dim = {static_cast<unsigned>(blocks), 1};
+  std::vector<Block*> running;
+  for (int64_t x = 0; x < blocks; ++x) {
+    running.push_back(all[static_cast<size_t>(x)].get());
+    running.back()->Begin({static_cast<unsigned>(x), 0}, threads, shared_bytes, thread);
+  }
+  while (!running.empty()) {
+    std::erase_if(running, [](Block* block) { return !block->Step(); });
   }
 }
 

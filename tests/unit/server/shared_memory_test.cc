@@ -256,6 +256,51 @@ TEST_F(SharedMemoryTest, RefusedRegionsTakeNothing) {
   EXPECT_TRUE(absl::IsNotFound(regions_.Register("nobody", kOwner, 1).status()));
 }
 
+// It takes no budget and no packet, and is closed when its last user has gone.
+TEST_F(SharedMemoryTest, DeviceMemoryIsForItsOwnerAndOutlivesItsConnectionForTheCallThatUsesIt) {
+  std::string connection;
+  ClientEnd client = Connect(&connection);
+  int open = 0;
+  std::array<char, kSize> memory;
+  const auto opener = [&]() -> absl::StatusOr<std::shared_ptr<void>> {
+    ++open;
+    return std::shared_ptr<void>(memory.data(), [&](void*) { --open; });
+  };
+  const auto region = regions_.RegisterOnDevice(connection, kOwner, kSize, opener);
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_EQ(region->size(), 16u);
+  EXPECT_EQ(regions_.usage().regions, 1);
+  EXPECT_EQ(memory_.in_use(), 0);
+  EXPECT_TRUE(absl::IsNotFound(regions_.Find(Name(*region, 0, 64), "someone", "x").status()));
+  EXPECT_TRUE(
+      absl::IsInvalidArgument(regions_.Find(Name(*region, 64, kSize), kOwner, "x").status()));
+  {
+    const auto in_use = regions_.Find(Name(*region, 64, 64), kOwner, "x");
+    ASSERT_TRUE(in_use.ok());
+    EXPECT_TRUE(in_use->on_device());
+    EXPECT_EQ(in_use->data, memory.data() + 64);
+    regions_.Disconnect(connection, /*by_client=*/true);
+    EXPECT_TRUE(absl::IsNotFound(regions_.Find(Name(*region, 0, 64), kOwner, "x").status()));
+    EXPECT_EQ(open, 1);
+  }
+  EXPECT_EQ(open, 0);
+  EXPECT_EQ(client.Receive(), "");  // nothing was sent before the end
+
+  // What is refused is not opened, or is closed again.
+  EXPECT_TRUE(
+      absl::IsNotFound(regions_.RegisterOnDevice(connection, kOwner, kSize, opener).status()));
+  const ClientEnd other = Connect(&connection);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_TRUE(regions_.RegisterOnDevice(connection, kOwner, kSize, opener).ok());
+  }
+  EXPECT_EQ(open, 3);
+  EXPECT_EQ(DetailOf(regions_.RegisterOnDevice(connection, kOwner, kSize, opener).status()).flag(),
+            "--max_regions");
+  EXPECT_EQ(open, 3);
+  regions_.Disconnect(connection, /*by_client=*/true);
+  EXPECT_EQ(open, 0);
+}
+
 TEST_F(SharedMemoryTest, AClientThatTakesNothingIsNotWaitedFor) {
   Regions many(&shared_, &memory_, {.max_region_bytes = kSize, .max_regions = 1 << 20});
   std::array<int, 2> ends;
