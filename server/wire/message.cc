@@ -9,7 +9,6 @@
 
 #include "google/protobuf/io/coded_stream.h"
 #include "google/protobuf/io/zero_copy_stream_impl_lite.h"
-#include "grpcpp/support/proto_buffer_reader.h"
 #include "normd/v1/tensor.pb.h"
 #include "server/error/error.h"
 
@@ -91,8 +90,52 @@ bool CopyField(CodedInputStream& in, uint32_t tag, std::string& out) {
   }
 }
 
+// The slices of a message, each let go of when the next is read.
+class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
+ public:
+  explicit SliceStream(std::vector<grpc::Slice> slices) : slices_(std::move(slices)) {}
+
+  // What was read last.
+  const grpc::Slice& current() const { return current_; }
+
+  bool Next(const void** data, int* size) override {
+    while (offset_ == current_.size()) {
+      if (next_ == slices_.size()) return false;
+      current_ = std::move(slices_[next_++]);
+      offset_ = 0;
+    }
+    *data = current_.begin() + offset_;
+    *size = static_cast<int>(current_.size() - offset_);
+    count_ += *size;
+    offset_ = current_.size();
+    return true;
+  }
+  void BackUp(int count) override {
+    offset_ -= static_cast<size_t>(count);
+    count_ -= count;
+  }
+  bool Skip(int count) override {
+    const void* data = nullptr;
+    int size = 0;
+    while (count > 0 && Next(&data, &size)) {
+      if (size > count) BackUp(size - count);
+      count -= std::min(count, size);
+    }
+    return count == 0;
+  }
+  int64_t ByteCount() const override { return count_; }
+
+ private:
+  std::vector<grpc::Slice> slices_;
+  size_t next_ = 0;
+  grpc::Slice current_;
+  size_t offset_ = 0;  // of what has not been read in it
+  int64_t count_ = 0;
+};
+
 // Takes the next `size` bytes, which are known to be there.
-absl::Status TakePayload(CodedInputStream& in, int size, BufferPool& pool, Payload& payload) {
+absl::Status TakePayload(const SliceStream& slices, CodedInputStream& in, int size,
+                         BufferPool& pool, Payload& payload) {
   payload = Payload();
   payload.size = static_cast<size_t>(size);
   if (size == 0) return absl::OkStatus();
@@ -100,8 +143,13 @@ absl::Status TakePayload(CodedInputStream& in, int size, BufferPool& pool, Paylo
   int available = 0;
   if (in.GetDirectBufferPointer(&piece, &available) && available >= size &&
       reinterpret_cast<uintptr_t>(piece) % kAlignment == 0) {
-    payload.data = static_cast<const char*>(piece);
-    return in.Skip(size) ? absl::OkStatus() : Malformed();
+    payload.slice = slices.current();
+    // A slice of a few bytes has them within itself, and moves with them.
+    if (payload.slice->begin() == slices.current().begin()) {
+      payload.data = static_cast<const char*>(piece);
+      return in.Skip(size) ? absl::OkStatus() : Malformed();
+    }
+    payload.slice.reset();
   }
   payload.gathered.buffer = pool.Get(payload.size);
   if (payload.gathered.buffer.data() == nullptr) {
@@ -112,8 +160,8 @@ absl::Status TakePayload(CodedInputStream& in, int size, BufferPool& pool, Paylo
 }
 
 // Reads the fields of a Tensor up to the stream's limit.
-absl::Status ReadTensor(CodedInputStream& in, BufferPool& pool, std::string& header,
-                        Payload& payload) {
+absl::Status ReadTensor(const SliceStream& slices, CodedInputStream& in, BufferPool& pool,
+                        std::string& header, Payload& payload) {
   const uint32_t data_tag = MakeTag(v1::Tensor::kDataFieldNumber, kLength);
   while (in.BytesUntilLimit() > 0) {
     const uint32_t tag = ReadTag(in);
@@ -122,7 +170,7 @@ absl::Status ReadTensor(CodedInputStream& in, BufferPool& pool, std::string& hea
       if (!ReadSize(in, size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
         return Malformed();
       }
-      absl::Status taken = TakePayload(in, static_cast<int>(size), pool, payload);
+      absl::Status taken = TakePayload(slices, in, static_cast<int>(size), pool, payload);
       if (!taken.ok()) return taken;
     } else if (tag == 0 || !CopyField(in, tag, header)) {
       return Malformed();
@@ -151,14 +199,15 @@ grpc::Slice LendingSlice(Buffer buffer, std::shared_ptr<void> keep) {
 
 }  // namespace
 
-absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
+absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
                           BufferPool& pool, google::protobuf::MessageLite& header) {
   const size_t total = message.Length();
   if (total > std::numeric_limits<int>::max()) return Malformed();
-  // The reader takes no ownership; its interface lacks the const.
-  grpc::ProtoBufferReader reader(const_cast<grpc::ByteBuffer*>(&message));
-  if (!reader.status().ok()) return Malformed();
-  CodedInputStream in(&reader);
+  std::vector<grpc::Slice> all;
+  if (!message.Dump(&all).ok()) return Malformed();
+  message.Clear();
+  SliceStream slices(std::move(all));
+  CodedInputStream in(&slices);
   in.PushLimit(static_cast<int>(total));
 
   std::string fields_but_data;
@@ -177,7 +226,7 @@ absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const Tens
     }
     std::string tensor;
     const CodedInputStream::Limit outer = in.PushLimit(static_cast<int>(size));
-    absl::Status read = ReadTensor(in, pool, tensor, *field->payload);
+    absl::Status read = ReadTensor(slices, in, pool, tensor, *field->payload);
     if (!read.ok()) return read;
     in.PopLimit(outer);
     AppendVarint(tag, fields_but_data);

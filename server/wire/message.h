@@ -21,13 +21,15 @@
 
 namespace normd {
 
-// The bytes of a tensor: they lie in the message itself, or were gathered from its
+// The bytes of a tensor: they lie in a slice of the message, or were gathered from its
 // slices, or lie elsewhere. Aligned for any element type.
 struct Payload {
   const char* data = nullptr;
   size_t size = 0;
   // Holds the bytes where they were gathered.
   ClaimedBuffer gathered;
+  // Keeps them where they lie in the message.
+  std::optional<grpc::Slice> slice = std::nullopt;
   // Keeps them where they lie elsewhere.
   std::shared_ptr<const void> keep = nullptr;
 };
@@ -43,9 +45,9 @@ struct TensorField {
 // any order and repeated ones as protobuf does (the last one counts).
 // INVALID_ARGUMENT for bytes that are no such message. RESOURCE_EXHAUSTED when
 // there is no memory to gather in.
-// The payloads are good while `message` and `pool` are; gathered ones without `message`
-// too. What is gathered is claimed by the caller: never more than the message's bytes.
-absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
+// Empties `message`: each slice goes as soon as it has been read, but one that a payload
+// lies in. What is gathered is claimed by the caller: never more than the message's bytes.
+absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
                           BufferPool& pool, google::protobuf::MessageLite& header);
 
 // One top-level field of type Tensor of an answer.
