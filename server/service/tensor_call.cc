@@ -150,7 +150,7 @@ class TensorCall final : public RawCall {
     bool is_kept = false;
     for (Payload& payload : payloads_) {
       payload.gathered.claim = spare.Split(static_cast<int64_t>(payload.gathered.buffer.size()));
-      is_kept |= payload.slice.has_value();
+      is_kept |= payload.gathered.buffer.size() != payload.size;
     }
     if (is_kept) admission_.claim = spare.Split(std::min(spare.bytes(), bytes_in_));
     if (bytes_in_ > kLargestInline) core_.pool->GiveBackFreed();

@@ -90,28 +90,47 @@ bool CopyField(CodedInputStream& in, uint32_t tag, std::string& out) {
   }
 }
 
-// The slices of a message, each let go of when the next is read.
+// The slices of a message, let go of as those after them are read, some at a time.
+//
+// The last reference to memory that gRPC has received must be a ByteBuffer's: to drop it takes
+// a context that gRPC 1.51 does not make for a Slice, and near the resource quota it crashes
+// without.
 class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
  public:
-  explicit SliceStream(std::vector<grpc::Slice> slices) : slices_(std::move(slices)) {}
+  // Empties `message`.
+  explicit SliceStream(grpc::ByteBuffer& message) {
+    std::vector<grpc::Slice> all;
+    if (!message.Dump(&all).ok()) return;
+    parts_.reserve(all.size() / kPart + 1);
+    for (size_t begin = 0; begin < all.size(); begin += kPart) {
+      parts_.emplace_back(all.data() + begin, std::min(kPart, all.size() - begin));
+    }
+    all.clear();
+    message.Clear();
+  }
 
-  // What was read last.
-  const grpc::Slice& current() const { return current_; }
+  // What keeps the bytes that were read last where they are; null where nothing can.
+  std::shared_ptr<const void> KeepLast() const {
+    const grpc::Slice& last = slices_[next_ - 1];
+    // A slice of a few bytes has them within itself.
+    if (grpc::Slice(last).begin() != last.begin()) return nullptr;
+    return std::make_shared<grpc::ByteBuffer>(&last, 1);
+  }
 
   bool Next(const void** data, int* size) override {
-    while (offset_ == current_.size()) {
-      if (next_ == slices_.size()) return false;
-      current_ = std::move(slices_[next_++]);
-      offset_ = 0;
+    while (backed_up_ == 0) {
+      while (next_ == slices_.size()) {
+        if (!NextPart()) return false;
+      }
+      backed_up_ = slices_[next_++].size();
     }
-    *data = current_.begin() + offset_;
-    *size = static_cast<int>(current_.size() - offset_);
+    *data = slices_[next_ - 1].end() - backed_up_;
+    *size = static_cast<int>(std::exchange(backed_up_, 0));
     count_ += *size;
-    offset_ = current_.size();
     return true;
   }
   void BackUp(int count) override {
-    offset_ -= static_cast<size_t>(count);
+    backed_up_ = static_cast<size_t>(count);
     count_ -= count;
   }
   bool Skip(int count) override {
@@ -126,10 +145,20 @@ class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
   int64_t ByteCount() const override { return count_; }
 
  private:
-  std::vector<grpc::Slice> slices_;
-  size_t next_ = 0;
-  grpc::Slice current_;
-  size_t offset_ = 0;  // of what has not been read in it
+  static constexpr size_t kPart = 64;  // slices of up to 16 KiB, as HTTP/2 frames them
+
+  bool NextPart() {
+    slices_.clear();
+    next_ = 0;
+    if (part_ > 0) parts_[part_ - 1].Clear();
+    return part_ < parts_.size() && parts_[part_++].Dump(&slices_).ok();
+  }
+
+  std::vector<grpc::ByteBuffer> parts_;
+  size_t part_ = 0;                  // the next
+  std::vector<grpc::Slice> slices_;  // of the one before; destroyed before parts_
+  size_t next_ = 0;                  // of slices_
+  size_t backed_up_ = 0;             // bytes of the slice before that are to be read again
   int64_t count_ = 0;
 };
 
@@ -143,13 +172,11 @@ absl::Status TakePayload(const SliceStream& slices, CodedInputStream& in, int si
   int available = 0;
   if (in.GetDirectBufferPointer(&piece, &available) && available >= size &&
       reinterpret_cast<uintptr_t>(piece) % kAlignment == 0) {
-    payload.slice = slices.current();
-    // A slice of a few bytes has them within itself, and moves with them.
-    if (payload.slice->begin() == slices.current().begin()) {
+    payload.keep = slices.KeepLast();
+    if (payload.keep != nullptr) {
       payload.data = static_cast<const char*>(piece);
       return in.Skip(size) ? absl::OkStatus() : Malformed();
     }
-    payload.slice.reset();
   }
   payload.gathered.buffer = pool.Get(payload.size);
   if (payload.gathered.buffer.data() == nullptr) {
@@ -203,10 +230,7 @@ absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorFiel
                           BufferPool& pool, google::protobuf::MessageLite& header) {
   const size_t total = message.Length();
   if (total > std::numeric_limits<int>::max()) return Malformed();
-  std::vector<grpc::Slice> all;
-  if (!message.Dump(&all).ok()) return Malformed();
-  message.Clear();
-  SliceStream slices(std::move(all));
+  SliceStream slices(message);
   CodedInputStream in(&slices);
   in.PushLimit(static_cast<int>(total));
 
@@ -263,6 +287,7 @@ grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header,
 
 std::optional<Chunk> Chunk::Of(const grpc::ByteBuffer& message, absl::Span<const int> numbers) {
   Chunk chunk;
+  chunk.message_ = message;
   if (!message.Dump(&chunk.slices_).ok()) return std::nullopt;
   // Tag and length, wherever the slices are cut: ten bytes at most.
   std::array<uint8_t, 10> front;

@@ -28,9 +28,7 @@ struct Payload {
   size_t size = 0;
   // Holds the bytes where they were gathered.
   ClaimedBuffer gathered;
-  // Keeps them where they lie in the message.
-  std::optional<grpc::Slice> slice = std::nullopt;
-  // Keeps them where they lie elsewhere.
+  // Keeps them where they lie in a slice or elsewhere.
   std::shared_ptr<const void> keep = nullptr;
 };
 
@@ -45,8 +43,8 @@ struct TensorField {
 // any order and repeated ones as protobuf does (the last one counts).
 // INVALID_ARGUMENT for bytes that are no such message. RESOURCE_EXHAUSTED when
 // there is no memory to gather in.
-// Empties `message`: each slice goes as soon as it has been read, but one that a payload
-// lies in. What is gathered is claimed by the caller: never more than the message's bytes.
+// Empties `message`: its slices go as they are read, but those that a payload lies in. What is
+// gathered is claimed by the caller: never more than the message's bytes.
 absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
                           BufferPool& pool, google::protobuf::MessageLite& header);
 
@@ -81,7 +79,8 @@ class Chunk {
   int number_ = 0;
   size_t size_ = 0;
   size_t offset_ = 0;  // of the first byte, in the slices
-  std::vector<grpc::Slice> slices_;
+  grpc::ByteBuffer message_;
+  std::vector<grpc::Slice> slices_;  // its own, destroyed before it: see SliceStream
 };
 
 // A message whose only field, `number`, is these bytes, lent to gRPC together with `keep`.
