@@ -120,23 +120,45 @@ bool IsTooLong(const absl::Status& status) {
 class Chunks {
  public:
   Chunks(const Tensor& tensor, int field_number, int64_t chunk_bytes)
-      : bytes_(internal::LendBytes(tensor)),
-        field_number_(field_number),
-        chunk_bytes_(static_cast<size_t>(chunk_bytes)) {}
+      : Chunks(tensor.bytes().size(), field_number, chunk_bytes,
+               [bytes = internal::LendBytes(tensor)](size_t begin, size_t end) {
+                 return bytes.sub(begin, end);
+               }) {}
+  Chunks(const TensorSource& source, int64_t size, int field_number, int64_t chunk_bytes)
+      : Chunks(static_cast<size_t>(size), field_number, chunk_bytes,
+               [&source](size_t begin, size_t end) -> absl::StatusOr<grpc::Slice> {
+                 grpc::Slice slice(end - begin);
+                 absl::Status read = source.read(
+                     static_cast<int64_t>(begin),
+                     {reinterpret_cast<char*>(const_cast<uint8_t*>(slice.begin())), slice.size()});
+                 if (!read.ok()) return read;
+                 return slice;
+               }) {}
 
   void Rewind() { offset_ = 0; }
 
-  std::optional<grpc::ByteBuffer> Next() {
-    if (offset_ == bytes_.size()) return std::nullopt;
+  bool done() const { return offset_ == size_; }
+  // Precondition: not done().
+  absl::StatusOr<grpc::ByteBuffer> Next() {
     const size_t begin = offset_;
-    offset_ = std::min(bytes_.size(), begin + chunk_bytes_);
-    return internal::MessageOfBytes(field_number_, bytes_.sub(begin, offset_));
+    offset_ = std::min(size_, begin + chunk_bytes_);
+    auto bytes = get_(begin, offset_);
+    if (!bytes.ok()) return bytes.status();
+    return internal::MessageOfBytes(field_number_, *std::move(bytes));
   }
 
  private:
-  grpc::Slice bytes_;
+  using Get = std::function<absl::StatusOr<grpc::Slice>(size_t begin, size_t end)>;
+  Chunks(size_t size, int field_number, int64_t chunk_bytes, Get get)
+      : size_(size),
+        field_number_(field_number),
+        chunk_bytes_(static_cast<size_t>(chunk_bytes)),
+        get_(std::move(get)) {}
+
+  size_t size_;
   int field_number_;
   size_t chunk_bytes_;
+  Get get_;
   size_t offset_ = 0;
 };
 
@@ -156,51 +178,76 @@ int64_t TensorsIn(const v1::BackwardResponse& header) {
 template <class Header>
 struct StreamAnswer {
   Header header;
-  std::string bytes;           // all chunks
+  std::string bytes;           // all chunks, unless a sink took them
+  int64_t received = 0;        // bytes of them
   std::string residual_bytes;  // all chunks of grad_residual
 };
 
-// Sends `header` and then the chunks, and gathers what comes back; tensors of
-// `expected` bytes each, if all goes well.
+// Sends `header` and then the chunks, and gathers what comes back, the first tensor in `sink`
+// where there is one; tensors of `expected` bytes each, if all goes well.
 template <class Response, class Header>
 absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const char* method,
                                                 const google::protobuf::MessageLite& header,
                                                 std::vector<Chunks> chunks, int64_t expected,
-                                                absl::Time deadline, const Progress& progress) {
+                                                absl::Time deadline, const Progress& progress,
+                                                const TensorSink* sink = nullptr) {
   StreamAnswer<Header> answer;
+  absl::Status our_error;  // of a source or the sink: no other try would do better
+  const auto give_up = [&](absl::Status error) -> grpc::Status {
+    our_error = std::move(error);
+    return {grpc::StatusCode::ABORTED, "given up"};
+  };
   absl::Status status = connection.Run(deadline, [&](grpc::ClientContext* context) {
     // Each attempt begins anew.
     bool header_sent = false;
     bool header_received = false;
     for (Chunks& tensor : chunks) tensor.Rewind();
     answer.bytes.clear();
+    answer.received = 0;
     answer.residual_bytes.clear();
 
-    const auto next_request = [&]() -> std::optional<grpc::ByteBuffer> {
-      if (!std::exchange(header_sent, true)) return internal::MessageOf(header);
-      for (Chunks& tensor : chunks) {
-        if (auto chunk = tensor.Next()) return chunk;
+    const auto next_request = [&](std::optional<grpc::ByteBuffer>* request) -> grpc::Status {
+      if (!std::exchange(header_sent, true)) {
+        *request = internal::MessageOf(header);
+        return grpc::Status::OK;
       }
-      return std::nullopt;
+      for (Chunks& tensor : chunks) {
+        if (tensor.done()) continue;
+        auto chunk = tensor.Next();
+        if (!chunk.ok()) return give_up(chunk.status());
+        *request = *std::move(chunk);
+        break;
+      }
+      return grpc::Status::OK;
     };
-    const auto tell = [&] {
-      if (!progress) return;
-      progress(static_cast<int64_t>(answer.bytes.size() + answer.residual_bytes.size()),
-               expected * TensorsIn(answer.header));
+    absl::Status sunk;
+    const auto take = [&](std::string_view bytes) {
+      if (sink == nullptr) {
+        answer.bytes += bytes;
+      } else if (sunk.ok()) {
+        sunk = (*sink)(answer.received, bytes);
+      }
+      answer.received += static_cast<int64_t>(bytes.size());
+    };
+    const auto take_residual = [&](std::string_view bytes) { answer.residual_bytes += bytes; };
+    const auto taken = [&]() -> grpc::Status {
+      if (!sunk.ok()) return give_up(sunk);
+      if (progress) {
+        progress(answer.received + static_cast<int64_t>(answer.residual_bytes.size()),
+                 expected * TensorsIn(answer.header));
+      }
+      return grpc::Status::OK;
     };
     const auto on_response = [&](grpc::ByteBuffer* buffer) -> grpc::Status {
-      bool is_chunk = header_received &&
-                      internal::AppendBytesOf(*buffer, Response::kChunkFieldNumber, answer.bytes);
+      bool is_chunk =
+          header_received && internal::TakeBytesOf(*buffer, Response::kChunkFieldNumber, take);
       if constexpr (requires { Response::kGradResidualChunkFieldNumber; }) {
         is_chunk =
             is_chunk || (header_received &&
-                         internal::AppendBytesOf(*buffer, Response::kGradResidualChunkFieldNumber,
-                                                 answer.residual_bytes));
+                         internal::TakeBytesOf(*buffer, Response::kGradResidualChunkFieldNumber,
+                                               take_residual));
       }
-      if (is_chunk) {
-        tell();
-        return grpc::Status::OK;
-      }
+      if (is_chunk) return taken();
       Response response;
       auto parsed = grpc::GenericDeserialize<grpc::ProtoBufferReader, Response>(buffer, &response);
       if (!parsed.ok()) return parsed;
@@ -210,15 +257,14 @@ absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const ch
       if (response.has_header()) {
         header_received = true;
         answer.header = std::move(*response.mutable_header());
-        if (TensorsIn(answer.header) > 0) answer.bytes.reserve(expected);
+        if (TensorsIn(answer.header) > 0 && sink == nullptr) answer.bytes.reserve(expected);
         return grpc::Status::OK;
       }
-      answer.bytes += response.chunk();
+      take(response.chunk());
       if constexpr (requires { response.grad_residual_chunk(); }) {
-        answer.residual_bytes += response.grad_residual_chunk();
+        take_residual(response.grad_residual_chunk());
       }
-      tell();
-      return grpc::Status::OK;
+      return taken();
     };
     grpc::Status ended =
         internal::RunStream(connection.generic_stub(), context, method, next_request, on_response);
@@ -227,29 +273,38 @@ absl::StatusOr<StreamAnswer<Header>> CallStream(Connection& connection, const ch
     }
     return ended;
   });
+  if (!our_error.ok()) return our_error;
   if (!status.ok()) return status;
   return answer;
 }
 
-// A streamed tensor is as large as its header says, or the server is at fault.
-absl::StatusOr<Tensor> StreamedTensor(const v1::Tensor& header, std::string bytes) {
-  const size_t received = bytes.size();
+// A streamed tensor, of which `received` bytes came, is as large as its header says, or the
+// server is at fault.
+absl::StatusOr<Tensor> StreamedTensor(const v1::Tensor& header, std::string bytes,
+                                      int64_t received) {
   Tensor tensor = FromWire(header, std::move(bytes));
-  if (static_cast<size_t>(tensor.num_elements()) * SizeOf(tensor.dtype()) != received) {
+  if (tensor.num_elements() * static_cast<int64_t>(SizeOf(tensor.dtype())) != received) {
     return absl::InternalError("the server's stream ended before the tensor did");
   }
   return tensor;
 }
-
+// With `source` and `sink` the bytes come from and go there, and `input` has none.
 absl::StatusOr<ForwardResult> StreamForward(Connection& connection, v1::ForwardRequest request,
                                             const Tensor& input,
                                             const std::optional<Tensor>& residual,
-                                            absl::Time deadline, const Progress& progress) {
+                                            absl::Time deadline, const Progress& progress,
+                                            const TensorSource* source = nullptr,
+                                            const TensorSink* sink = nullptr) {
   const auto chunk_bytes = ChunkBytes(connection, deadline);
   if (!chunk_bytes.ok()) return chunk_bytes.status();
+  const int64_t size = source == nullptr
+                           ? ByteCount(input)
+                           : input.num_elements() * static_cast<int64_t>(SizeOf(input.dtype()));
   *request.mutable_input() = HeaderOf(input);
   std::vector<Chunks> chunks;
-  chunks.emplace_back(input, v1::ForwardStreamRequest::kChunkFieldNumber, *chunk_bytes);
+  constexpr int kInput = v1::ForwardStreamRequest::kChunkFieldNumber;
+  chunks.push_back(source == nullptr ? Chunks(input, kInput, *chunk_bytes)
+                                     : Chunks(*source, size, kInput, *chunk_bytes));
   if (residual) {
     *request.mutable_residual() = HeaderOf(*residual);
     chunks.emplace_back(*residual, v1::ForwardStreamRequest::kResidualChunkFieldNumber,
@@ -258,9 +313,9 @@ absl::StatusOr<ForwardResult> StreamForward(Connection& connection, v1::ForwardR
   v1::ForwardStreamRequest first;
   *first.mutable_header() = std::move(request);
   auto answer = CallStream<v1::ForwardStreamResponse, v1::ForwardResponse>(
-      connection, kForwardStream, first, std::move(chunks), ByteCount(input), deadline, progress);
+      connection, kForwardStream, first, std::move(chunks), size, deadline, progress, sink);
   if (!answer.ok()) return answer.status();
-  auto output = StreamedTensor(answer->header.output(), std::move(answer->bytes));
+  auto output = StreamedTensor(answer->header.output(), std::move(answer->bytes), answer->received);
   if (!output.ok()) return output.status();
   return ResultOf(std::move(answer->header), *std::move(output));
 }
@@ -287,13 +342,16 @@ absl::StatusOr<BackwardResult> StreamBackward(Connection& connection, v1::Backwa
   if (!answer.ok()) return answer.status();
   std::optional<Tensor> grad_input;
   if (answer->header.has_grad_input()) {
-    auto tensor = StreamedTensor(answer->header.grad_input(), std::move(answer->bytes));
+    auto tensor =
+        StreamedTensor(answer->header.grad_input(), std::move(answer->bytes), answer->received);
     if (!tensor.ok()) return tensor.status();
     grad_input = *std::move(tensor);
   }
   std::optional<Tensor> grad_residual;
   if (answer->header.has_grad_residual()) {
-    auto tensor = StreamedTensor(answer->header.grad_residual(), std::move(answer->residual_bytes));
+    const auto received = static_cast<int64_t>(answer->residual_bytes.size());
+    auto tensor =
+        StreamedTensor(answer->header.grad_residual(), std::move(answer->residual_bytes), received);
     if (!tensor.ok()) return tensor.status();
     grad_residual = *std::move(tensor);
   }
@@ -653,6 +711,16 @@ absl::StatusOr<BackwardResult> Client::Backward(std::string_view name, const Ten
   }
   return StreamBackward(*connection_, std::move(request), grad_output, options.input, deadline,
                         call.progress);
+}
+
+absl::StatusOr<ForwardResult> Client::ForwardStream(std::string_view name,
+                                                    const TensorSource& input,
+                                                    const TensorSink& output,
+                                                    const ForwardOptions& options,
+                                                    const CallOptions& call) const {
+  const Tensor shape = Tensor::Borrow(input.dtype, input.shape, "", input.memory_format);
+  return StreamForward(*connection_, ForwardHeader(name, options, call), shape, options.residual,
+                       connection_->DeadlineOf(call), call.progress, &input, &output);
 }
 
 absl::StatusOr<BackwardResult> Client::BackwardStream(std::string_view name,

@@ -157,6 +157,21 @@ struct NamedTensor {
   Tensor tensor;
 };
 
+// A tensor that is sent from where it need not be in memory: a file. Its bytes can be counted
+// in 63 bits.
+struct TensorSource {
+  DataType dtype = DataType::kFloat32;
+  std::vector<int64_t> shape = {};
+  MemoryFormat memory_format = MemoryFormat::kContiguous;
+  // Fills `to` with the bytes from `offset` on. From the first to the last; from the first
+  // again where the call is tried again.
+  std::function<absl::Status(int64_t offset, absl::Span<char> to)> read = {};
+};
+
+// Where a tensor goes that is not to be in memory: takes the bytes from `offset` on, from the
+// first to the last, and from the first again where the call is tried again.
+using TensorSink = std::function<absl::Status(int64_t offset, std::string_view bytes)>;
+
 // --- instances ---
 
 enum class Mode { kTrain, kEval };
@@ -559,6 +574,12 @@ class Client {
                                           const CallOptions& call = {}) const;
   // Through the streams whatever the size.
   absl::StatusOr<ForwardResult> ForwardStream(std::string_view name, const Tensor& input,
+                                              const ForwardOptions& options = {},
+                                              const CallOptions& call = {}) const;
+  // From and to where no tensor need be in memory: the result's output has no bytes. An error
+  // of either end is the call's. Both are used from the calling thread.
+  absl::StatusOr<ForwardResult> ForwardStream(std::string_view name, const TensorSource& input,
+                                              const TensorSink& output,
                                               const ForwardOptions& options = {},
                                               const CallOptions& call = {}) const;
   absl::StatusOr<BackwardResult> BackwardStream(std::string_view name, const Tensor& grad_output,

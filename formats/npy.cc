@@ -16,7 +16,7 @@ namespace {
 constexpr std::string_view kMagic("\x93NUMPY", 6);
 constexpr size_t kAlignment = 64;
 // The header of an unstructured array has some hundred bytes; a longer one is hostile.
-constexpr uint32_t kMaxHeaderBytes = 1 << 20;
+constexpr uint32_t kMaxHeaderBytes = kLongestNpyHeader - 12;
 
 absl::Status Invalid(std::string_view what) {
   return absl::InvalidArgumentError(
@@ -221,7 +221,8 @@ std::string NpyHeader(const Npy& array) {
   return header + dictionary;
 }
 
-absl::StatusOr<Npy> ParseNpy(std::string_view bytes) {
+absl::StatusOr<NpyFront> ParseNpyFront(std::string_view bytes, uint64_t file_bytes) {
+  const size_t front_bytes = bytes.size();
   if (bytes.substr(0, kMagic.size()) != kMagic) {
     return Invalid("it does not begin with \"\\x93NUMPY\"");
   }
@@ -246,20 +247,29 @@ absl::StatusOr<Npy> ParseNpy(std::string_view bytes) {
                                 " are left"));
   }
 
-  Npy array;
+  NpyFront front;
+  Npy& array = front.array;
   absl::Status status = ParseHeader(bytes.substr(0, header_bytes), &array);
   if (!status.ok()) return status;
-  array.data = bytes.substr(header_bytes);
+  front.data_offset = front_bytes - bytes.size() + header_bytes;
+  const uint64_t left = file_bytes - front.data_offset;
   const auto element_size = ElementSize(array.descr);
   if (!element_size.ok()) return element_size.status();
   const auto data_bytes = DataBytes(array.shape, *element_size);
   if (!data_bytes.ok()) return data_bytes.status();
-  if (*data_bytes != array.data.size()) {
+  if (*data_bytes != left) {
     return Invalid(absl::StrCat("its shape (", absl::StrJoin(array.shape, ", "), ") of ",
                                 array.descr, " takes ", *data_bytes, " bytes of data, and it has ",
-                                array.data.size()));
+                                left));
   }
-  return array;
+  return front;
+}
+
+absl::StatusOr<Npy> ParseNpy(std::string_view bytes) {
+  auto front = ParseNpyFront(bytes, bytes.size());
+  if (!front.ok()) return front.status();
+  front->array.data = bytes.substr(front->data_offset);
+  return front->array;
 }
 
 }  // namespace normd

@@ -24,6 +24,19 @@ struct Npy {
 // multiple of 64; the data follow it as they are.
 std::string NpyHeader(const Npy& array);
 
+// An array of a file that has not been read as a whole.
+struct NpyFront {
+  Npy array;                 // without data
+  uint64_t data_offset = 0;  // where these begin in the file; they end it
+};
+
+// No file has more before its data.
+inline constexpr uint64_t kLongestNpyHeader = (1 << 20) + 12;
+
+// Parses what precedes the data of a file of `file_bytes` bytes; `front`: the first
+// kLongestNpyHeader of them, or all. Refuses what ParseNpy would.
+absl::StatusOr<NpyFront> ParseNpyFront(std::string_view front, uint64_t file_bytes);
+
 // Parses a whole file. Big-endian, structured and object types, overflowing
 // shapes and missing or left-over bytes are InvalidArgument, saying which.
 absl::StatusOr<Npy> ParseNpy(std::string_view bytes);

@@ -300,6 +300,11 @@ class ServerImpl final : public Server {
     builder.SetMaxReceiveMessageSize(static_cast<int>(
         std::min<int64_t>(2 * config_.max_message_bytes, std::numeric_limits<int>::max())));
     builder.SetMaxSendMessageSize(-1);
+    // gRPC 1.51 unpacks a message before it looks at its size, and outside the quota: half a
+    // MiB became 512 MiB. Tensors hardly shrink, so nothing is lost.
+    for (const auto algorithm : {GRPC_COMPRESS_DEFLATE, GRPC_COMPRESS_GZIP}) {
+      builder.SetCompressionAlgorithmSupportStatus(algorithm, false);
+    }
     // A second normd on the port is an error, not a silent share of its calls.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     LimitConnections(builder);

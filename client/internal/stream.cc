@@ -1,6 +1,7 @@
 #include "client/internal/stream.h"
 
 #include <cstdint>
+#include <utility>
 
 namespace normd::inline client::internal {
 namespace {
@@ -11,21 +12,27 @@ void* AsPointer(Tag tag) { return reinterpret_cast<void*>(tag); }
 
 }  // namespace
 
-grpc::Status RunStream(grpc::GenericStub& stub, grpc::ClientContext* context,
-                       const std::string& method,
-                       absl::FunctionRef<std::optional<grpc::ByteBuffer>()> next_request,
-                       absl::FunctionRef<grpc::Status(grpc::ByteBuffer*)> on_response) {
+grpc::Status RunStream(
+    grpc::GenericStub& stub, grpc::ClientContext* context, const std::string& method,
+    absl::FunctionRef<grpc::Status(std::optional<grpc::ByteBuffer>*)> next_request,
+    absl::FunctionRef<grpc::Status(grpc::ByteBuffer*)> on_response) {
   grpc::CompletionQueue queue;
   const auto stream = stub.PrepareCall(context, method, &queue);
   grpc::ByteBuffer response;
-  grpc::Status our_error;  // from on_response
+  grpc::Status our_error;  // the first of next_request or on_response
   grpc::Status status;
   bool writing = false;  // a write is under way
   bool all_written = false;
   bool all_read = false;
 
+  const auto note = [&](grpc::Status error) {
+    if (error.ok() || !our_error.ok()) return;
+    our_error = std::move(error);
+    context->TryCancel();
+  };
   const auto write_next = [&] {
-    const std::optional<grpc::ByteBuffer> request = next_request();
+    std::optional<grpc::ByteBuffer> request;
+    note(next_request(&request));
     writing = true;
     if (request) {
       stream->Write(*request, AsPointer(kWritten));
@@ -50,10 +57,7 @@ grpc::Status RunStream(grpc::GenericStub& stub, grpc::ClientContext* context,
           all_read = true;
           break;
         }
-        if (our_error.ok()) {
-          our_error = on_response(&response);
-          if (!our_error.ok()) context->TryCancel();
-        }
+        if (our_error.ok()) note(on_response(&response));
         response.Clear();
         stream->Read(&response, AsPointer(kRead));
         break;

@@ -12,13 +12,13 @@
 
 namespace normd::inline client::internal {
 
-// Opens `method`, sends what `next_request` gives until it gives nothing, and
-// hands each answer to `on_response`, whose error ends the stream. Sends and
+// Opens `method`, sends what `next_request` makes until it makes nothing, and
+// hands each answer to `on_response`; an error of either ends the stream. Sends and
 // receives at once, so that neither side waits for the other's buffers.
-grpc::Status RunStream(grpc::GenericStub& stub, grpc::ClientContext* context,
-                       const std::string& method,
-                       absl::FunctionRef<std::optional<grpc::ByteBuffer>()> next_request,
-                       absl::FunctionRef<grpc::Status(grpc::ByteBuffer*)> on_response);
+grpc::Status RunStream(
+    grpc::GenericStub& stub, grpc::ClientContext* context, const std::string& method,
+    absl::FunctionRef<grpc::Status(std::optional<grpc::ByteBuffer>*)> next_request,
+    absl::FunctionRef<grpc::Status(grpc::ByteBuffer*)> on_response);
 
 }  // namespace normd::inline client::internal
 

@@ -68,7 +68,8 @@ grpc::ByteBuffer MessageOf(const google::protobuf::MessageLite& message) {
   return grpc::ByteBuffer(&slice, 1);
 }
 
-bool AppendBytesOf(const grpc::ByteBuffer& message, int field_number, std::string& to) {
+bool TakeBytesOf(const grpc::ByteBuffer& message, int field_number,
+                 absl::FunctionRef<void(std::string_view)> take) {
   std::vector<grpc::Slice> slices;
   if (!message.Dump(&slices).ok()) return false;
   // Tag and length, wherever the slices are cut: a varint of 32 bits takes five bytes.
@@ -87,7 +88,8 @@ bool AppendBytesOf(const grpc::ByteBuffer& message, int field_number, std::strin
   for (const grpc::Slice& slice : slices) {
     const size_t skipped = std::min(skip, slice.size());
     skip -= skipped;
-    to.append(reinterpret_cast<const char*>(slice.begin()) + skipped, slice.size() - skipped);
+    if (skipped == slice.size()) continue;
+    take({reinterpret_cast<const char*>(slice.begin()) + skipped, slice.size() - skipped});
   }
   return true;
 }

@@ -2,13 +2,14 @@
 #ifndef NORMD_CLIENT_INTERNAL_WIRE_FORMAT_H_
 #define NORMD_CLIENT_INTERNAL_WIRE_FORMAT_H_
 
-#include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include <google/protobuf/message_lite.h>
 #include <grpcpp/support/byte_buffer.h>
 
+#include "absl/functional/function_ref.h"
 #include "absl/types/span.h"
 #include "client/normd_client.h"
 
@@ -32,9 +33,10 @@ grpc::ByteBuffer MessageOfBytes(int field_number, grpc::Slice bytes);
 
 grpc::ByteBuffer MessageOf(const google::protobuf::MessageLite& message);
 
-// Appends the value of a message's only field, `field_number` of type bytes, in the one copy
-// that it takes. False, and nothing appended, for any other message.
-bool AppendBytesOf(const grpc::ByteBuffer& message, int field_number, std::string& to);
+// Calls `take` with the value of a message's only field, `field_number` of type bytes, piece
+// by piece as it lies in the message. False, and nothing taken, for any other message.
+bool TakeBytesOf(const grpc::ByteBuffer& message, int field_number,
+                 absl::FunctionRef<void(std::string_view)> take);
 
 }  // namespace normd::inline client::internal
 

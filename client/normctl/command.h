@@ -29,6 +29,7 @@ struct Session {
   const Client& client;
   const CLI::App& root;  // all commands and flags, for help and completion
   Progress& progress;    // on the terminal, if there is one
+  SharedMemory shared_memory = SharedMemory::kAuto;  // the client's
 };
 
 using Action = std::function<absl::StatusOr<Report>(Session&)>;

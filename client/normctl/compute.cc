@@ -57,6 +57,18 @@ CallOptions Watched(CallOptions call, Session& session, const char* what) {
   return call;
 }
 
+// Tells of a tensor, and where it was written if it was.
+void Tell(const char* name, const std::string& spec, const Tensor& tensor, Report* report) {
+  Json json = JsonTensor(tensor);
+  absl::StrAppend(&report->text, name, ": ", HumanTensor(tensor));
+  if (!spec.empty()) {
+    json["file"] = spec;
+    absl::StrAppend(&report->text, " -> ", spec);
+  }
+  report->text += "\n";
+  report->json[name] = std::move(json);
+}
+
 // Writes a tensor where a file was named for it, and tells of it.
 absl::Status Deliver(const char* name, const std::string& spec, const std::optional<Tensor>& tensor,
                      Report* report) {
@@ -64,17 +76,51 @@ absl::Status Deliver(const char* name, const std::string& spec, const std::optio
     if (spec.empty()) return absl::OkStatus();
     return UsageError(absl::StrCat("there is no ", name, " to write to ", spec));
   }
-  Json json = JsonTensor(*tensor);
-  absl::StrAppend(&report->text, name, ": ", HumanTensor(*tensor));
   if (!spec.empty()) {
     absl::Status status = WriteTensor(spec, *tensor);
     if (!status.ok()) return status;
-    json["file"] = spec;
-    absl::StrAppend(&report->text, " -> ", spec);
   }
-  report->text += "\n";
-  report->json[name] = std::move(json);
+  Tell(name, spec, *tensor, report);
   return absl::OkStatus();
+}
+
+// Forward from file to file, where both have the tensor as it is sent and it is large or
+// to be streamed: neither is ever in memory. Nothing where it must be.
+absl::StatusOr<std::optional<ForwardResult>> ForwardFiles(
+    const Session& session, const std::string& name, const std::string& input,
+    const std::string& output, const TensorFlags& tensors, const ForwardOptions& options,
+    const CallOptions& call) {
+  constexpr int64_t kLarge = int64_t{64} << 20;
+  if (*tensors.format != MemoryFormat::kContiguous || (!output.empty() && !IsNpy(output)) ||
+      session.shared_memory == SharedMemory::kOn) {
+    return std::nullopt;
+  }
+  const auto source = OpenTensor(input);
+  if (!source.ok()) return source.status();
+  if (!source->has_value()) return std::nullopt;
+  const DataType dtype = (*source)->dtype;
+  const std::vector<int64_t>& shape = (*source)->shape;
+  const int64_t bytes = Tensor::Borrow(dtype, shape, "").num_elements() * int64_t(SizeOf(dtype));
+  if (tensors.dtype->value_or(dtype) != dtype || dtype == DataType::kInt64 ||
+      (!*tensors.stream && bytes < kLarge)) {
+    return std::nullopt;
+  }
+  std::optional<PartFile> file;
+  const std::string front = NpyFrontOf(dtype, shape);
+  const auto write = [&](int64_t offset, std::string_view part) {
+    return file ? file->Write(static_cast<int64_t>(front.size()) + offset, part) : absl::OkStatus();
+  };
+  if (!output.empty()) {
+    absl::Status begun = file.emplace(output).Write(0, front);
+    if (!begun.ok()) return begun;
+  }
+  auto answer = session.client.ForwardStream(name, **source, write, options, call);
+  if (!answer.ok()) return answer.status();
+  if (file) {
+    absl::Status finished = file->Finish();
+    if (!finished.ok()) return finished;
+  }
+  return *std::move(answer);
 }
 
 absl::Status CheckSpecs(const std::vector<std::string>& specs) {
@@ -108,8 +154,6 @@ Action Forward(CLI::App& app) {
   return [=](Session& session) -> absl::StatusOr<Report> {
     absl::Status status = CheckSpecs({*output});
     if (!status.ok()) return status;
-    const auto x = tensors.Read(*input);
-    if (!x.ok()) return x.status();
     if (!residual->empty()) {
       auto r = tensors.Read(*residual);
       if (!r.ok()) return r.status();
@@ -117,9 +161,18 @@ Action Forward(CLI::App& app) {
     }
     options->mode = *mode;
     const CallOptions watched = Watched(*call, session, "forward");
-    const auto answer = *tensors.stream ? session.client.ForwardStream(*name, *x, *options, watched)
-                                        : session.client.Forward(*name, *x, *options, watched);
-    if (!answer.ok()) return answer.status();
+    const auto filed = ForwardFiles(session, *name, *input, *output, tensors, *options, watched);
+    if (!filed.ok()) return filed.status();
+    absl::StatusOr<ForwardResult> answer;
+    if (filed->has_value()) {
+      answer = **filed;
+    } else {
+      const auto x = tensors.Read(*input);
+      if (!x.ok()) return x.status();
+      answer = *tensors.stream ? session.client.ForwardStream(*name, *x, *options, watched)
+                               : session.client.Forward(*name, *x, *options, watched);
+      if (!answer.ok()) return answer.status();
+    }
 
     Report report = {.json = JsonChanged(*answer),
                      .text = absl::StrCat(*name, " in ", std::string(NameOf(answer->mode)),
@@ -143,8 +196,12 @@ Action Forward(CLI::App& app) {
       absl::StrAppend(&report.text, "statistics over ", statistics.count, " values each:\n",
                       Table(rows));
     }
-    status = Deliver("output", *output, answer->output, &report);
-    if (!status.ok()) return status;
+    if (filed->has_value()) {
+      Tell("output", *output, answer->output, &report);
+    } else {
+      status = Deliver("output", *output, answer->output, &report);
+      if (!status.ok()) return status;
+    }
     return report;
   };
 }

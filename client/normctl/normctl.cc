@@ -205,7 +205,10 @@ absl::StatusOr<Report> RunAction(const Parser& parser, Progress& progress) {
                                        .token_file = options.token_file,
                                        .user_agent = absl::StrCat("normctl/", NORMD_VERSION)});
   if (!client.ok()) return UsageError(client.status().message());
-  Session session = {.client = *client, .root = parser.root(), .progress = progress};
+  Session session = {.client = *client,
+                     .root = parser.root(),
+                     .progress = progress,
+                     .shared_memory = options.shared_memory};
   return parser.action()(session);
 }
 

@@ -9,6 +9,14 @@
 #include "client/normctl/layer.h"
 
 namespace normd::normctl {
+namespace {
+
+// Also of one whose bytes are in a file alone.
+int64_t BytesOf(const Tensor& tensor) {
+  return tensor.num_elements() * static_cast<int64_t>(SizeOf(tensor.dtype()));
+}
+
+}  // namespace
 
 std::string Table(const std::vector<std::vector<std::string>>& rows) {
   std::vector<size_t> widths;
@@ -53,7 +61,7 @@ std::string HumanTime(absl::Time time) {
 
 std::string HumanTensor(const Tensor& tensor) {
   return absl::StrCat(std::string(NameOf(tensor.dtype())), " ", HumanShape(tensor.shape()), ", ",
-                      HumanBytes(static_cast<double>(tensor.bytes().size())));
+                      HumanBytes(static_cast<double>(BytesOf(tensor))));
 }
 
 std::string HumanVersion(const Changed& changed) {
@@ -95,7 +103,7 @@ Json JsonTensor(const Tensor& tensor) {
           {"shape", tensor.shape()},
           {"memory_format",
            tensor.memory_format() == MemoryFormat::kChannelsLast ? "channels_last" : "contiguous"},
-          {"bytes", tensor.bytes().size()}};
+          {"bytes", BytesOf(tensor)}};
 }
 
 Json JsonChanged(const Changed& changed) {

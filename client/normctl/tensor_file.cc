@@ -1,5 +1,6 @@
 #include "client/normctl/tensor_file.h"
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
@@ -81,25 +82,24 @@ absl::StatusOr<std::shared_ptr<const std::string>> ReadFile(const std::string& p
   return bytes;
 }
 
-// Under another name first, so that no half-written file bears the right one.
 absl::Status WriteFile(const std::string& path, std::string_view header, std::string_view data) {
-  const std::string temporary = path + ".part";
-  std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
-  file.write(header.data(), static_cast<std::streamsize>(header.size()));
-  file.write(data.data(), static_cast<std::streamsize>(data.size()));
-  file.close();
-  std::error_code error;
-  if (file) {
-    std::filesystem::rename(temporary, path, error);
-    if (!error) return absl::OkStatus();
-  }
-  const std::string why = error ? error.message() : std::strerror(errno);
-  std::filesystem::remove(temporary, error);
-  return UsageError(absl::StrCat("cannot write ", path, ": ", why));
+  PartFile file(path);
+  absl::Status written = file.Write(0, header);
+  if (written.ok()) written = file.Write(static_cast<int64_t>(header.size()), data);
+  return written.ok() ? file.Finish() : written;
 }
 
 absl::Status AboutFile(const std::string& path, const absl::Status& status) {
   return UsageError(absl::StrCat(path, ": ", status.message()));
+}
+
+absl::StatusOr<DataType> TypeOf(const std::string& path, const Npy& array) {
+  for (const TypeNames& type : kTypes) {
+    if (array.descr == type.npy) return type.dtype;
+  }
+  return UsageError(absl::StrCat(path, ": its dtype is '", array.descr,
+                                 "'; save it as float32, float64 or float16 (bfloat16 goes into "
+                                 ".safetensors)"));
 }
 
 absl::StatusOr<Tensor> ReadNpy(const std::string& path) {
@@ -107,17 +107,13 @@ absl::StatusOr<Tensor> ReadNpy(const std::string& path) {
   if (!bytes.ok()) return bytes.status();
   const auto array = ParseNpy(**bytes);
   if (!array.ok()) return AboutFile(path, array.status());
-  for (const TypeNames& type : kTypes) {
-    if (array->descr != type.npy) continue;
-    if (array->fortran_order) {
-      return Tensor::Own(type.dtype, array->shape,
-                         FromFortranOrder(array->data, SizeOf(type.dtype), array->shape));
-    }
-    return Tensor::Share(type.dtype, array->shape, array->data, *bytes);
+  const auto dtype = TypeOf(path, *array);
+  if (!dtype.ok()) return dtype.status();
+  if (array->fortran_order) {
+    return Tensor::Own(*dtype, array->shape,
+                       FromFortranOrder(array->data, SizeOf(*dtype), array->shape));
   }
-  return UsageError(absl::StrCat(path, ": its dtype is '", array->descr,
-                                 "'; save it as float32, float64 or float16 (bfloat16 goes into "
-                                 ".safetensors)"));
+  return Tensor::Share(*dtype, array->shape, array->data, *bytes);
 }
 
 absl::StatusOr<Tensor> TensorOf(const std::string& path, const SafetensorsEntry& entry,
@@ -162,10 +158,78 @@ absl::Status WriteTensor(std::string_view text, const Tensor& tensor) {
   }
   const Tensor storable =
       NamesOf(tensor.dtype()).npy.empty() ? ConvertTo(DataType::kFloat32, contiguous) : contiguous;
-  const Npy array = {.descr = std::string(NamesOf(storable.dtype()).npy),
-                     .shape = storable.shape(),
-                     .data = storable.bytes()};
-  return WriteFile(spec->path, NpyHeader(array), array.data);
+  return WriteFile(spec->path, NpyFrontOf(storable.dtype(), storable.shape()), storable.bytes());
+}
+
+std::string NpyFrontOf(DataType dtype, const std::vector<int64_t>& shape) {
+  return NpyHeader({.descr = std::string(NamesOf(dtype).npy), .shape = shape});
+}
+
+bool IsNpy(std::string_view text) {
+  const auto spec = ParseSpec(text);
+  return spec.ok() && spec->is_npy;
+}
+
+absl::StatusOr<std::optional<TensorSource>> OpenTensor(std::string_view text) {
+  const auto spec = ParseSpec(text);
+  if (!spec.ok()) return spec.status();
+  std::error_code error;
+  const auto size = std::filesystem::file_size(spec->path, error);
+  if (!spec->is_npy || error) return std::nullopt;
+  const auto file = std::make_shared<std::ifstream>(spec->path, std::ios::binary);
+  std::string front(std::min<uint64_t>(size, kLongestNpyHeader), '\0');
+  if (!file->read(front.data(), static_cast<std::streamsize>(front.size()))) return std::nullopt;
+  const auto parsed = ParseNpyFront(front, size);
+  if (!parsed.ok()) return AboutFile(spec->path, parsed.status());
+  const Npy& array = parsed->array;
+  if (array.fortran_order) return std::nullopt;
+  const auto dtype = TypeOf(spec->path, array);
+  if (!dtype.ok()) return dtype.status();
+  // Read, not mapped: a mapped file that somebody else cuts short kills who reads it.
+  const auto read = [file, path = spec->path, begin = parsed->data_offset](
+                        int64_t offset, absl::Span<char> to) -> absl::Status {
+    file->seekg(static_cast<std::streamoff>(begin) + offset);
+    if (file->read(to.data(), static_cast<std::streamsize>(to.size()))) return absl::OkStatus();
+    return UsageError(absl::StrCat("cannot read ", path, " to its end"));
+  };
+  return TensorSource{.dtype = *dtype, .shape = array.shape, .read = read};
+}
+
+PartFile::PartFile(std::string path)
+    : path_(std::move(path)),
+      temporary_(path_ + ".part"),
+      file_(temporary_, std::ios::binary | std::ios::trunc) {}
+
+PartFile::~PartFile() {
+  if (!file_.is_open()) return;
+  file_.close();
+  std::error_code ignored;
+  std::filesystem::remove(temporary_, ignored);
+}
+
+absl::Status PartFile::Write(int64_t offset, std::string_view bytes) {
+  if (offset != at_) file_.seekp(offset);
+  at_ = offset + static_cast<int64_t>(bytes.size());
+  if (file_.write(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
+    return absl::OkStatus();
+  }
+  return CannotWrite(std::strerror(errno));
+}
+
+absl::Status PartFile::Finish() {
+  file_.close();
+  std::error_code error;
+  if (file_) {
+    std::filesystem::rename(temporary_, path_, error);
+    if (!error) return absl::OkStatus();
+  }
+  absl::Status failed = CannotWrite(error ? error.message() : std::strerror(errno));
+  std::filesystem::remove(temporary_, error);
+  return failed;
+}
+
+absl::Status PartFile::CannotWrite(std::string_view why) const {
+  return UsageError(absl::StrCat("cannot write ", path_, ": ", std::string(why)));
 }
 
 absl::StatusOr<std::vector<NamedTensor>> ReadTensors(const std::string& path) {

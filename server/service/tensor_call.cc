@@ -147,17 +147,13 @@ class TensorCall final : public RawCall {
     finished_ = Tell(request_);
     if (absl::Status allowed = rpc_.Authorize(request_); !allowed.ok()) return Answer(allowed);
     MemoryClaim spare = std::move(admission_.claim);
-    bool all_gathered = true;
+    bool is_kept = false;
     for (Payload& payload : payloads_) {
       payload.gathered.claim = spare.Split(static_cast<int64_t>(payload.gathered.buffer.size()));
-      all_gathered &= payload.gathered.buffer.size() == payload.size;
+      is_kept |= payload.gathered.buffer.size() != payload.size;
     }
-    if (all_gathered && bytes_in_ > kLargestInline) {
-      message_.Clear();  // nothing looks at it any more
-      core_.pool->GiveBackFreed();
-    } else {
-      admission_.claim = spare.Split(std::min(spare.bytes(), bytes_in_));
-    }
+    if (is_kept) admission_.claim = spare.Split(std::min(spare.bytes(), bytes_in_));
+    if (bytes_in_ > kLargestInline) core_.pool->GiveBackFreed();
     spare_ = std::move(spare);
     absl::Status shared = Method::TakeShared(core_, rpc_.caller(), request_, payloads_, outputs_);
     if (!shared.ok()) return Answer(shared);
@@ -193,7 +189,7 @@ class TensorCall final : public RawCall {
   std::optional<Patience> patience_;  // while the announced message is on its way
   grpc::ByteBuffer message_;
   int64_t bytes_in_ = 0;
-  // Of the message, until it is gone.
+  // Of the message, while any of it is here.
   Admission admission_;
   grpc::ByteBuffer response_;
   typename Method::Request request_;

@@ -9,7 +9,6 @@
 
 #include "google/protobuf/io/coded_stream.h"
 #include "google/protobuf/io/zero_copy_stream_impl_lite.h"
-#include "grpcpp/support/proto_buffer_reader.h"
 #include "normd/v1/tensor.pb.h"
 #include "server/error/error.h"
 
@@ -91,8 +90,81 @@ bool CopyField(CodedInputStream& in, uint32_t tag, std::string& out) {
   }
 }
 
+// The slices of a message, let go of as those after them are read, some at a time.
+//
+// The last reference to memory that gRPC has received must be a ByteBuffer's: to drop it takes
+// a context that gRPC 1.51 does not make for a Slice, and near the resource quota it crashes
+// without.
+class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
+ public:
+  // Empties `message`.
+  explicit SliceStream(grpc::ByteBuffer& message) {
+    std::vector<grpc::Slice> all;
+    if (!message.Dump(&all).ok()) return;
+    parts_.reserve(all.size() / kPart + 1);
+    for (size_t begin = 0; begin < all.size(); begin += kPart) {
+      parts_.emplace_back(all.data() + begin, std::min(kPart, all.size() - begin));
+    }
+    all.clear();
+    message.Clear();
+  }
+
+  // What keeps the bytes that were read last where they are; null where nothing can.
+  std::shared_ptr<const void> KeepLast() const {
+    const grpc::Slice& last = slices_[next_ - 1];
+    // A slice of a few bytes has them within itself.
+    if (grpc::Slice(last).begin() != last.begin()) return nullptr;
+    return std::make_shared<grpc::ByteBuffer>(&last, 1);
+  }
+
+  bool Next(const void** data, int* size) override {
+    while (backed_up_ == 0) {
+      while (next_ == slices_.size()) {
+        if (!NextPart()) return false;
+      }
+      backed_up_ = slices_[next_++].size();
+    }
+    *data = slices_[next_ - 1].end() - backed_up_;
+    *size = static_cast<int>(std::exchange(backed_up_, 0));
+    count_ += *size;
+    return true;
+  }
+  void BackUp(int count) override {
+    backed_up_ = static_cast<size_t>(count);
+    count_ -= count;
+  }
+  bool Skip(int count) override {
+    const void* data = nullptr;
+    int size = 0;
+    while (count > 0 && Next(&data, &size)) {
+      if (size > count) BackUp(size - count);
+      count -= std::min(count, size);
+    }
+    return count == 0;
+  }
+  int64_t ByteCount() const override { return count_; }
+
+ private:
+  static constexpr size_t kPart = 64;  // slices of up to 16 KiB, as HTTP/2 frames them
+
+  bool NextPart() {
+    slices_.clear();
+    next_ = 0;
+    if (part_ > 0) parts_[part_ - 1].Clear();
+    return part_ < parts_.size() && parts_[part_++].Dump(&slices_).ok();
+  }
+
+  std::vector<grpc::ByteBuffer> parts_;
+  size_t part_ = 0;                  // the next
+  std::vector<grpc::Slice> slices_;  // of the one before; destroyed before parts_
+  size_t next_ = 0;                  // of slices_
+  size_t backed_up_ = 0;             // bytes of the slice before that are to be read again
+  int64_t count_ = 0;
+};
+
 // Takes the next `size` bytes, which are known to be there.
-absl::Status TakePayload(CodedInputStream& in, int size, BufferPool& pool, Payload& payload) {
+absl::Status TakePayload(const SliceStream& slices, CodedInputStream& in, int size,
+                         BufferPool& pool, Payload& payload) {
   payload = Payload();
   payload.size = static_cast<size_t>(size);
   if (size == 0) return absl::OkStatus();
@@ -100,8 +172,11 @@ absl::Status TakePayload(CodedInputStream& in, int size, BufferPool& pool, Paylo
   int available = 0;
   if (in.GetDirectBufferPointer(&piece, &available) && available >= size &&
       reinterpret_cast<uintptr_t>(piece) % kAlignment == 0) {
-    payload.data = static_cast<const char*>(piece);
-    return in.Skip(size) ? absl::OkStatus() : Malformed();
+    payload.keep = slices.KeepLast();
+    if (payload.keep != nullptr) {
+      payload.data = static_cast<const char*>(piece);
+      return in.Skip(size) ? absl::OkStatus() : Malformed();
+    }
   }
   payload.gathered.buffer = pool.Get(payload.size);
   if (payload.gathered.buffer.data() == nullptr) {
@@ -112,8 +187,8 @@ absl::Status TakePayload(CodedInputStream& in, int size, BufferPool& pool, Paylo
 }
 
 // Reads the fields of a Tensor up to the stream's limit.
-absl::Status ReadTensor(CodedInputStream& in, BufferPool& pool, std::string& header,
-                        Payload& payload) {
+absl::Status ReadTensor(const SliceStream& slices, CodedInputStream& in, BufferPool& pool,
+                        std::string& header, Payload& payload) {
   const uint32_t data_tag = MakeTag(v1::Tensor::kDataFieldNumber, kLength);
   while (in.BytesUntilLimit() > 0) {
     const uint32_t tag = ReadTag(in);
@@ -122,7 +197,7 @@ absl::Status ReadTensor(CodedInputStream& in, BufferPool& pool, std::string& hea
       if (!ReadSize(in, size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
         return Malformed();
       }
-      absl::Status taken = TakePayload(in, static_cast<int>(size), pool, payload);
+      absl::Status taken = TakePayload(slices, in, static_cast<int>(size), pool, payload);
       if (!taken.ok()) return taken;
     } else if (tag == 0 || !CopyField(in, tag, header)) {
       return Malformed();
@@ -151,14 +226,12 @@ grpc::Slice LendingSlice(Buffer buffer, std::shared_ptr<void> keep) {
 
 }  // namespace
 
-absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
+absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
                           BufferPool& pool, google::protobuf::MessageLite& header) {
   const size_t total = message.Length();
   if (total > std::numeric_limits<int>::max()) return Malformed();
-  // The reader takes no ownership; its interface lacks the const.
-  grpc::ProtoBufferReader reader(const_cast<grpc::ByteBuffer*>(&message));
-  if (!reader.status().ok()) return Malformed();
-  CodedInputStream in(&reader);
+  SliceStream slices(message);
+  CodedInputStream in(&slices);
   in.PushLimit(static_cast<int>(total));
 
   std::string fields_but_data;
@@ -177,7 +250,7 @@ absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const Tens
     }
     std::string tensor;
     const CodedInputStream::Limit outer = in.PushLimit(static_cast<int>(size));
-    absl::Status read = ReadTensor(in, pool, tensor, *field->payload);
+    absl::Status read = ReadTensor(slices, in, pool, tensor, *field->payload);
     if (!read.ok()) return read;
     in.PopLimit(outer);
     AppendVarint(tag, fields_but_data);
@@ -214,6 +287,7 @@ grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header,
 
 std::optional<Chunk> Chunk::Of(const grpc::ByteBuffer& message, absl::Span<const int> numbers) {
   Chunk chunk;
+  chunk.message_ = message;
   if (!message.Dump(&chunk.slices_).ok()) return std::nullopt;
   // Tag and length, wherever the slices are cut: ten bytes at most.
   std::array<uint8_t, 10> front;

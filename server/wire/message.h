@@ -21,14 +21,14 @@
 
 namespace normd {
 
-// The bytes of a tensor: they lie in the message itself, or were gathered from its
+// The bytes of a tensor: they lie in a slice of the message, or were gathered from its
 // slices, or lie elsewhere. Aligned for any element type.
 struct Payload {
   const char* data = nullptr;
   size_t size = 0;
   // Holds the bytes where they were gathered.
   ClaimedBuffer gathered;
-  // Keeps them where they lie elsewhere.
+  // Keeps them where they lie in a slice or elsewhere.
   std::shared_ptr<const void> keep = nullptr;
   // They are in a device's memory: not to be touched here.
   bool on_device = false;
@@ -45,9 +45,9 @@ struct TensorField {
 // any order and repeated ones as protobuf does (the last one counts).
 // INVALID_ARGUMENT for bytes that are no such message. RESOURCE_EXHAUSTED when
 // there is no memory to gather in.
-// The payloads are good while `message` and `pool` are; gathered ones without `message`
-// too. What is gathered is claimed by the caller: never more than the message's bytes.
-absl::Status ParseMessage(const grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
+// Empties `message`: its slices go as they are read, but those that a payload lies in. What is
+// gathered is claimed by the caller: never more than the message's bytes.
+absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
                           BufferPool& pool, google::protobuf::MessageLite& header);
 
 // One top-level field of type Tensor of an answer.
@@ -81,7 +81,8 @@ class Chunk {
   int number_ = 0;
   size_t size_ = 0;
   size_t offset_ = 0;  // of the first byte, in the slices
-  std::vector<grpc::Slice> slices_;
+  grpc::ByteBuffer message_;
+  std::vector<grpc::Slice> slices_;  // its own, destroyed before it: see SliceStream
 };
 
 // A message whose only field, `number`, is these bytes, lent to gRPC together with `keep`.

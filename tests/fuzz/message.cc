@@ -63,7 +63,7 @@ using Field = std::pair<int, Tensor* (*)(Message&)>;
 template <class Request>
 void Compare(const std::string& bytes, uint32_t seed, const std::vector<Field>& fields) {
   normd::BufferPool pool(1 << 20);
-  const grpc::ByteBuffer cut = Cut(bytes, seed);
+  grpc::ByteBuffer cut = Cut(bytes, seed);
   std::vector<normd::Payload> payloads(fields.size());
   std::vector<normd::TensorField> wanted;
   for (size_t i = 0; i < fields.size(); ++i) wanted.push_back({fields[i].first, &payloads[i]});

@@ -116,6 +116,65 @@ class Announced(ServerTestCase):
                         b"", metadata=(("normd-message-bytes", text),))
 
 
+class Unannounced(unittest.TestCase):
+    """What gRPC holds before the service sees it."""
+
+    def serve(self, *flags):
+        server = Server("--durability=none", *flags)
+        self.addCleanup(server.close)
+        server.start()
+        Layer.create(server.stub, "bn", CHANNELS)
+        return server
+
+    def test_a_message_past_the_limit_names_the_flag_up_to_twice_the_limit(self):
+        server = self.serve(f"--max_message_bytes={4 * MIB}")
+        with refused(self, EXHAUSTED, flag="--max_message_bytes"):
+            forward_bytes(server.channel)(request_of(7))
+        with self.assertRaises(grpc.RpcError) as caught:
+            forward_bytes(server.channel)(request_of(9))
+        self.assertEqual(caught.exception.code(), EXHAUSTED)
+
+    def test_what_would_unpack_to_more_is_refused_as_it_is(self):
+        server = self.serve(f"--max_message_bytes={4 * MIB}")
+        idle = server.peak_bytes()
+        with self.assertRaises(grpc.RpcError) as caught:
+            forward_bytes(server.channel)(request_of(256), compression=grpc.Compression.Gzip)
+        self.assertEqual(caught.exception.code(), grpc.StatusCode.UNIMPLEMENTED)
+        self.assertLess(server.peak_bytes() - idle, 64 * MIB)
+
+    def test_more_than_grpc_may_hold_ends_calls_and_not_the_server(self):
+        # Those that wait for the budget hold their messages: more than the quota.
+        clients, mib, budget, message = 64, 5, 64 * MIB, 8 * MIB
+        server = self.serve(f"--memory_budget={budget}", f"--max_message_bytes={message}",
+                            "--admission_queue_timeout=60s")
+        request = request_of(mib)
+        idle = server.peak_bytes()
+
+        def send(channel):
+            try:
+                forward_bytes(channel)(request, timeout=120)
+                return grpc.StatusCode.OK
+            except grpc.RpcError as error:
+                return error.code()
+
+        for _ in range(3):
+            channels = [server.connect() for _ in range(clients)]
+            for channel in channels:
+                grpc.channel_ready_future(channel).result(60)
+            with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+                codes = list(pool.map(send, channels))
+            for channel in channels:
+                channel.close()
+            self.assertLessEqual(
+                set(codes), {grpc.StatusCode.OK, EXHAUSTED, grpc.StatusCode.UNAVAILABLE})
+            self.assertGreater(codes.count(grpc.StatusCode.OK), 0)
+            self.assertTrue(server.alive())
+        if not SANITIZED:
+            self.assertLess(server.peak_bytes() - idle, 2 * (budget + 2 * message))
+        eventually(lambda: server.stub.GetServerInfo(
+            rpc.GetServerInfoRequest()).memory_in_use == 0)
+
+
 class Queue(unittest.TestCase):
     """--admission_queue_timeout."""
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 import unittest
 
@@ -285,6 +286,43 @@ class Compute(NormctlCase):
         self.assertEqual(layer.gradients()["weight"].abs().max().item(), 0)
         self.ok("zero-grad", self.name())
         self.assertEqual(layer.gradients(), {})
+
+    def test_a_streamed_file_is_never_in_memory(self):
+        self.create(4, "--mode=eval")
+        mib = 192
+        x = numpy.lib.format.open_memmap(self.file("x.npy"), mode="w+", dtype="f4",
+                                         shape=(mib * 64, 4, 32, 32))
+        x[::1000] = 3
+        x.flush()
+        # Streamed without being asked to: a large file always is.
+        command = [NORMCTL, f"--server={self.server.address}", "--json", "forward", self.name(),
+                   f"--input={self.file('x.npy')}", f"--output={self.file('y.npy')}"]
+        probe = ("import resource, subprocess, sys\n"
+                 "done = subprocess.run(sys.argv[1:], check=True, capture_output=True)\n"
+                 "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n")
+        peak = subprocess.run([sys.executable, "-c", probe, *command], check=True, text=True,
+                              capture_output=True, timeout=120, env=environment()).stdout
+        y = numpy.load(self.file("y.npy"), mmap_mode="r")
+        self.assertEqual((y.shape, y.dtype), (x.shape, x.dtype))
+        for sample in (0, 1, 1000, len(x) - 1):
+            due = Layer(self.stub, self.name()).forward(torch.tensor(x[sample:sample + 1]))
+            self.assertTrue(numpy.array_equal(y[sample:sample + 1],
+                                              from_proto(due.output).numpy()))
+        if "san" not in os.environ.get("NORMD_BIN", ""):
+            self.assertLess(int(peak), 64 * 1024)  # KiB
+
+    def test_a_streamed_file_that_fails_leaves_no_output(self):
+        self.create(4)
+        path = self.save("x.npy", numpy.zeros((2, 5, 3, 3), "f4"))
+        self.fails(REFUSED, "forward", self.name(), f"--input={path}", "--stream",
+                   f"--output={self.file('y.npy')}", saying="num_features")
+        self.fails(USAGE, "forward", self.name(), f"--input={path}", "--stream",
+                   f"--output={self.file('no/y.npy')}", saying="cannot write")
+        with open(path, "r+b") as file:
+            file.truncate(200)
+        self.fails(USAGE, "forward", self.name(), f"--input={path}", "--stream",
+                   f"--output={self.file('y.npy')}", saying=["x.npy", "takes 360 bytes"])
+        self.assertEqual([each.name for each in self.directory.iterdir()], ["x.npy"])
 
     def test_streams_and_formats_answer_alike(self):
         self.create()

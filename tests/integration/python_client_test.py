@@ -1,7 +1,9 @@
 """The Python client and its torch module against a real server."""
 
 import copy
+import gc
 import pathlib
+import socket
 import sys
 import unittest
 
@@ -11,7 +13,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "client" / "python"))
 import normd
 import normd.torch
-from harness.server import ServerTestCase
+from harness import shared_memory
+from harness.server import Server, ServerTestCase, eventually
 
 
 class PythonClient(ServerTestCase):
@@ -160,6 +163,142 @@ class PythonClient(ServerTestCase):
             self.assertEqual((y.dtype, x.grad.dtype), (dtype, dtype))
             expected = torch.nn.functional.batch_norm(x.float(), None, None, training=True)
             torch.testing.assert_close(y.float(), expected, rtol=0, atol=tolerance)
+
+
+class SharedMemory(unittest.TestCase):
+    """Tensors that client and server both see."""
+
+    FLAGS = ("--shared_memory=on", "--durability=none")
+    CHANNELS = 16
+
+    def setUp(self):
+        self.server = Server(*self.FLAGS)
+        self.addCleanup(self.server.close)
+        self.server.start()
+        self.x = numpy.random.default_rng(1).standard_normal(
+            (8, self.CHANNELS, 32, 32), dtype="float32")
+
+    def connect(self, shared_memory=None):
+        client = normd.Client(self.server.address, shared_memory=shared_memory)
+        self.addCleanup(client.close)
+        return client
+
+    def regions(self):
+        return shared_memory.status(self.server.stub).regions
+
+    def test_answers_are_those_of_messages_and_lie_in_it(self):
+        plain, client = self.connect(False), self.connect()
+        plain.create("bn", self.CHANNELS)
+        nhwc = numpy.moveaxis(numpy.ascontiguousarray(numpy.moveaxis(self.x, 1, -1)), -1, 1)
+        for x in (self.x, nhwc, self.x.astype("float16")):
+            residual = -x
+            asked = dict(mode="train", save_for_backward=True, residual=residual,
+                         activation="relu")
+            due, answer = (each.forward("bn", x, **asked) for each in (plain, client))
+            numpy.testing.assert_array_equal(answer.output, due.output)
+            self.assertEqual(answer.output.strides, x.strides)
+            due, answer = (each.backward("bn", x, context_id=forward.context_id)
+                           for each, forward in ((plain, due), (client, answer)))
+            for field in ("grad_input", "grad_weight", "grad_residual"):
+                numpy.testing.assert_array_equal(getattr(answer, field), getattr(due, field))
+            due, answer = (each.backward("bn", x, input=x, mode="train", skip_grad_input=skip)
+                           for each, skip in ((plain, False), (client, True)))
+            self.assertIsNone(answer.grad_input)
+            numpy.testing.assert_array_equal(answer.grad_bias, due.grad_bias)
+        self.assertGreater(self.regions(), 0)
+
+    def test_memory_of_an_answer_serves_again_when_no_array_lies_there(self):
+        client = self.connect(True)
+        client.create("bn", self.CHANNELS, mode="eval")
+        first = client.forward("bn", self.x).output
+        due = first.copy()
+        part = first[2:3, 4]  # a view keeps it
+        del first
+        for _ in range(20):
+            gc.collect()
+            client.forward("bn", self.x * 2)
+            numpy.testing.assert_array_equal(part, due[2:3, 4])
+        self.assertLessEqual(self.regions(), 4)
+
+    def test_an_array_made_in_it_is_read_there(self):
+        client = self.connect(True)
+        client.create("bn", self.CHANNELS, mode="eval")
+        x = client.empty(self.x.shape)
+        x[:] = self.x
+        before = self.regions()
+        output = client.forward("bn", x).output
+        self.assertEqual(self.regions(), before + 1)  # the output's alone
+        numpy.testing.assert_array_equal(output, self.connect(False).forward("bn", self.x).output)
+        # What is computed from what, without a copy in between.
+        numpy.testing.assert_array_equal(
+            client.forward("bn", output).output,
+            self.connect(False).forward("bn", output).output)
+
+    def test_arrays_outlive_their_client(self):
+        client = self.connect(True)
+        client.create("bn", self.CHANNELS, mode="eval")
+        output = client.forward("bn", self.x).output
+        due = output.copy()
+        client.close()
+        del client
+        gc.collect()
+        numpy.testing.assert_array_equal(output, due)
+        self.assertGreater(self.regions(), 0)
+
+    def test_regions_go_with_the_client_and_its_arrays(self):
+        client = normd.Client(self.server.address, shared_memory=True)
+        client.create("bn", self.CHANNELS, mode="eval")
+        client.forward("bn", self.x)
+        self.assertGreater(self.regions(), 0)
+        client.close()
+        gc.collect()
+        eventually(lambda: self.regions() == 0)
+
+    def test_a_restarted_server_lends_anew(self):
+        port = socket.socket()
+        port.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % port.getsockname()[1]
+        port.close()
+        server = Server("--shared_memory=on", listen=address)
+        self.addCleanup(server.close)
+        server.start()
+        client = normd.Client(address, shared_memory=True)
+        self.addCleanup(client.close)
+        client.create("bn", self.CHANNELS, mode="eval")
+        due = client.forward("bn", self.x).output.copy()
+        server.restart()
+        numpy.testing.assert_array_equal(client.forward("bn", self.x).output, due)
+
+    def test_without_it_messages_serve_unless_it_must_be(self):
+        server = Server()
+        self.addCleanup(server.close)
+        server.start()
+        client = normd.Client(server.address)
+        self.addCleanup(client.close)
+        client.create("bn", self.CHANNELS, mode="eval")
+        self.assertEqual(client.forward("bn", self.x).output.shape, self.x.shape)
+        self.assertEqual(client.empty((2, 3)).shape, (2, 3))
+        must = normd.Client(server.address, shared_memory=True)
+        self.addCleanup(must.close)
+        for call in (lambda: must.forward("bn", self.x), lambda: must.empty(1000)):
+            with self.assertRaises(normd.NormdError) as caught:
+                call()
+            self.assertEqual(caught.exception.code.name, "FAILED_PRECONDITION")
+            self.assertIn("--shared_memory=on", caught.exception.message)
+
+
+class SmallBudget(SharedMemory):
+    """The same where only a few regions are lent."""
+
+    FLAGS = SharedMemory.FLAGS + ("--max_regions=4",)
+
+    def test_where_no_more_is_lent_messages_serve(self):
+        client = self.connect()
+        client.create("bn", self.CHANNELS, mode="eval")
+        kept = [client.forward("bn", self.x).output for _ in range(8)]
+        for output in kept[1:]:
+            numpy.testing.assert_array_equal(output, kept[0])
+        self.assertLessEqual(self.regions(), 4)
 
 
 if __name__ == "__main__":

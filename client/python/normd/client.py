@@ -1,5 +1,6 @@
 """Client: a typed call for each RPC."""
 
+import time
 import uuid
 
 import numpy as np
@@ -7,7 +8,9 @@ from google.protobuf import wrappers_pb2
 
 from normd import tensors
 from normd.connection import Connection, tls_credentials, token_metadata
+from normd.errors import NormdError
 from normd.results import BackwardResult, BatchStatistics, ForwardResult, State
+from normd.shared_memory import NotShared, SharedMemory, SharedTensors
 from normd.v1 import instance_pb2, norm_service_pb2 as pb, tensor_pb2
 
 _MODES = {
@@ -46,6 +49,10 @@ class Client:
     tls_cert, tls_key  files in PEM that are shown to the server
     token_file  file of the token that each call shows; read once, as the others are
     credentials, metadata  grpc's own, instead or besides
+    shared_memory  whether tensors go through memory that client and server share: None, where
+        the server is on this host and allows it, and they are large enough to gain; True,
+        always, and calls fail where it is not possible; or False. Outputs lie there too, and
+        keep their piece of the server's --shared_memory_budget while they live.
 
     Every changing call sends a request_id, so that a retry after a lost answer
     is not applied twice. Calls raise NormdError.
@@ -62,15 +69,18 @@ class Client:
         token_file=None,
         credentials=None,
         metadata=(),
+        shared_memory=None,
     ):
         if credentials is None:
             credentials = tls_credentials(tls_ca, tls_cert, tls_key)
         self._connection = Connection(
             target, timeout, credentials, tuple(metadata) + token_metadata(token_file)
         )
+        self._memory = SharedMemory(target, shared_memory, self._once)
         self._max_message_bytes = None
 
     def close(self):
+        self._memory.close()
         self._connection.channel.close()
 
     def __enter__(self):
@@ -152,6 +162,23 @@ class Client:
 
     # --- compute ---
 
+    def empty(self, shape, dtype="float32"):
+        """As numpy.empty, in memory shared with the server where that is possible.
+
+        Tensors are read from there, and not copied. Do not write to it during a call that has
+        it, nor after one that failed for its timeout or connection: the server may still read.
+        """
+        dtype = np.dtype(dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if self._memory.wants(size):
+            try:
+                lease = self._memory.get(size, self._connection.deadline())
+                return lease.bytes(size).view(dtype).reshape(shape)
+            except NotShared as why:
+                if self._memory.must:
+                    raise why.error from None
+        return np.empty(shape, dtype)
+
     def forward(
         self,
         name,
@@ -174,7 +201,8 @@ class Client:
         activation     "relu", or None
         mode           "train", "eval", or None: the instance's own
         memory_format  "contiguous", "channels_last", or None: as the array lies
-        stream         True or False; None: a stream where one message is too small
+        stream         True or False; None: through shared memory where the client has it, or a
+                       stream where one message is too small
         """
         header, data = tensors.header_and_bytes(input, memory_format)
         request = pb.ForwardRequest(
@@ -193,7 +221,15 @@ class Client:
             memory_format = memory_format or tensors.format_of(np.asarray(input))
             residual_header, residual_data = tensors.header_and_bytes(residual, memory_format)
             request.residual.CopyFrom(residual_header)
-        if self._streams(stream, data.nbytes + residual_data.nbytes):
+        inputs = [(data, request.input)]
+        if residual is not None:
+            inputs.append((residual_data, request.residual))
+        shared = self._shared(
+            "Forward", request, inputs, "output_memory", data.nbytes, stream, timeout
+        )
+        if shared:
+            response, output = shared
+        elif self._streams(stream, data.nbytes + residual_data.nbytes):
 
             def requests():
                 yield pb.ForwardStreamRequest(header=request)
@@ -204,9 +240,8 @@ class Client:
 
             response, output, _ = self._stream("ForwardStream", requests, "output", timeout)
         else:
-            request.input.data = bytes(data)
-            if residual is not None:
-                request.residual.data = bytes(residual_data)
+            for each, tensor in inputs:
+                tensor.data = bytes(each)
             response = self._unary("Forward", request, timeout)
             output = response.output.data
         statistics = None
@@ -263,7 +298,17 @@ class Client:
             input_header, input_data = tensors.header_and_bytes(input, memory_format)
             request.input.CopyFrom(input_header)
 
-        if self._streams(stream, grad_data.nbytes + input_data.nbytes):
+        inputs = [(grad_data, request.grad_output)]
+        if input is not None:
+            inputs.append((input_data, request.input))
+        output_bytes = 0 if skip_grad_input else grad_data.nbytes
+        shared = self._shared(
+            "Backward", request, inputs, "grad_input_memory", output_bytes, stream, timeout
+        )
+        if shared:
+            response, output = shared
+            residual = response.grad_residual.data
+        elif self._streams(stream, grad_data.nbytes + input_data.nbytes):
 
             def requests():
                 yield pb.BackwardStreamRequest(header=request)
@@ -276,9 +321,8 @@ class Client:
                 "BackwardStream", requests, "grad_input", timeout
             )
         else:
-            request.grad_output.data = bytes(grad_data)
-            if input is not None:
-                request.input.data = bytes(input_data)
+            for each, tensor in inputs:
+                tensor.data = bytes(each)
             response = self._unary("Backward", request, timeout)
             output = response.grad_input.data
             residual = response.grad_residual.data
@@ -415,6 +459,49 @@ class Client:
             lambda metadata, **options: stub(request, metadata=metadata + announced, **options),
             timeout,
         )
+
+    def _once(self, method, request, deadline):
+        stub = getattr(self._connection.stub, method)
+        return self._connection.call_once(lambda **options: stub(request, **options), deadline)
+
+    def _shared(self, method, request, inputs, output_field, output_bytes, stream, timeout):
+        """The answer to a call whose tensors lie in shared memory, and its output's bytes.
+
+        None where it is to be made another way; `request` names no memory then.
+        """
+        if stream is not None or not self._memory.wants(sum(data.nbytes for data, _ in inputs)):
+            return None
+        stub = getattr(self._connection.stub, method)
+        deadline = self._connection.deadline(timeout)
+        for last in (False, True):  # a restarted server has other memory to lend
+            there = SharedTensors(self._memory, deadline)
+            try:
+                for data, tensor in inputs:
+                    there.put(data, tensor)
+                response = self._connection.call(
+                    lambda **options: there.attempt(
+                        lambda: stub(request, **options),
+                        getattr(request, output_field),
+                        output_bytes,
+                    ),
+                    deadline - time.monotonic(),
+                )
+                return response, there.output(output_bytes)
+            except NotShared as why:
+                error = why.error
+            except NormdError as refusal:
+                if not self._memory.forget_if_lost(refusal):
+                    raise
+                if not last:
+                    continue
+                error = refusal
+            if self._memory.must:
+                raise error
+            break
+        for _, tensor in inputs:
+            tensor.ClearField("shared_memory")
+        request.ClearField(output_field)
+        return None
 
     def _change(self, method, request, *, expected_version=None, request_id=None, timeout=None):
         if expected_version is not None:

@@ -65,21 +65,31 @@ class Connection:
         self._timeout = timeout
         self._metadata = metadata
 
+    def deadline(self, timeout=None):
+        """Of a call that begins now, by time.monotonic()."""
+        return time.monotonic() + (self._timeout if timeout is None else timeout)
+
     def call(self, attempt_call, timeout=None):
         """attempt_call(timeout=, metadata=), repeated while that is safe and sensible.
 
         Every changing request carries a request_id, so that all may be retried.
         """
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        deadline = self.deadline(timeout)
         attempt = 0
         while True:
-            remaining = deadline - time.monotonic()
             try:
-                return attempt_call(timeout=max(remaining, 1e-3), metadata=self._metadata)
-            except grpc.RpcError as rpc_error:
-                error = NormdError.from_rpc_error(rpc_error)
+                return self.call_once(attempt_call, deadline)
+            except NormdError as error:
                 delay = _retry_delay(error, attempt)
                 if delay is None or time.monotonic() + delay >= deadline:
-                    raise error from None
+                    raise
                 time.sleep(delay)
                 attempt += 1
+
+    def call_once(self, attempt_call, deadline):
+        """attempt_call(timeout=, metadata=) until `deadline`, of time.monotonic()."""
+        timeout = max(deadline - time.monotonic(), 1e-3)
+        try:
+            return attempt_call(timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise NormdError.from_rpc_error(error) from None

@@ -393,6 +393,56 @@ TEST(ClientStream, ReportsARefusalInTheMiddle) {
   EXPECT_TRUE(absl::IsFailedPrecondition(answer.status())) << answer.status();
 }
 
+// What Ramp(count) is read from.
+TensorSource RampSource(int64_t count) {
+  return {.dtype = DataType::kFloat32,
+          .shape = {1, 1, 1, count},
+          .read = [ramp = Ramp(count)](int64_t offset, absl::Span<char> to) {
+            ramp.bytes().copy(to.data(), to.size(), static_cast<size_t>(offset));
+            return absl::OkStatus();
+          }};
+}
+
+TEST(ClientStream, GoesFromASourceToASinkAndBeginsBothAgainOnARetry) {
+  FakeServer server;
+  server.FailNext({.code = grpc::StatusCode::UNAVAILABLE, .after_applying = true});
+  ClientOptions options = Fast();
+  options.max_message_bytes = 1 << 20;
+  options.stream_chunk_bytes = 1000;
+  std::string bytes(20'000, '\0');
+  int64_t expected = 0;
+  const auto answer =
+      Connected(server, options)
+          .ForwardStream("bn1", RampSource(5000), [&](int64_t offset, std::string_view part) {
+            EXPECT_TRUE(offset == expected || offset == 0);
+            expected = offset + static_cast<int64_t>(part.size());
+            bytes.replace(static_cast<size_t>(offset), part.size(), part);
+            return absl::OkStatus();
+          });
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_TRUE(answer->output.bytes().empty());
+  EXPECT_EQ(expected, 20'000);
+  ExpectRamp(Tensor::Own(DataType::kFloat32, answer->output.shape(), std::move(bytes)), 5000, 2);
+  EXPECT_EQ(server.version(), 1u);
+}
+
+TEST(ClientStream, EndsWithTheErrorOfItsSourceOrSink) {
+  FakeServer server;
+  ClientOptions options = Fast();
+  options.stream_chunk_bytes = 1000;
+  const Client client = Connected(server, options);
+  const auto drop = [](int64_t, std::string_view) { return absl::OkStatus(); };
+  TensorSource torn = RampSource(5000);
+  torn.read = [whole = torn.read](int64_t offset, absl::Span<char> to) -> absl::Status {
+    return offset < 3000 ? whole(offset, to) : absl::UnavailableError("the file ends here");
+  };
+  EXPECT_EQ(client.ForwardStream("bn1", torn, drop).status(),
+            absl::UnavailableError("the file ends here"));
+  const auto full = [](int64_t, std::string_view) { return absl::UnavailableError("full"); };
+  EXPECT_EQ(client.ForwardStream("bn1", RampSource(5000), full).status(),
+            absl::UnavailableError("full"));
+}
+
 TEST(Client, ReadsStateAndSetsIt) {
   FakeServer server;
   auto* named = server.state.add_state_dict();

@@ -19,20 +19,21 @@ grpc::ByteBuffer Cut(const std::string& bytes, size_t at) {
   return {slices.data(), slices.size()};
 }
 
-TEST(AppendBytesOf, FindsTheBytesWhereverTheSlicesAreCut) {
+TEST(TakeBytesOf, FindsTheBytesWhereverTheSlicesAreCut) {
   for (const size_t size : {size_t{0}, size_t{1}, size_t{127}, size_t{300}, size_t{70000}}) {
     Response chunk;
     chunk.set_chunk(std::string(size, 'x'));
     const std::string message = chunk.SerializeAsString();
     for (size_t at = 0; at <= std::min<size_t>(message.size(), 20); ++at) {
       std::string to = "before";
-      ASSERT_TRUE(AppendBytesOf(Cut(message, at), Response::kChunkFieldNumber, to));
+      ASSERT_TRUE(TakeBytesOf(Cut(message, at), Response::kChunkFieldNumber,
+                              [&](std::string_view piece) { to += piece; }));
       ASSERT_EQ(to, "before" + chunk.chunk());
     }
   }
 }
 
-TEST(AppendBytesOf, TakesNoOtherMessage) {
+TEST(TakeBytesOf, TakesNoOtherMessage) {
   Response header;
   header.mutable_header()->set_version(7);
   Response other;
@@ -44,7 +45,8 @@ TEST(AppendBytesOf, TakesNoOtherMessage) {
        {header.SerializeAsString(), other.SerializeAsString(), std::string(), message + "y",
         message.substr(0, message.size() - 1), message.substr(0, 1), message + message}) {
     std::string to = "before";
-    EXPECT_FALSE(AppendBytesOf(Cut(bytes, bytes.size() / 2), Response::kChunkFieldNumber, to));
+    EXPECT_FALSE(TakeBytesOf(Cut(bytes, bytes.size() / 2), Response::kChunkFieldNumber,
+                             [&](std::string_view piece) { to += piece; }));
     EXPECT_EQ(to, "before");
   }
 }

@@ -115,6 +115,18 @@ TEST(Npy, TakesOneByteTypesWithoutByteOrder) {
               HasSubstr("no known byte order"));
 }
 
+TEST(NpyFront, IsEnoughToKnowTheFile) {
+  const std::string file = NpyHeader({.descr = "<f4", .shape = {2, 3}}) + std::string(24, 'd');
+  for (const size_t read : {file.size(), file.size() - 1, file.size() - 24}) {
+    const auto front = ParseNpyFront(std::string_view(file).substr(0, read), file.size());
+    ASSERT_TRUE(front.ok()) << front.status();
+    EXPECT_THAT(front->array.shape, ElementsAre(2, 3));
+    EXPECT_EQ(front->data_offset, file.size() - 24);
+  }
+  EXPECT_FALSE(ParseNpyFront(file, file.size() + 1).ok());
+  EXPECT_FALSE(ParseNpyFront(std::string_view(file).substr(0, 20), file.size()).ok());
+}
+
 TEST(Npy, RefusesEveryCutOfASoundFile) {
   const std::string file = NpyHeader({.descr = "<f4", .shape = {2, 3}}) + std::string(24, 'd');
   ASSERT_TRUE(ParseNpy(file).ok());
