@@ -142,7 +142,8 @@ class TensorCall final : public RawCall {
     for (size_t i = 0; i < fields.size(); ++i) {
       fields[i] = {Method::kTensorFields[i], &payloads_[i]};
     }
-    const absl::Status parsed = ParseMessage(message_, fields, *core_.pool, request_);
+    const absl::Status parsed =
+        ParseMessage(message_, fields, *core_.pool, *core_.executor, request_);
     if (!parsed.ok()) return Answer(parsed);
     finished_ = Tell(request_);
     if (absl::Status allowed = rpc_.Authorize(request_); !allowed.ok()) return Answer(allowed);

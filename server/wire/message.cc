@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -133,38 +134,91 @@ class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
     backed_up_ = static_cast<size_t>(count);
     count_ -= count;
   }
+  // From here on what is skipped is copied, too: to `sink` and on from there, by the threads
+  // of `executor`. Null: no more.
+  void CopySkipped(char* sink, Executor* executor) {
+    sink_ = sink;
+    executor_ = executor;
+  }
   bool Skip(int count) override {
-    const void* data = nullptr;
-    int size = 0;
-    while (count > 0 && Next(&data, &size)) {
+    while (count > 0) {
+      if (backed_up_ == 0 && next_ == slices_.size()) count -= SkipParts(count);
+      const void* data = nullptr;
+      int size = 0;
+      if (count == 0 || !Next(&data, &size)) break;
       if (size > count) BackUp(size - count);
-      count -= std::min(count, size);
+      const int taken = std::min(count, size);
+      if (sink_ != nullptr) {
+        std::memcpy(sink_, data, static_cast<size_t>(taken));
+        sink_ += taken;
+      }
+      count -= taken;
     }
-    return count == 0;
+    return count == 0 && !broken_.load(std::memory_order_relaxed);
   }
   int64_t ByteCount() const override { return count_; }
 
  private:
   static constexpr size_t kPart = 64;  // slices of up to 16 KiB, as HTTP/2 frames them
 
-  bool NextPart() {
+  // The part that has been read; its slices first.
+  void DropPart() {
     slices_.clear();
     next_ = 0;
     if (part_ > 0) parts_[part_ - 1].Clear();
+  }
+
+  bool NextPart() {
+    DropPart();
     return part_ < parts_.size() && parts_[part_++].Dump(&slices_).ok();
   }
 
+  // Whole parts of the next `count` bytes; answers how many bytes these were.
+  int SkipParts(int count) {
+    if (sink_ == nullptr) return 0;
+    DropPart();
+    std::vector<size_t> offsets = {0};
+    while (part_ + offsets.size() <= parts_.size()) {
+      const size_t end = offsets.back() + parts_[part_ + offsets.size() - 1].Length();
+      if (end > static_cast<size_t>(count)) break;
+      offsets.push_back(end);
+    }
+    const size_t parts = offsets.size() - 1;
+    executor_->ParallelFor(static_cast<int64_t>(parts), [&](int64_t k) {
+      grpc::ByteBuffer& part = parts_[part_ + static_cast<size_t>(k)];
+      std::vector<grpc::Slice> slices;
+      if (!part.Dump(&slices).ok()) {
+        broken_.store(true, std::memory_order_relaxed);
+        return;
+      }
+      char* to = sink_ + offsets[static_cast<size_t>(k)];
+      for (const grpc::Slice& slice : slices) {
+        std::memcpy(to, slice.begin(), slice.size());
+        to += slice.size();
+      }
+      slices.clear();
+      part.Clear();
+    });
+    part_ += parts;
+    sink_ += offsets.back();
+    count_ += static_cast<int64_t>(offsets.back());
+    return static_cast<int>(offsets.back());
+  }
+
   std::vector<grpc::ByteBuffer> parts_;
-  size_t part_ = 0;                  // the next
-  std::vector<grpc::Slice> slices_;  // of the one before; destroyed before parts_
-  size_t next_ = 0;                  // of slices_
-  size_t backed_up_ = 0;             // bytes of the slice before that are to be read again
+  char* sink_ = nullptr;
+  Executor* executor_ = nullptr;
+  std::atomic<bool> broken_ = false;  // gRPC did not give a part's slices
+  size_t part_ = 0;                   // the next
+  std::vector<grpc::Slice> slices_;   // of the one before; destroyed before parts_
+  size_t next_ = 0;                   // of slices_
+  size_t backed_up_ = 0;              // bytes of the slice before that are to be read again
   int64_t count_ = 0;
 };
 
 // Takes the next `size` bytes, which are known to be there.
-absl::Status TakePayload(const SliceStream& slices, CodedInputStream& in, int size,
-                         BufferPool& pool, Payload& payload) {
+absl::Status TakePayload(SliceStream& slices, CodedInputStream& in, int size, BufferPool& pool,
+                         Executor& executor, Payload& payload) {
   payload = Payload();
   payload.size = static_cast<size_t>(size);
   if (size == 0) return absl::OkStatus();
@@ -182,13 +236,20 @@ absl::Status TakePayload(const SliceStream& slices, CodedInputStream& in, int si
   if (payload.gathered.buffer.data() == nullptr) {
     return absl::ResourceExhaustedError("the server has no memory for the request's tensor");
   }
-  payload.data = payload.gathered.buffer.data();
-  return in.ReadRaw(payload.gathered.buffer.data(), size) ? absl::OkStatus() : Malformed();
+  char* const to = payload.gathered.buffer.data();
+  payload.data = to;
+  // What `in` has at hand, and then past it.
+  const int at_hand = std::min(available, size);
+  if (at_hand > 0) std::memcpy(to, piece, static_cast<size_t>(at_hand));
+  slices.CopySkipped(to + at_hand, &executor);
+  const bool there = in.Skip(size);
+  slices.CopySkipped(nullptr, nullptr);
+  return there ? absl::OkStatus() : Malformed();
 }
 
 // Reads the fields of a Tensor up to the stream's limit.
-absl::Status ReadTensor(const SliceStream& slices, CodedInputStream& in, BufferPool& pool,
-                        std::string& header, Payload& payload) {
+absl::Status ReadTensor(SliceStream& slices, CodedInputStream& in, BufferPool& pool,
+                        Executor& executor, std::string& header, Payload& payload) {
   const uint32_t data_tag = MakeTag(v1::Tensor::kDataFieldNumber, kLength);
   while (in.BytesUntilLimit() > 0) {
     const uint32_t tag = ReadTag(in);
@@ -197,7 +258,7 @@ absl::Status ReadTensor(const SliceStream& slices, CodedInputStream& in, BufferP
       if (!ReadSize(in, size) || size > static_cast<uint32_t>(in.BytesUntilLimit())) {
         return Malformed();
       }
-      absl::Status taken = TakePayload(slices, in, static_cast<int>(size), pool, payload);
+      absl::Status taken = TakePayload(slices, in, static_cast<int>(size), pool, executor, payload);
       if (!taken.ok()) return taken;
     } else if (tag == 0 || !CopyField(in, tag, header)) {
       return Malformed();
@@ -227,7 +288,8 @@ grpc::Slice LendingSlice(Buffer buffer, std::shared_ptr<void> keep) {
 }  // namespace
 
 absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
-                          BufferPool& pool, google::protobuf::MessageLite& header) {
+                          BufferPool& pool, Executor& executor,
+                          google::protobuf::MessageLite& header) {
   const size_t total = message.Length();
   if (total > std::numeric_limits<int>::max()) return Malformed();
   SliceStream slices(message);
@@ -250,7 +312,7 @@ absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorFiel
     }
     std::string tensor;
     const CodedInputStream::Limit outer = in.PushLimit(static_cast<int>(size));
-    absl::Status read = ReadTensor(slices, in, pool, tensor, *field->payload);
+    absl::Status read = ReadTensor(slices, in, pool, executor, tensor, *field->payload);
     if (!read.ok()) return read;
     in.PopLimit(outer);
     AppendVarint(tag, fields_but_data);

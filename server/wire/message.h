@@ -16,6 +16,7 @@
 #include "absl/types/span.h"
 #include "google/protobuf/message.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "kernels/executor.h"
 #include "normd/v1/tensor.pb.h"
 #include "server/wire/buffer.h"
 
@@ -46,9 +47,11 @@ struct TensorField {
 // INVALID_ARGUMENT for bytes that are no such message. RESOURCE_EXHAUSTED when
 // there is no memory to gather in.
 // Empties `message`: its slices go as they are read, but those that a payload lies in. What is
-// gathered is claimed by the caller: never more than the message's bytes.
+// gathered, by the threads of `executor`, is claimed by the caller: never more than the
+// message's bytes.
 absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorField> fields,
-                          BufferPool& pool, google::protobuf::MessageLite& header);
+                          BufferPool& pool, Executor& executor,
+                          google::protobuf::MessageLite& header);
 
 // One top-level field of type Tensor of an answer.
 struct AnswerTensor {

@@ -68,7 +68,8 @@ void Compare(const std::string& bytes, uint32_t seed, const std::vector<Field>& 
   std::vector<normd::TensorField> wanted;
   for (size_t i = 0; i < fields.size(); ++i) wanted.push_back({fields[i].first, &payloads[i]});
   Request header, whole;
-  const absl::Status read = normd::ParseMessage(cut, wanted, pool, header);
+  normd::SerialExecutor executor;
+  const absl::Status read = normd::ParseMessage(cut, wanted, pool, executor, header);
   const bool valid = whole.ParseFromString(bytes);
   Check(read.ok() || absl::IsInvalidArgument(read));
   if (!read.ok()) {

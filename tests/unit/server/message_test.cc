@@ -12,6 +12,7 @@
 
 #include <gtest/gtest.h>
 
+#include "kernels/tbb_executor.h"
 #include "normd/v1/norm_service.pb.h"
 
 namespace normd {
@@ -55,7 +56,8 @@ ForwardRequest Request(size_t tensor_bytes) {
 absl::Status Parse(grpc::ByteBuffer& message, Payload& payload, BufferPool& pool) {
   const TensorField field{ForwardRequest::kInputFieldNumber, &payload};
   ForwardRequest header;
-  return ParseMessage(message, {&field, 1}, pool, header);
+  TbbExecutor executor(2);
+  return ParseMessage(message, {&field, 1}, pool, executor, header);
 }
 
 TEST(ParseMessage, LeavesNothingOfAMessageThatItGathered) {
