@@ -52,11 +52,12 @@ step() { echo "== $1 ($SECONDS s)"; }
 step "build"
 cmake -S kernels -B "$build" "${options[@]}" >/dev/null
 cmake --build "$build" -j "$(nproc)" \
-  --target kernels_backend_test kernels_cuda_backend_test normd_bench_gpu
+  --target kernels_backend_test kernels_cuda_backend_test kernels_cuda_ipc_test normd_bench_gpu
 
 step "tests on the device"
 log=$build/tests.log
 "$build/bin/kernels_backend_test" --gtest_filter='*/Cuda' | tee "$log" | tail -3
+"$build/bin/kernels_cuda_ipc_test" | tee -a "$log" | tail -3
 # Skipped is not passed.
 if grep -q 'SKIPPED' "$log"; then
   echo "gpu.sh: tests were skipped: $(grep -m1 -A1 ': Skipped' "$log" | tail -1)" >&2
