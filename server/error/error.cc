@@ -37,16 +37,22 @@ v1::ErrorDetail DetailOf(const absl::Status& status) {
   return detail;
 }
 
-absl::Status InvalidField(absl::string_view field, absl::string_view value,
-                          absl::string_view allowed) {
+absl::Status FieldError(absl::StatusCode code, absl::string_view field, absl::string_view value,
+                        absl::string_view allowed, absl::string_view message) {
   v1::ErrorDetail detail;
   detail.set_field(std::string(field));
   detail.set_value(Shown(value));
   detail.set_allowed(std::string(allowed));
-  auto status = absl::InvalidArgumentError(absl::StrCat(
-      field, " is ", value.empty() ? "empty" : detail.value(), "; allowed: ", allowed));
+  absl::Status status(code, message);
   SetDetail(status, detail);
   return status;
+}
+
+absl::Status InvalidField(absl::string_view field, absl::string_view value,
+                          absl::string_view allowed) {
+  return FieldError(
+      absl::StatusCode::kInvalidArgument, field, value, allowed,
+      absl::StrCat(field, " is ", value.empty() ? "empty" : Shown(value), "; allowed: ", allowed));
 }
 
 absl::Status LimitExceeded(absl::string_view field, absl::string_view what, int64_t limit,

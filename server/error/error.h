@@ -18,6 +18,10 @@ namespace normd {
 absl::Status InvalidField(absl::string_view field, absl::string_view value,
                           absl::string_view allowed);
 
+// The same detail with another code, where `message` says it in words of its own.
+absl::Status FieldError(absl::StatusCode code, absl::string_view field, absl::string_view value,
+                        absl::string_view allowed, absl::string_view message);
+
 // RESOURCE_EXHAUSTED: `what` ("a message of 300 bytes") is over the limit that
 // `flag` ("--max_message_bytes") sets. A retry delay above 0 says that waiting
 // may help.

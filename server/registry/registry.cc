@@ -15,24 +15,14 @@ namespace normd {
 namespace {
 
 absl::Status NoSuchInstance(absl::string_view name) {
-  v1::ErrorDetail detail;
-  detail.set_field("name");
-  detail.set_value(std::string(name));
-  detail.set_allowed("the name of an instance; ListInstances lists them");
-  auto status = absl::NotFoundError(absl::StrCat("there is no instance named \"", name, "\""));
-  SetDetail(status, detail);
-  return status;
+  return FieldError(absl::StatusCode::kNotFound, "name", name,
+                    "the name of an instance; ListInstances lists them",
+                    absl::StrCat("there is no instance named \"", name, "\""));
 }
 
 absl::Status NameTaken(absl::string_view name) {
-  v1::ErrorDetail detail;
-  detail.set_field("name");
-  detail.set_value(std::string(name));
-  detail.set_allowed("a name that is not taken");
-  auto status =
-      absl::AlreadyExistsError(absl::StrCat("an instance named \"", name, "\" exists already"));
-  SetDetail(status, detail);
-  return status;
+  return FieldError(absl::StatusCode::kAlreadyExists, "name", name, "a name that is not taken",
+                    absl::StrCat("an instance named \"", name, "\" exists already"));
 }
 
 }  // namespace

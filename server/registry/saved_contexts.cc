@@ -12,13 +12,8 @@ namespace {
 
 absl::Status ContextError(absl::StatusCode code, const std::string& id, absl::string_view what,
                           absl::string_view allowed) {
-  v1::ErrorDetail detail;
-  detail.set_field("context_id");
-  detail.set_value(id.substr(0, 256));
-  detail.set_allowed(std::string(allowed));
-  absl::Status status(code, absl::StrCat("context_id ", what, "; allowed: ", allowed));
-  SetDetail(status, detail);
-  return status;
+  return FieldError(code, "context_id", id, allowed,
+                    absl::StrCat("context_id ", what, "; allowed: ", allowed));
 }
 
 }  // namespace

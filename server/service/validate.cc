@@ -94,13 +94,7 @@ absl::Status CheckNotNegative(double value, absl::string_view field) {
 
 absl::Status FailedField(absl::string_view field, absl::string_view value,
                          absl::string_view allowed, absl::string_view message) {
-  v1::ErrorDetail detail;
-  detail.set_field(std::string(field));
-  detail.set_value(std::string(value.substr(0, 256)));
-  detail.set_allowed(std::string(allowed));
-  auto status = absl::FailedPreconditionError(message);
-  SetDetail(status, detail);
-  return status;
+  return FieldError(absl::StatusCode::kFailedPrecondition, field, value, allowed, message);
 }
 
 std::string DataTypeText(v1::DataType dtype) {

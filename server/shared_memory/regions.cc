@@ -43,14 +43,9 @@ absl::Status NoMemory(absl::string_view what) {
 
 // `field` names nothing that the caller may see. Whether it is another's is not told.
 absl::Status NotThere(absl::string_view field, absl::string_view value, absl::string_view allowed) {
-  v1::ErrorDetail detail;
-  detail.set_field(std::string(field));
-  detail.set_value(absl::BytesToHexString(value.substr(0, kNameBytes)));
-  detail.set_allowed(std::string(allowed));
-  absl::Status status = absl::NotFoundError(
-      absl::StrCat(field, " ", detail.value(), " is not there; allowed: ", allowed));
-  SetDetail(status, detail);
-  return status;
+  const std::string shown = absl::BytesToHexString(value.substr(0, kNameBytes));
+  return FieldError(absl::StatusCode::kNotFound, field, shown, allowed,
+                    absl::StrCat(field, " ", shown, " is not there; allowed: ", allowed));
 }
 
 // One packet, with a descriptor beside it unless `fd` is negative. Never waits: a client
