@@ -8,6 +8,7 @@
 #include "server/auth/permissions.h"
 #include "server/error/error.h"
 #include "server/service/convert.h"
+#include "server/service/forward_pieces.h"
 #include "server/service/layers.h"
 #include "server/service/shared_tensors.h"
 #include "server/service/validate.h"
@@ -154,6 +155,184 @@ absl::Status CheckMayForward(const Caller& caller, const v1::ForwardRequest& req
                        folds ? "a Forward in train mode" : "a Forward with save_for_backward");
 }
 
+namespace {
+
+// One forward call's tensors, checked.
+struct Tensors {
+  Payload input;
+  Payload residual;
+  SharedBytes output;
+  Place place = Place::kHost;
+};
+
+// Normalizes first and folds then, again where the instance has changed meanwhile.
+void ForwardInTries(Core& core, const Caller& caller, const v1::ForwardRequest& request,
+                    const ForwardSpec& spec, Tensors tensors, MemoryClaim spare,
+                    const std::stop_token& stop, ForwardDone done) {
+  auto& [input, residual, output, place] = tensors;
+  const auto instance = core.registry->Find(request.name());
+  if (!instance.ok()) return done(instance.status());
+  const bool saving = request.save_for_backward();
+
+  auto call = std::make_shared<Call>(
+      Call{.core = core, .done = std::move(done), .output = {.shared = std::move(output)}});
+  for (;;) {
+    const Snapshot tip = (*instance)->tip();
+    if (tip == nullptr) return call->Refuse(InstanceDeleted());
+    // What is remembered has folded, and so was in train mode whichever is set today.
+    const auto applied = (*instance)->Applied(spec.options.request_id);
+    const bool again = applied.has_value() && applied->method == Method::kForward;
+    if (again && tip->parameters_version > applied->version) {
+      return call->Refuse(NoLongerKnown(request.request_id(), *applied));
+    }
+    const Mode mode = again ? Mode::kTrain : spec.mode.value_or(tip->mode);
+    const auto pass = ToPass(tip->layer(), mode, spec.input, "input");
+    if (!pass.ok()) return call->Refuse(pass.status());
+    if (absl::Status allowed = CheckMayForward(caller, request, pass->folds); !allowed.ok()) {
+      return call->Refuse(std::move(allowed));
+    }
+    // A call that changes nothing sees what was acknowledged, one that folds
+    // builds on what is about to be.
+    const Snapshot state = pass->folds ? tip : (*instance)->published();
+    if (state == nullptr) return call->Refuse(InstanceDeleted());
+
+    if (!call->output.present()) {
+      // In place, where neither a context nor another try will want the input.
+      if (!saving && !pass->folds && input.gathered.buffer.data() != nullptr) {
+        call->output.own = std::move(input.gathered);
+      } else {
+        auto memory = GetBuffer(core, spec.input.bytes(), spare);
+        if (!memory.ok()) return call->Refuse(memory.status());
+        call->output.own = *std::move(memory);
+      }
+    }
+    if (pass->folds) {
+      // Another try will want them.
+      for (Payload* tensor : {&input, &residual}) {
+        absl::Status moved = MoveOutOf(core, call->output.shared, "output_memory", *tensor);
+        if (!moved.ok()) return call->Refuse(std::move(moved));
+      }
+    }
+    MemoryClaim context_claim;
+    if (saving) {
+      call->DropContext();  // of a try before
+      call->answer.header.clear_context_id();
+      auto claim = core.contexts->Claim(ContextBytes(spec, pass->problem));
+      if (!claim.ok()) return call->Refuse(claim.status());
+      context_claim = *std::move(claim);
+      if (absl::Status kept = KeepInput(*call, input); !kept.ok()) return call->Refuse(kept);
+    }
+
+    const Epilogue epilogue{.residual = residual.data, .activation = spec.activation};
+    auto made = Normalize(*call, *state, *pass, input.data, epilogue, saving, place, stop);
+    if (!made.ok()) return call->Refuse(made.status());
+
+    v1::ForwardResponse& header = call->answer.header;
+    header.set_mode(ToProto(mode));
+    header.set_num_batches_tracked(state->num_batches_tracked);
+    if (request.return_batch_statistics() && pass->by_batch) {
+      *header.mutable_batch_statistics() = ToProto(made->moments);
+    }
+    if (saving) {
+      SavedForward saved{
+          .uid = state->identity->uid,
+          .problem = pass->problem,
+          .shape = spec.input.shape,
+          .input = call->kept_input,
+          .mean = pass->by_batch ? made->moments.mean : std::move(made->mean),
+          .var = pass->by_batch ? BiasedVariance(made->moments) : std::move(made->var),
+          .statistics_of_batch = pass->by_batch,
+          .weight = state->weight,
+          .relu_mask = std::move(made->relu_mask),
+          .has_residual = request.has_residual()};
+      header.set_context_id(core.contexts->Put(std::move(saved), std::move(context_claim)));
+    }
+
+    if (!pass->folds && (!spec.options.expected_version.has_value() ||
+                         *spec.options.expected_version == state->version)) {
+      header.set_version(state->version);
+      return call->Answer(spec.input);
+    }
+    const bool fresh = (*instance)->Change(
+        spec.options,
+        [&](InstanceState& next) -> absl::StatusOr<Edited> {
+          if (!pass->folds) return Edited::kUnchanged;  // and the version was checked
+          // Whoever came between changed what this output should have been.
+          if (next.weight.data() != state->weight.data() ||
+              next.bias.data() != state->bias.data() || next.identity->uid != tip->identity->uid ||
+              (!spec.mode.has_value() && next.mode != mode)) {
+            return Edited::kStale;
+          }
+          FoldBatch(made->moments, next);
+          return Edited::kChanged;
+        },
+        [call, input_spec = spec.input, folds = pass->folds](absl::StatusOr<Changed> changed) {
+          if (!changed.ok()) return call->Refuse(changed.status());
+          call->answer.header.set_version(changed->version);
+          call->answer.header.set_replayed(changed->replayed);
+          call->answer.header.set_num_batches_tracked(changed->num_batches_tracked);
+          call->answer.changed = folds;
+          call->Answer(input_spec);
+        });
+    if (fresh) return;
+  }
+}
+
+// Less than this is still in a near cache when it is read again.
+constexpr size_t kFoldsFirst = size_t{32} << 20;
+
+// Whether statistics are taken and folded in first, and the input is normalized where it lies
+// then: that reads it once more from memory, but a large call needs half the memory.
+absl::StatusOr<bool> FoldsFirst(Core& core, const Caller& caller, const v1::ForwardRequest& request,
+                                const ForwardSpec& spec, const Tensors& tensors) {
+  if (tensors.input.gathered.buffer.size() < kFoldsFirst || tensors.output.region != nullptr ||
+      core.backend->name() != "cpu") {
+    return false;
+  }
+  std::optional<ForwardPieces> unused;
+  const auto way = ForwardPieces::Begin(core, caller, request, spec, unused);
+  if (!way.ok()) return way.status();
+  return *way == ForwardPieces::Way::kAfterStatistics;
+}
+
+void FoldThenNormalize(Core& core, const Caller& caller, const v1::ForwardRequest& request,
+                       const ForwardSpec& spec, Tensors tensors, MemoryClaim spare,
+                       const std::stop_token& stop, ForwardDone done) {
+  struct Call {
+    ForwardSpec spec;
+    Tensors tensors;
+    MemoryClaim spare;
+    ForwardDone done;
+  };
+  const auto call =
+      std::make_shared<Call>(Call{spec, std::move(tensors), std::move(spare), std::move(done)});
+  ForwardPieces::Fold(
+      core, caller, request, call->spec, call->tensors.input.data, stop,
+      [&core, &caller, &request, call, stop](absl::StatusOr<std::optional<ForwardPieces>> pieces) {
+        if (!pieces.ok()) return call->done(pieces.status());
+        if (!pieces->has_value()) {
+          return ForwardInTries(core, caller, request, call->spec, std::move(call->tensors),
+                                std::move(call->spare), stop, std::move(call->done));
+        }
+        // Not here: others wait for the thread that tells what is durable.
+        core.executor->Enqueue([call, pieces = **std::move(pieces), stop] {
+          const TensorSpec& input = call->spec.input;
+          ClaimedBuffer memory = std::move(call->tensors.input.gathered);
+          absl::Status status =
+              pieces.Normalize(memory.buffer.data(), call->tensors.residual.data, 0,
+                               input.bytes() / static_cast<int64_t>(SizeOf(input.dtype)), stop);
+          if (!status.ok()) return call->done(std::move(status));
+          TensorAnswer<v1::ForwardResponse> answer{.header = pieces.header(), .changed = true};
+          answer.header.clear_output();
+          answer.tensors.push_back(
+              ToAnswer(v1::ForwardResponse::kOutputFieldNumber, input, {.own = std::move(memory)}));
+          call->done(std::move(answer));
+        });
+      });
+}
+
+}  // namespace
+
 void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
              Payload residual, SharedBytes output, MemoryClaim spare, std::stop_token stop,
              ForwardDone done) {
@@ -178,112 +357,11 @@ void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request
     return done(InvalidField("save_for_backward", "true",
                              "false with tensors on the GPU; Backward takes the input again"));
   }
-  const auto instance = core.registry->Find(request.name());
-  if (!instance.ok()) return done(instance.status());
-  const bool saving = request.save_for_backward();
-
-  auto call = std::make_shared<Call>(
-      Call{.core = core, .done = std::move(done), .output = {.shared = std::move(output)}});
-  for (;;) {
-    const Snapshot tip = (*instance)->tip();
-    if (tip == nullptr) return call->Refuse(InstanceDeleted());
-    // What is remembered has folded, and so was in train mode whichever is set today.
-    const auto applied = (*instance)->Applied(spec->options.request_id);
-    const bool again = applied.has_value() && applied->method == Method::kForward;
-    if (again && tip->parameters_version > applied->version) {
-      return call->Refuse(NoLongerKnown(request.request_id(), *applied));
-    }
-    const Mode mode = again ? Mode::kTrain : spec->mode.value_or(tip->mode);
-    const auto pass = ToPass(tip->layer(), mode, spec->input, "input");
-    if (!pass.ok()) return call->Refuse(pass.status());
-    if (absl::Status allowed = CheckMayForward(caller, request, pass->folds); !allowed.ok()) {
-      return call->Refuse(std::move(allowed));
-    }
-    // A call that changes nothing sees what was acknowledged, one that folds
-    // builds on what is about to be.
-    const Snapshot state = pass->folds ? tip : (*instance)->published();
-    if (state == nullptr) return call->Refuse(InstanceDeleted());
-
-    if (!call->output.present()) {
-      // In place, where neither a context nor another try will want the input.
-      if (!saving && !pass->folds && input.gathered.buffer.data() != nullptr) {
-        call->output.own = std::move(input.gathered);
-      } else {
-        auto memory = GetBuffer(core, spec->input.bytes(), spare);
-        if (!memory.ok()) return call->Refuse(memory.status());
-        call->output.own = *std::move(memory);
-      }
-    }
-    if (pass->folds) {
-      // Another try will want them.
-      for (Payload* tensor : {&input, &residual}) {
-        absl::Status moved = MoveOutOf(core, call->output.shared, "output_memory", *tensor);
-        if (!moved.ok()) return call->Refuse(std::move(moved));
-      }
-    }
-    MemoryClaim context_claim;
-    if (saving) {
-      call->DropContext();  // of a try before
-      call->answer.header.clear_context_id();
-      auto claim = core.contexts->Claim(ContextBytes(*spec, pass->problem));
-      if (!claim.ok()) return call->Refuse(claim.status());
-      context_claim = *std::move(claim);
-      if (absl::Status kept = KeepInput(*call, input); !kept.ok()) return call->Refuse(kept);
-    }
-
-    const Epilogue epilogue{.residual = residual.data, .activation = spec->activation};
-    auto made = Normalize(*call, *state, *pass, input.data, epilogue, saving, *place, stop);
-    if (!made.ok()) return call->Refuse(made.status());
-
-    v1::ForwardResponse& header = call->answer.header;
-    header.set_mode(ToProto(mode));
-    header.set_num_batches_tracked(state->num_batches_tracked);
-    if (request.return_batch_statistics() && pass->by_batch) {
-      *header.mutable_batch_statistics() = ToProto(made->moments);
-    }
-    if (saving) {
-      SavedForward saved{
-          .uid = state->identity->uid,
-          .problem = pass->problem,
-          .shape = spec->input.shape,
-          .input = call->kept_input,
-          .mean = pass->by_batch ? made->moments.mean : std::move(made->mean),
-          .var = pass->by_batch ? BiasedVariance(made->moments) : std::move(made->var),
-          .statistics_of_batch = pass->by_batch,
-          .weight = state->weight,
-          .relu_mask = std::move(made->relu_mask),
-          .has_residual = request.has_residual()};
-      header.set_context_id(core.contexts->Put(std::move(saved), std::move(context_claim)));
-    }
-
-    if (!pass->folds && (!spec->options.expected_version.has_value() ||
-                         *spec->options.expected_version == state->version)) {
-      header.set_version(state->version);
-      return call->Answer(spec->input);
-    }
-    const bool fresh = (*instance)->Change(
-        spec->options,
-        [&](InstanceState& next) -> absl::StatusOr<Edited> {
-          if (!pass->folds) return Edited::kUnchanged;  // and the version was checked
-          // Whoever came between changed what this output should have been.
-          if (next.weight.data() != state->weight.data() ||
-              next.bias.data() != state->bias.data() || next.identity->uid != tip->identity->uid ||
-              (!spec->mode.has_value() && next.mode != mode)) {
-            return Edited::kStale;
-          }
-          FoldBatch(made->moments, next);
-          return Edited::kChanged;
-        },
-        [call, input_spec = spec->input, folds = pass->folds](absl::StatusOr<Changed> changed) {
-          if (!changed.ok()) return call->Refuse(changed.status());
-          call->answer.header.set_version(changed->version);
-          call->answer.header.set_replayed(changed->replayed);
-          call->answer.header.set_num_batches_tracked(changed->num_batches_tracked);
-          call->answer.changed = folds;
-          call->Answer(input_spec);
-        });
-    if (fresh) return;
-  }
+  Tensors tensors{std::move(input), std::move(residual), std::move(output), *place};
+  const auto folds_first = FoldsFirst(core, caller, request, *spec, tensors);
+  if (!folds_first.ok()) return done(folds_first.status());
+  (*folds_first ? FoldThenNormalize : ForwardInTries)(
+      core, caller, request, *spec, std::move(tensors), std::move(spare), stop, std::move(done));
 }
 
 }  // namespace normd

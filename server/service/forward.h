@@ -33,9 +33,9 @@ using ForwardDone = absl::AnyInvocable<void(absl::StatusOr<TensorAnswer<v1::Forw
 
 // Serves one Forward, from the unary call and the stream alike: `request` without
 // the tensors' data, which are `input` and `residual` (empty where the request has
-// none), and without its output_memory, which is `output` (likewise). All are used only until
-// this returns; `done` is called then or later, when the change is durable. `spare`: memory
-// that is claimed already for what this allocates.
+// none), and without its output_memory, which is `output` (likewise). `done` is called before
+// this returns or later, when the change is durable; `request` and `caller` are used until then.
+// `spare`: memory that is claimed already for what this allocates.
 void Forward(Core& core, const Caller& caller, const v1::ForwardRequest& request, Payload input,
              Payload residual, SharedBytes output, MemoryClaim spare, std::stop_token stop,
              ForwardDone done);

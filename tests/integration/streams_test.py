@@ -199,6 +199,39 @@ class EveryLayer(StreamCase):
             self.assertEqual(header, due)
 
 
+class LargeTensors(StreamCase):
+    """In train mode a large unary call is folded first and normalized where it lies."""
+
+    FLAGS = ()
+    SHAPE = (33, 64, 64, 64)  # 33 MiB
+
+    def test_answer_their_streams_bytes_and_are_counted_once(self):
+        x, residual = self.randn(self.SHAPE), self.randn(self.SHAPE)
+        for fields in ({"return_batch_statistics": True},
+                       {"activation": rpc.ACTIVATION_RELU, "residual": residual}):
+            unary, stream = self.pair(self.SHAPE[1])
+            fields = dict(fields)
+            added = fields.pop("residual", None)
+            request = rpc.ForwardRequest(
+                name=unary.name, input=to_proto(x), mode=TRAIN, request_id=request_id(),
+                residual=None if added is None else to_proto(added), **fields)
+            answer = self.stub.Forward(request)
+            header, y = streams.forward(self.stub, stream.name, x, residual=added, mode=TRAIN,
+                                        **fields)
+            self.assertEqual(raw_bytes(y), raw_bytes(from_proto(answer.output)))
+            answer.output.Clear()
+            header.output.Clear()
+            self.assertEqual(header, answer)
+
+            again = self.stub.Forward(request)
+            self.assertTrue(again.replayed)
+            self.assertEqual(raw_bytes(y), raw_bytes(from_proto(again.output)))
+            self.assertEqual(again.num_batches_tracked, 1)
+            self.assertEqual(unary.state_dict().keys(), stream.state_dict().keys())
+            for key, value in unary.state_dict().items():
+                self.assertEqual(raw_bytes(value), raw_bytes(stream.state_dict()[key]), key)
+
+
 class BoundedMemory(StreamCase):
     """What a stream costs is what has come of it, and in eval mode hardly anything."""
 
