@@ -31,7 +31,7 @@ constexpr int64_t kChunkBytes = int64_t{1} << 20;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLargestTinyPlane = 64;
 constexpr int64_t kFewestTinyRuns = 4;
-constexpr int64_t kMostColumns = 1600;  // whose coefficients stay in L1
+constexpr int64_t kMostRowBytes = 3200;  // of columns whose coefficients stay in L1
 
 struct Range {
   int64_t begin;
@@ -70,7 +70,7 @@ struct Geometry {
     unit_sets = std::clamp<int64_t>(unit_bytes / set_bytes, 1, sets);
     by_columns = per_channel && plane < kLargestTinyPlane && runs >= kFewestTinyRuns &&
                  set_bytes <= 2 * kChunkBytes;
-    if (by_columns) unit_sets = std::min(unit_sets, kMostColumns / plane);
+    if (by_columns) unit_sets = std::min(unit_sets, kMostRowBytes / (plane * element_bytes));
     // Where it can be had, each unit begins at a cache line: loads that lie on two cost twice.
     const int64_t on_lines = kLineBytes / std::gcd(kLineBytes, run_length() * element_bytes);
     if (unit_sets > on_lines) unit_sets -= unit_sets % on_lines;
