@@ -288,6 +288,7 @@ absl::StatusOr<Tensor> StreamedTensor(const v1::Tensor& header, std::string byte
   }
   return tensor;
 }
+
 // With `source` and `sink` the bytes come from and go there, and `input` has none.
 absl::StatusOr<ForwardResult> StreamForward(Connection& connection, v1::ForwardRequest request,
                                             const Tensor& input,

@@ -4,17 +4,25 @@
 #include <fstream>
 #include <string>
 
+#include <unistd.h>
+
 #include "hwy/cache_control.h"
 
 namespace normd::cpu {
 namespace {
 
-// Linux's own account, "32768K"; 0 where there is none. glibc's sysconf() multiplies by
-// the number of virtual processors on some virtual machines.
-int64_t CacheBytes(const char* index) {
-  std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/") + index + "/size");
+// Of the cache of this level, 2 or 3; 0 where nobody says. Linux's own account ("32768K")
+// first: glibc's sysconf() multiplies by the number of virtual processors on some virtual
+// machines.
+int64_t CacheBytes(int level) {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(level) + "/size");
   int64_t kilobytes = 0;
-  return file >> kilobytes ? kilobytes << 10 : 0;
+  if (file >> kilobytes && kilobytes > 0) return kilobytes << 10;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  return std::max(sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE), 0L);
+#else
+  return 0;
+#endif
 }
 
 bool IsIntelServer() {
@@ -25,19 +33,20 @@ bool IsIntelServer() {
 #endif
 }
 
+// Cautious guesses where nobody says.
 int64_t L2Bytes() {
-  static const int64_t bytes = [] {
-    const int64_t size = CacheBytes("index2");
-    return size > 0 ? size : int64_t{1} << 20;
-  }();
+  static const int64_t bytes = CacheBytes(2) > 0 ? CacheBytes(2) : int64_t{1} << 20;
   return bytes;
+}
+int64_t LastLevelBytes() {
+  const int64_t bytes = std::max(CacheBytes(2), CacheBytes(3));
+  return bytes > 0 ? bytes : int64_t{8} << 20;
 }
 
 }  // namespace
 
 int64_t LargestCachedBytes() {
-  static const int64_t bytes =
-      IsIntelServer() ? L2Bytes() : std::max(L2Bytes(), CacheBytes("index3")) / 2;
+  static const int64_t bytes = IsIntelServer() ? L2Bytes() : LastLevelBytes() / 2;
   return bytes;
 }
 

@@ -41,6 +41,9 @@ struct VectorCoefficients {
   hn::Vec<D> shift, scale, offset, slope;
 };
 
+// Of VectorCoefficients, in memory.
+inline constexpr int64_t kKinds = 4;
+
 template <class D>
 struct PairCoefficients {
   VectorCoefficients<D> a, b;
@@ -76,8 +79,6 @@ struct Varying {
     return {hn::LoadU(d, from), hn::LoadU(d, from + lanes), hn::LoadU(d, from + 2 * lanes),
             hn::LoadU(d, from + 3 * lanes)};
   }
-
-  static constexpr int64_t kKinds = 4;
 
   const Source source;
   const int64_t start;
@@ -127,7 +128,6 @@ template <class E, class T>
 std::unique_ptr<T[]> InPairs(int64_t columns, const ArrayCoefficients<T>& arrays) {
   const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  constexpr int64_t kKinds = 4;
   std::unique_ptr<T[]> paired(new T[static_cast<size_t>(kKinds * columns)]);
   for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
     int64_t kind = 0;
