@@ -61,53 +61,41 @@ HWY_INLINE auto WithInput(const BackwardTensors& tensors, Run run) {
   return run(GradientInput<E, false>(tensors));
 }
 
-// Sums over a run. `weight`: an array along the run, or null.
+// Sums over a run.
 template <class E, bool kMasked>
 struct RunSums {
   using D = Tag<E>;
   using V = hn::Vec<D>;
-  using T = ComputeType<E>;
 
   explicit RunSums(const GradientInput<E, kMasked>& from) : input(from) {}
 
   template <int k>
   HWY_INLINE void Add(int64_t i) {
-    Collect<k>(i, input.GradY(begin + i));
+    Collect<k>(input.GradY(begin + i), input.X(begin + i));
   }
   template <int k, class M>
   HWY_INLINE void Add(int64_t i, M mask) {
-    Collect<k>(i, input.GradY(begin + i), mask);
+    const V gradient = input.GradY(begin + i);
+    const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
+    dy.template At<k>() = hn::Add(dy.template At<k>(), hn::IfThenElseZero(mask, gradient));
+    dy_d.template At<k>() = hn::Add(dy_d.template At<k>(), hn::IfThenElseZero(mask, product));
   }
   template <int k>
   HWY_INLINE void AddTwo(int64_t i) {
     if constexpr (kPairsInterleave<E> && !kMasked) {
-      if (weight == nullptr) {
-        const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
-        const Pair<D> x = LoadPair(d, input.x + begin + i);
-        Collect<k>(gradient.a, x.a);
-        Collect<k + 1>(gradient.b, x.b);
-        return;
-      }
+      const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
+      const Pair<D> x = LoadPair(d, input.x + begin + i);
+      Collect<k>(gradient.a, x.a);
+      Collect<k + 1>(gradient.b, x.b);
+    } else {
+      Add<k>(i);
+      Add<k + 1>(i + static_cast<int64_t>(hn::Lanes(d)));
     }
-    Add<k>(i);
-    Add<k + 1>(i + static_cast<int64_t>(hn::Lanes(d)));
-  }
-  template <int k>
-  HWY_INLINE void Collect(int64_t i, V gradient) {
-    if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
-    Collect<k>(gradient, input.X(begin + i));
   }
   template <int k>
   HWY_INLINE void Collect(V gradient, V x) {
     dy.template At<k>() = hn::Add(dy.template At<k>(), gradient);
     dy_d.template At<k>() = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d.template At<k>());
-  }
-  template <int k, class M>
-  HWY_INLINE void Collect(int64_t i, V gradient, M mask) {
-    if (weight != nullptr) gradient = hn::Mul(gradient, hn::LoadU(d, weight + i));
-    const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
-    dy.template At<k>() = hn::Add(dy.template At<k>(), hn::IfThenElseZero(mask, gradient));
-    dy_d.template At<k>() = hn::Add(dy_d.template At<k>(), hn::IfThenElseZero(mask, product));
   }
   HWY_INLINE void Clear() {
     dy.Clear();
@@ -116,7 +104,6 @@ struct RunSums {
 
   D d;
   GradientInput<E, kMasked> input;
-  const T* weight = nullptr;
   V shift;
   int64_t begin = 0;
   Accumulators<D> dy;
@@ -126,12 +113,11 @@ struct RunSums {
 // A run shorter than a vector.
 template <class E, bool kMasked>
 GradientSums SumsOfShortRun(const GradientInput<E, kMasked>& input, int64_t begin, int64_t length,
-                            const ComputeType<E>* weight, double shift) {
+                            double shift) {
   GradientSums sums;
   for (int64_t i = begin; i < begin + length; ++i) {
     if (kMasked && (input.mask[i / 8] >> (i % 8) & 1) == 0) continue;
-    const double w = weight == nullptr ? 1.0 : static_cast<double>(weight[i - begin]);
-    const double dy = w * static_cast<double>(ScalarAt(input.grad_y, i));
+    const double dy = static_cast<double>(ScalarAt(input.grad_y, i));
     sums.dy += dy;
     sums.dy_d += dy * (static_cast<double>(ScalarAt(input.x, i)) - shift);
   }
@@ -139,16 +125,15 @@ GradientSums SumsOfShortRun(const GradientInput<E, kMasked>& input, int64_t begi
 }
 
 template <class E>
-GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
-                          const ComputeType<E>* weight, double shift) {
+GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
+                       double shift) {
   return WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     GradientSums total;
     const Tag<E> d;
     if (runs.length < static_cast<int64_t>(hn::Lanes(d))) {
       for (int64_t run = 0; run < runs.count; ++run) {
-        const auto sums =
-            SumsOfShortRun(input, begin + run * runs.stride, runs.length, weight, shift);
+        const auto sums = SumsOfShortRun(input, begin + run * runs.stride, runs.length, shift);
         total.dy += sums.dy;
         total.dy_d += sums.dy_d;
       }
@@ -161,7 +146,6 @@ GradientSums WeightedSums(const BackwardTensors& tensors, int64_t begin, const R
         d, runs,
         [&](int64_t run, int64_t piece, int64_t n) NORMD_INLINE_LAMBDA {
           sums.begin = begin + run * runs.stride + piece;
-          sums.weight = weight == nullptr ? nullptr : weight + piece;
           AddRun(d, n, sums);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
@@ -202,12 +186,6 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
 }
 
 template <class E>
-GradientSums SumsOfRow(const BackwardTensors& tensors, const Row& row) {
-  return WeightedSums<E>(tensors, row.begin, {1, row.count, 0},
-                         static_cast<const ComputeType<E>*>(row.weight), row.shift);
-}
-
-template <class E>
 void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                    const void* shift_array, void* scratch, double* HWY_RESTRICT dy,
                    double* HWY_RESTRICT dy_d) {
@@ -221,8 +199,7 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
     if (columns < lanes) {
       for (int64_t row = 0; row < matrix.rows; ++row) {
         for (int64_t j = 0; j < columns; ++j) {
-          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1,
-                                           static_cast<const T*>(nullptr), shift[j]);
+          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1, shift[j]);
           dy[j] += sums.dy;
           dy_d[j] += sums.dy_d;
         }
@@ -317,7 +294,7 @@ void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, con
     return;
   }
   for (int64_t set = 0; set < sets; ++set) {
-    sums[set] = WeightedSums<E>(tensors, begin + set * runs.length, runs, nullptr, shift[set]);
+    sums[set] = SumsOfSet<E>(tensors, begin + set * runs.length, runs, shift[set]);
   }
 }
 
@@ -537,159 +514,307 @@ void GradientOfColumns(const BackwardTensors& tensors, int64_t begin, const Matr
   WithGradient<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
 }
 
-// The gradients of kRows rows side by side, so that what lies along a row (weight, and
-// the sums for its gradient) is loaded once for all of them.
-template <class E, int kRows, bool kMasked>
+// A row as both steps of its backward read it. Pairs, but for a mask: its bits follow elements
+// one after the other.
+template <class E, bool kMasked>
+class RowInput {
+ public:
+  using T = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  RowInput(const BackwardTensors& tensors, const Row& row)
+      : input_(tensors),
+        begin_(row.begin),
+        shift_(hn::Set(D(), static_cast<T>(row.shift))),
+        ahead_(tensors.ahead) {}
+
+  HWY_INLINE Pair<D> GradY(int64_t j) const {
+    const int64_t i = begin_ + j;
+    if constexpr (!kMasked) return LoadPair(D(), input_.grad_y + i);
+    return {input_.GradY(i), input_.GradY(i + static_cast<int64_t>(hn::Lanes(D())))};
+  }
+  // x - shift.
+  HWY_INLINE Pair<D> Deviation(int64_t j) const {
+    const D d;
+    const E* from = input_.x + begin_ + j;
+    Pair<D> x;
+    if constexpr (kMasked) {
+      x = {LoadElements(d, from), LoadElements(d, from + hn::Lanes(d))};
+    } else {
+      x = LoadPair(d, from);
+    }
+    return {hn::Sub(x.a, shift_), hn::Sub(x.b, shift_)};
+  }
+  HWY_INLINE V PartialGradY(int64_t j, size_t n) const {
+    return input_.PartialGradY(begin_ + j, n);
+  }
+  HWY_INLINE V PartialDeviation(int64_t j, size_t n) const {
+    return hn::Sub(input_.PartialX(begin_ + j, n), shift_);
+  }
+  HWY_INLINE void FetchGradY(int64_t j) const {
+    if (ahead_ != 0) FetchPairAhead(D(), input_.grad_y + begin_ + j + ahead_);
+  }
+  HWY_INLINE void FetchX(int64_t j) const {
+    if (ahead_ != 0) FetchPairAhead(D(), input_.x + begin_ + j + ahead_);
+  }
+
+ private:
+  GradientInput<E, kMasked> input_;
+  int64_t begin_;
+  V shift_;
+  int64_t ahead_;
+};
+
+// The sums over a row, and what it adds to those along it. While they are taken, the gradients
+// of a later row are fetched; its x, while dx is written.
+template <class E, bool kMasked>
+class RowSums {
+ public:
+  using T = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  RowSums(const BackwardTensors& tensors, const Row& row)
+      : input_(tensors, row),
+        invstd_(hn::Set(D(), static_cast<T>(row.invstd))),
+        lost_(hn::Set(D(), static_cast<T>(row.lost))) {}
+
+  struct Along {
+    V weight, grad_weight, grad_bias;
+  };
+
+  HWY_INLINE void AddTwo(int64_t j, Along& a, Along& b) {
+    input_.FetchGradY(j);
+    const Pair<D> dy = input_.GradY(j), deviation = input_.Deviation(j);
+    Collect(dy.a, deviation.a, a, dy_a_, dy_d_a_);
+    Collect(dy.b, deviation.b, b, dy_b_, dy_d_b_);
+  }
+  HWY_INLINE void AddPart(int64_t j, size_t n, Along& along) {
+    Collect(input_.PartialGradY(j, n), input_.PartialDeviation(j, n), along, dy_a_, dy_d_a_);
+  }
+
+  HWY_INLINE void AddTo(GradientSums& sums) const {
+    const D d;
+    sums.dy += SumOfDoubles(hn::Add(Doubles(d, dy_a_), Doubles(d, dy_b_)));
+    sums.dy_d += SumOfDoubles(hn::Add(Doubles(d, dy_d_a_), Doubles(d, dy_d_b_)));
+  }
+
+ private:
+  HWY_INLINE void Collect(V dy, V deviation, Along& along, V& sum, V& product) const {
+    const V normalized = hn::MulAdd(deviation, invstd_, lost_);
+    along.grad_weight = hn::MulAdd(dy, normalized, along.grad_weight);
+    along.grad_bias = hn::Add(along.grad_bias, dy);
+    const V weighted = hn::Mul(dy, along.weight);
+    sum = hn::Add(sum, weighted);
+    product = hn::MulAdd(weighted, deviation, product);
+  }
+
+  RowInput<E, kMasked> input_;
+  V invstd_, lost_;
+  V dy_a_ = hn::Zero(D()), dy_b_ = dy_a_, dy_d_a_ = dy_a_, dy_d_b_ = dy_a_;
+};
+
+// Adds columns [j, end) of two rows, so that what lies along them is loaded once for both; or
+// of one, if both are the same.
+template <class E, bool kMasked, bool kTwo>
+HWY_INLINE void AddTile(const BackwardTensors& tensors, const Row* rows, int64_t j, int64_t end,
+                        GradientSums* sums) {
+  using T = ComputeType<E>;
+  using D = Tag<E>;
+  using Sums = RowSums<E, kMasked>;
+  using Along = typename Sums::Along;
+  const D d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const T* const weight = static_cast<const T*>(rows[0].weight);
+  T* const grad_weight = static_cast<T*>(rows[0].grad_weight);
+  T* const grad_bias = static_cast<T*>(rows[0].grad_bias);
+  const bool wants_parameters = grad_weight != nullptr;
+  const auto zero = hn::Zero(d);
+  Sums first(tensors, rows[0]), second(tensors, rows[kTwo ? 1 : 0]);
+  for (; j + 2 * lanes <= end; j += 2 * lanes) {
+    Along a{hn::LoadU(d, weight + j), zero, zero};
+    Along b{hn::LoadU(d, weight + j + lanes), zero, zero};
+    if (wants_parameters) {
+      a.grad_weight = hn::LoadU(d, grad_weight + j);
+      b.grad_weight = hn::LoadU(d, grad_weight + j + lanes);
+      a.grad_bias = hn::LoadU(d, grad_bias + j);
+      b.grad_bias = hn::LoadU(d, grad_bias + j + lanes);
+    }
+    first.AddTwo(j, a, b);
+    if (kTwo) second.AddTwo(j, a, b);
+    if (wants_parameters) {
+      hn::StoreU(a.grad_weight, d, grad_weight + j);
+      hn::StoreU(b.grad_weight, d, grad_weight + j + lanes);
+      hn::StoreU(a.grad_bias, d, grad_bias + j);
+      hn::StoreU(b.grad_bias, d, grad_bias + j + lanes);
+    }
+  }
+  for (; j < end; j += lanes) {
+    const size_t n = static_cast<size_t>(std::min(lanes, end - j));
+    Along along{LoadPartial(d, weight + j, n), zero, zero};
+    if (wants_parameters) {
+      along.grad_weight = LoadPartial(d, grad_weight + j, n);
+      along.grad_bias = LoadPartial(d, grad_bias + j, n);
+    }
+    first.AddPart(j, n, along);
+    if (kTwo) second.AddPart(j, n, along);
+    if (wants_parameters) {
+      StorePartial(d, along.grad_weight, grad_weight + j, n);
+      StorePartial(d, along.grad_bias, grad_bias + j, n);
+    }
+  }
+  first.AddTo(sums[0]);
+  if (kTwo) second.AddTo(sums[1]);
+}
+
+template <class E>
+void SumsOfRows(const BackwardTensors& tensors, const Row* rows, int64_t count,
+                GradientSums* sums) {
+  std::fill_n(sums, count, GradientSums());
+  WithInput<E>(tensors, [&](auto input) {
+    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
+    ForEachTile<E>(rows, count, true, [&](int64_t r, bool two, int64_t begin, int64_t end) {
+      if (two) {
+        AddTile<E, kMasked, true>(tensors, rows + r, begin, end, sums + r);
+      } else {
+        AddTile<E, kMasked, false>(tensors, rows + r, begin, end, sums + r);
+      }
+    });
+  });
+}
+
+template <class E>
+void AddUp(const void* data, int64_t parts, int64_t stride, int64_t count, bool in_pairs,
+           double* HWY_RESTRICT total) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const hn::ScalableTag<double> wide;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const T* HWY_RESTRICT from = static_cast<const T*>(data);
+  int64_t j = 0;
+  if constexpr (kPairsInterleave<E>) {
+    const int64_t half = lanes / 2;
+    for (; in_pairs && j + 2 * lanes <= count; j += 2 * lanes) {
+      hn::Vec<decltype(wide)> a0, b0, a1, b1;
+      hn::LoadInterleaved2(wide, total + j, a0, b0);
+      hn::LoadInterleaved2(wide, total + j + lanes, a1, b1);
+      for (int64_t part = 0; part < parts; ++part) {
+        const T* at = from + part * stride + j;
+        a0 = hn::Add(a0, LoadDoubles(wide, at));
+        a1 = hn::Add(a1, LoadDoubles(wide, at + half));
+        b0 = hn::Add(b0, LoadDoubles(wide, at + lanes));
+        b1 = hn::Add(b1, LoadDoubles(wide, at + lanes + half));
+      }
+      hn::StoreInterleaved2(a0, b0, wide, total + j);
+      hn::StoreInterleaved2(a1, b1, wide, total + j + lanes);
+    }
+  }
+  const int64_t step = static_cast<int64_t>(hn::Lanes(wide));
+  for (; j + step <= count; j += step) {
+    auto sum = hn::LoadU(wide, total + j);
+    for (int64_t part = 0; part < parts; ++part) {
+      sum = hn::Add(sum, LoadDoubles(wide, from + part * stride + j));
+    }
+    hn::StoreU(sum, wide, total + j);
+  }
+  for (; j < count; ++j) {
+    for (int64_t part = 0; part < parts; ++part) {
+      total[j] += static_cast<double>(from[part * stride + j]);
+    }
+  }
+}
+
+template <class E, bool kMasked>
 class RowGradient {
  public:
   using T = ComputeType<E>;
   using D = Tag<E>;
   using V = hn::Vec<D>;
 
-  RowGradient(const BackwardTensors& tensors, const Row* rows)
-      : input_(tensors),
-        grad_x_(static_cast<E*>(tensors.grad_x)),
-        grad_residual_(static_cast<E*>(tensors.grad_residual)),
-        weight_(static_cast<const T*>(rows[0].weight)),
-        grad_weight_(static_cast<T*>(rows[0].grad_weight)),
-        grad_bias_(static_cast<T*>(rows[0].grad_bias)),
-        sums_(grad_weight_ != nullptr),
-        constant_(rows[0].constant),
-        needs_x_(sums_ || !constant_),
-        ahead_(tensors.ahead * kRows),
-        count_(rows[0].count),
+  RowGradient(const BackwardTensors& tensors, const Row& row)
+      : input_(tensors, row),
+        grad_x_(tensors.grad_x == nullptr ? nullptr : static_cast<E*>(tensors.grad_x) + row.begin),
+        grad_residual_(tensors.grad_residual == nullptr
+                           ? nullptr
+                           : static_cast<E*>(tensors.grad_residual) + row.begin),
+        weight_(static_cast<const T*>(row.weight)),
+        invstd_(hn::Set(D(), static_cast<T>(row.invstd))),
+        slope_(hn::Set(D(), static_cast<T>(row.slope))),
+        offset_(hn::Set(D(), static_cast<T>(row.offset))),
+        constant_(row.constant),
         stream_(tensors.stream) {
-    for (int r = 0; r < kRows; ++r) {
-      const Row& row = rows[r];
-      begin_[r] = row.begin;
-      shift_[r] = static_cast<T>(row.shift);
-      invstd_[r] = static_cast<T>(row.invstd);
-      lost_[r] = static_cast<T>(row.lost);
-      slope_[r] = static_cast<T>(row.slope);
-      offset_[r] = static_cast<T>(row.offset);
-      for (const E* out : {grad_x_, grad_residual_}) {
-        stream_ = stream_ && (out == nullptr || IsAlignedForPair(D(), out + row.begin));
-      }
+    for (const E* out : {grad_x_, grad_residual_}) {
+      stream_ = stream_ && (out == nullptr || IsAlignedForPair(D(), out));
     }
   }
 
+  // Columns [j, end), all of them pairs but the row's last.
   // By value: what is stored might otherwise be thought to change it.
-  void Run() const { Loop(*this); }
+  void Run(int64_t j, int64_t end) const { Loop(*this, j, end); }
 
  private:
-  // Pairs, but for a mask: its bits follow elements one after the other.
-  static constexpr bool kPairs = kPairsInterleave<E> && !kMasked;
-  using Order = std::conditional_t<kPairs, E, T>;
-
-  static void Loop(const RowGradient rows) {
-    const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
-    int64_t j = 0;
-    for (; j + 2 * lanes <= rows.count_; j += 2 * lanes) rows.StepTwo(j);
-    for (; j < rows.count_; j += lanes) rows.StepPart(j, std::min(lanes, rows.count_ - j));
-  }
-
-  HWY_INLINE void StepTwo(int64_t j) const {
+  static void Loop(const RowGradient row, int64_t j, const int64_t end) {
     const D d;
-    const Pair<D> zero{hn::Zero(d), hn::Zero(d)};
-    const Pair<D> weight = LoadPairValues<Order>(d, weight_ + j);
-    Pair<D> grad_weight = sums_ ? LoadPairValues<Order>(d, grad_weight_ + j) : zero;
-    Pair<D> grad_bias = sums_ ? LoadPairValues<Order>(d, grad_bias_ + j) : zero;
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t i = begin_[r] + j;
-      if (ahead_ != 0) {
-        FetchPairAhead(d, input_.grad_y + i + ahead_);
-        if (needs_x_) FetchPairAhead(d, input_.x + i + ahead_);
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    for (; j + 2 * lanes <= end; j += 2 * lanes) {
+      const Pair<D> dy = row.input_.GradY(j);
+      if (row.grad_x_ != nullptr) {
+        Pair<D> deviation{dy.a, dy.b};
+        if (row.constant_) {
+          row.input_.FetchGradY(j);
+        } else {
+          row.input_.FetchX(j);
+          deviation = row.input_.Deviation(j);
+        }
+        row.Store({row.Dx(dy.a, deviation.a, hn::LoadU(d, row.weight_ + j)),
+                   row.Dx(dy.b, deviation.b, hn::LoadU(d, row.weight_ + j + lanes))},
+                  row.grad_x_ + j);
       }
-      const Pair<D> dy = GradY(i);
-      const Pair<D> x = needs_x_ ? Load(input_.x + i) : zero;
-      const Pair<D> dx{Dx(r, dy.a, x.a, weight.a, grad_weight.a, grad_bias.a),
-                       Dx(r, dy.b, x.b, weight.b, grad_weight.b, grad_bias.b)};
-      if (grad_x_ != nullptr) Store(dx, grad_x_ + i);
-      if (grad_residual_ != nullptr) Store(dy, grad_residual_ + i);
+      if (row.grad_residual_ != nullptr) row.Store(dy, row.grad_residual_ + j);
     }
-    if (sums_) {
-      StorePairValues<Order>(d, grad_weight, grad_weight_ + j);
-      StorePairValues<Order>(d, grad_bias, grad_bias_ + j);
-    }
-  }
-
-  // The first `count` lanes of a vector.
-  HWY_INLINE void StepPart(int64_t j, int64_t count) const {
-    const D d;
-    const size_t n = static_cast<size_t>(count);
-    const V weight = LoadPartial(d, weight_ + j, n);
-    V grad_weight = sums_ ? LoadPartial(d, grad_weight_ + j, n) : hn::Zero(d);
-    V grad_bias = sums_ ? LoadPartial(d, grad_bias_ + j, n) : hn::Zero(d);
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t i = begin_[r] + j;
-      const V dy = input_.PartialGradY(i, n);
-      const V x = needs_x_ ? input_.PartialX(i, n) : hn::Zero(d);
-      const V dx = Dx(r, dy, x, weight, grad_weight, grad_bias);
-      if (grad_x_ != nullptr) StorePartial(d, dx, grad_x_ + i, n);
-      if (grad_residual_ != nullptr) StorePartial(d, dy, grad_residual_ + i, n);
-    }
-    if (sums_) {
-      StorePartial(d, grad_weight, grad_weight_ + j, n);
-      StorePartial(d, grad_bias, grad_bias_ + j, n);
+    for (; j < end; j += lanes) {
+      const size_t n = static_cast<size_t>(std::min(lanes, end - j));
+      const V dy = row.input_.PartialGradY(j, n);
+      if (row.grad_x_ != nullptr) {
+        const V deviation = row.constant_ ? dy : row.input_.PartialDeviation(j, n);
+        StorePartial(d, row.Dx(dy, deviation, LoadPartial(d, row.weight_ + j, n)), row.grad_x_ + j,
+                     n);
+      }
+      if (row.grad_residual_ != nullptr) StorePartial(d, dy, row.grad_residual_ + j, n);
     }
   }
 
-  // Adds to the parameters' gradients, too.
-  HWY_INLINE V Dx(int r, V dy, V x, V weight, V& grad_weight, V& grad_bias) const {
-    const D d;
-    const V invstd = hn::Set(d, invstd_[r]);
-    const V deviation = hn::Sub(x, hn::Set(d, shift_[r]));
-    if (sums_) {
-      const V normalized = hn::MulAdd(deviation, invstd, hn::Set(d, lost_[r]));
-      grad_weight = hn::MulAdd(dy, normalized, grad_weight);
-      grad_bias = hn::Add(grad_bias, dy);
-    }
-    const V dx = hn::Mul(dy, hn::Mul(weight, invstd));
-    if (constant_) return dx;
-    return hn::Add(dx, hn::MulAdd(deviation, hn::Set(d, slope_[r]), hn::Set(d, offset_[r])));
+  HWY_INLINE V Dx(V dy, V deviation, V weight) const {
+    const V scale = hn::Mul(weight, invstd_);
+    if (constant_) return hn::Mul(dy, scale);
+    return hn::MulAdd(dy, scale, hn::MulAdd(deviation, slope_, offset_));
   }
 
-  static HWY_INLINE Pair<D> Load(const E* from) {
-    if constexpr (kPairs) return LoadPair(D(), from);
-    return {LoadElements(D(), from), LoadElements(D(), from + hn::Lanes(D()))};
-  }
-  HWY_INLINE Pair<D> GradY(int64_t i) const {
-    if constexpr (!kMasked) return Load(input_.grad_y + i);
-    return {input_.GradY(i), input_.GradY(i + static_cast<int64_t>(hn::Lanes(D())))};
-  }
   HWY_INLINE void Store(const Pair<D>& v, E* to) const {
-    if constexpr (kPairs) {
-      StorePair(D(), v, to, stream_);
-    } else {
+    if constexpr (kMasked) {
       StoreTwo(D(), v.a, v.b, to, stream_);
+    } else {
+      StorePair(D(), v, to, stream_);
     }
   }
 
-  const GradientInput<E, kMasked> input_;
+  const RowInput<E, kMasked> input_;
   E* const grad_x_;
   E* const grad_residual_;
   const T* const weight_;
-  T* const grad_weight_;
-  T* const grad_bias_;
-  const bool sums_;  // of the parameters' gradients are wanted
+  const V invstd_, slope_, offset_;
   const bool constant_;
-  const bool needs_x_;
-  const int64_t ahead_;
-  const int64_t count_;
   bool stream_;
-  int64_t begin_[kRows];
-  T shift_[kRows], invstd_[kRows], lost_[kRows], slope_[kRows], offset_[kRows];
 };
 
 template <class E>
 void GradientOfRows(const BackwardTensors& tensors, const Row* rows, int64_t count) {
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
-    if (count == kRowsTogether) {
-      RowGradient<E, kRowsTogether, kMasked>(tensors, rows).Run();
-    } else {
-      for (int64_t r = 0; r < count; ++r) RowGradient<E, 1, kMasked>(tensors, rows + r).Run();
-    }
+    ForEachTile<E>(rows, count, false, [&](int64_t r, bool, int64_t begin, int64_t end) {
+      RowGradient<E, kMasked>(tensors, rows[r]).Run(begin, end);
+    });
   });
 }
 

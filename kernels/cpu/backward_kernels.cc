@@ -16,7 +16,8 @@ template <class E>
 inline constexpr BackwardKernels kBackwardKernels = {
     .sums_of_runs = SumsOfRuns<E>,
     .sums_of_columns = SumsOfColumns<E>,
-    .sums_of_row = SumsOfRow<E>,
+    .sums_of_rows = SumsOfRows<E>,
+    .add_up = AddUp<E>,
     .gradient_of_planes = GradientOfPlanes<E>,
     .gradient_of_columns = GradientOfColumns<E>,
     .gradient_of_rows = GradientOfRows<E>,

@@ -19,6 +19,7 @@ inline constexpr ForwardKernels kForwardKernels = {
     .moments_of_columns = MomentsOfColumns<E>,
     .normalize_planes = NormalizePlanes<E>,
     .normalize_columns = NormalizeColumns<E>,
+    .in_pairs = kPairsInterleave<E> ? RowInPairs<E> : nullptr,
     .normalize_rows = NormalizeRows<E>,
 };
 

@@ -73,9 +73,15 @@ struct Row {
   void* grad_weight = nullptr;  // both or none
   void* grad_bias = nullptr;
   bool constant = false;  // constant statistics: dx = dy * (weight * invstd)
+  bool in_pairs = false;  // the arrays are in the order of in_pairs()
 };
 
-inline constexpr int64_t kRowsTogether = 2;
+// Rows that a forward computes side by side, so that weight and bias are loaded once for all
+// of them. One where stores bypass the cache, two streams of which are slower than one, unless
+// halves keep the processor busier than memory.
+constexpr int64_t RowsSideBySide(bool stream, int64_t element_bytes) {
+  return stream && element_bytes > 2 ? 1 : 2;
+}
 
 struct ForwardTensors {
   const void* x = nullptr;
@@ -111,7 +117,10 @@ struct ForwardKernels {
   // The matrix's first element is `begin` elements into the tensors.
   void (*normalize_columns)(const ForwardTensors& tensors, int64_t begin, const Matrix& matrix,
                             const Coefficients& coefficients);
-  // `count` rows, kRowsTogether at most, with the same parameters.
+  // Writes an array along a row in the order in which rows are computed. Null: as it is.
+  void (*in_pairs)(const void* values, int64_t count, void* to);
+  // A tile of columns of all rows after the other, so that their weight and bias stay in
+  // the nearest cache.
   void (*normalize_rows)(const ForwardTensors& tensors, const Row* rows, int64_t count);
 };
 
@@ -123,13 +132,17 @@ struct BackwardKernels {
   // Added to sums of each column; `scratch`: 2 * columns values.
   void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                           const void* shift, void* scratch, double* dy, double* dy_d);
-  // Sums over the row of dy * weight.
-  GradientSums (*sums_of_row)(const BackwardTensors& tensors, const Row& row);
+  // Of each row, of dy * weight; adds to the rows' grad_weight and grad_bias, if wanted.
+  void (*sums_of_rows)(const BackwardTensors& tensors, const Row* rows, int64_t count,
+                       GradientSums* sums);
+  // Adds each of `parts` arrays, `stride` apart, to an array of totals, which is not in pairs.
+  void (*add_up)(const void* parts_data, int64_t parts, int64_t stride, int64_t count,
+                 bool in_pairs, double* total);
   void (*gradient_of_planes)(const BackwardTensors& tensors, const Planes& planes,
                              const Coefficients& coefficients);
   void (*gradient_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                               const Coefficients& coefficients);
-  // `count` rows, kRowsTogether at most, with the same parameters.
+  // As normalize_rows().
   void (*gradient_of_rows)(const BackwardTensors& tensors, const Row* rows, int64_t count);
 };
 

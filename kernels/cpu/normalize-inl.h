@@ -224,6 +224,43 @@ void NormalizeColumns(const ForwardTensors& tensors, int64_t begin, const Matrix
   WithNormalize<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
 }
 
+// Of a row, computed at once: whole pairs, a few kilobytes of what lies along it.
+template <class E>
+HWY_INLINE int64_t TileOfRow() {
+  return 64 * static_cast<int64_t>(hn::Lanes(Tag<E>()));
+}
+
+// Calls run(r, two, begin, end) for each tile of columns of each of the rows, which are as long;
+// with `two`, of that and the next, where these have the same weight.
+template <class E, class Run>
+HWY_INLINE void ForEachTile(const Row* rows, int64_t count, bool side_by_side, Run run) {
+  const int64_t length = rows[0].count, tile = TileOfRow<E>();
+  for (int64_t begin = 0; begin < length; begin += tile) {
+    const int64_t end = std::min(begin + tile, length);
+    for (int64_t r = 0; r < count;) {
+      const bool two = side_by_side && r + 1 < count && rows[r].weight == rows[r + 1].weight;
+      run(r, two, begin, end);
+      r += two ? 2 : 1;
+    }
+  }
+}
+
+template <class E>
+void RowInPairs(const void* values, int64_t count, void* to) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const T* from = static_cast<const T*>(values);
+  T* out = static_cast<T*>(to);
+  int64_t j = 0;
+  for (; j + 2 * lanes <= count; j += 2 * lanes) {
+    const Pair<Tag<E>> pair = LoadPairValues<E>(d, from + j);
+    hn::StoreU(pair.a, d, out + j);
+    hn::StoreU(pair.b, d, out + j + lanes);
+  }
+  std::copy(from + j, from + count, out + j);
+}
+
 // kRows rows side by side, so that weight and bias are loaded once for all of them.
 template <class E, int kRows>
 class RowNormalize {
@@ -235,9 +272,9 @@ class RowNormalize {
   RowNormalize(const ForwardTensors& tensors, const Row* rows)
       : weight_(static_cast<const T*>(rows[0].weight)),
         bias_(static_cast<const T*>(rows[0].bias)),
-        count_(rows[0].count),
-        ahead_(tensors.ahead * kRows),
-        stream_(tensors.stream) {
+        in_pairs_(rows[0].in_pairs),
+        stream_(tensors.stream),
+        ahead_(tensors.ahead) {
     for (int r = 0; r < kRows; ++r) {
       const Row& row = rows[r];
       x_[r] = static_cast<const E*>(tensors.x) + row.begin;
@@ -249,24 +286,25 @@ class RowNormalize {
     }
   }
 
-  void Run() const {
-    if (stream_) {
-      Loop<true>(*this);
+  // Columns [j, end), all of them pairs but the row's last.
+  void Run(int64_t j, int64_t end) const {
+    if (in_pairs_ || !kPairsInterleave<E>) {
+      stream_ ? Loop<true, T>(*this, j, end) : Loop<false, T>(*this, j, end);
     } else {
-      Loop<false>(*this);
+      stream_ ? Loop<true, E>(*this, j, end) : Loop<false, E>(*this, j, end);
     }
   }
 
  private:
-  // By value: what is stored might otherwise be thought to change it.
-  template <bool kStream>
-  static void Loop(const RowNormalize rows) {
+  // By value: what is stored might otherwise be thought to change it. Order: whose pairs'
+  // values are put together from weight and bias.
+  template <bool kStream, class Order>
+  static void Loop(const RowNormalize rows, int64_t j, const int64_t end) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    int64_t j = 0;
-    for (; j + 2 * lanes <= rows.count_; j += 2 * lanes) {
-      const Pair<D> weight = LoadPairValues<E>(d, rows.weight_ + j);
-      const Pair<D> bias = LoadPairValues<E>(d, rows.bias_ + j);
+    for (; j + 2 * lanes <= end; j += 2 * lanes) {
+      const Pair<D> weight = LoadPairValues<Order>(d, rows.weight_ + j);
+      const Pair<D> bias = LoadPairValues<Order>(d, rows.bias_ + j);
       for (int r = 0; r < kRows; ++r) {
         if (rows.ahead_ != 0) FetchPairAhead(d, rows.x_[r] + j + rows.ahead_);
         const Pair<D> x = LoadPair(d, rows.x_[r] + j);
@@ -274,8 +312,8 @@ class RowNormalize {
                   rows.y_[r] + j, kStream);
       }
     }
-    for (; j < rows.count_; j += lanes) {
-      const size_t n = static_cast<size_t>(std::min(lanes, rows.count_ - j));
+    for (; j < end; j += lanes) {
+      const size_t n = static_cast<size_t>(std::min(lanes, end - j));
       const V weight = LoadPartial(d, rows.weight_ + j, n);
       const V bias = LoadPartial(d, rows.bias_ + j, n);
       for (int r = 0; r < kRows; ++r) {
@@ -294,9 +332,9 @@ class RowNormalize {
 
   const T* weight_;
   const T* bias_;
-  int64_t count_;
-  int64_t ahead_;
+  bool in_pairs_;
   bool stream_;
+  int64_t ahead_;
   const E* x_[kRows];
   E* y_[kRows];
   T shift_[kRows], invstd_[kRows], lost_[kRows];
@@ -310,11 +348,16 @@ void NormalizeRows(const ForwardTensors& tensors, const Row* rows, int64_t count
       WalkColumns(op, rows[r].begin, {1, rows[r].count, rows[r].count},
                   RowCoefficients<ComputeType<E>>(rows[r]));
     }
-  } else if (count == kRowsTogether) {
-    RowNormalize<E, kRowsTogether>(tensors, rows).Run();
-  } else {
-    for (int64_t r = 0; r < count; ++r) RowNormalize<E, 1>(tensors, rows + r).Run();
+    return;
   }
+  const bool side_by_side = RowsSideBySide(tensors.stream, sizeof(E)) == 2;
+  ForEachTile<E>(rows, count, side_by_side, [&](int64_t r, bool two, int64_t begin, int64_t end) {
+    if (two) {
+      RowNormalize<E, 2>(tensors, rows + r).Run(begin, end);
+    } else {
+      RowNormalize<E, 1>(tensors, rows + r).Run(begin, end);
+    }
+  });
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE
