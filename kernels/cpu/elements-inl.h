@@ -179,9 +179,21 @@ HWY_INLINE void StorePair(D d, const Pair<D>& pair, E* to, bool stream) {
   if constexpr (kPairsInterleave<E>) {
     const hn::Rebind<uint32_t, D> du32;
     const hn::Repartition<uint16_t, D> du16;
-    const auto words = hn::OrAnd(hn::ShiftRight<16>(RoundedToBFloat16(d, pair.a)),
-                                 RoundedToBFloat16(d, pair.b), hn::Set(du32, 0xffff0000u));
-    StoreRaw(du16, hn::BitCast(du16, words), reinterpret_cast<uint16_t*>(to), stream);
+    const auto upper = hn::Set(du32, 0xffff0000u);
+#if HWY_TARGET == HWY_AVX3  // both rounded at once, where masks cost nothing
+    const auto a = hn::BitCast(du32, pair.a), b = hn::BitCast(du32, pair.b);
+    const auto one = hn::Set(du16, 1);
+    const auto high = hn::BitCast(du16, hn::OrAnd(hn::ShiftRight<16>(a), b, upper));
+    const auto low = hn::BitCast(du16, hn::OrAnd(hn::ShiftLeft<16>(b), a, hn::Set(du32, 0xffffu)));
+    // Above one half, or one half and odd.
+    const auto up = hn::Gt(hn::OrAnd(low, high, one), hn::Set(du16, 0x8000));
+    const auto halves = hn::IfThenElse(up, hn::Add(high, one), high);
+#else
+    const auto halves =
+        hn::BitCast(du16, hn::OrAnd(hn::ShiftRight<16>(RoundedToBFloat16(d, pair.a)),
+                                    RoundedToBFloat16(d, pair.b), upper));
+#endif
+    StoreRaw(du16, halves, reinterpret_cast<uint16_t*>(to), stream);
   } else {
     StoreElements(d, pair.a, to, stream);
     StoreElements(d, pair.b, to + hn::Lanes(d), stream);
