@@ -27,7 +27,7 @@ constexpr int64_t kNearBytes = int64_t{1} << 14;
 constexpr int64_t kShortestAheadBytes = int64_t{1} << 13;
 // Of a unit of a backward: in so few floats lose little, in so many the units' sums are a
 // small part of the data.
-constexpr int64_t kFewestRows = 16, kMostRows = 64;
+constexpr int64_t kFewestSamples = 16, kMostSamples = 64;
 // Units whose sums are kept at once.
 constexpr int64_t kUnitsTogether = 64;
 
@@ -48,9 +48,12 @@ struct Geometry {
     Take(parameter_bytes > kNearBytes ? kMostTogether : RowsSideBySide(stream, element_bytes), 1);
   }
 
+  // A parameter's gradient gets a value from each sample.
   void CutForBackward() {
-    unit_rows = std::min(
-        rows, std::clamp((rows + kUnitsTogether - 1) / kUnitsTogether, kFewestRows, kMostRows));
+    const int64_t rows_of_sample = parameters / length, samples = rows / rows_of_sample;
+    unit_rows = rows_of_sample *
+                std::min(samples, std::clamp((samples + kUnitsTogether - 1) / kUnitsTogether,
+                                             kFewestSamples, kMostSamples));
     Take(2, 2);  // those side by side
   }
 
