@@ -165,11 +165,12 @@ class ForwardJob {
       return SetConstants(problem_, call_.statistics, i, /*of_batch=*/false);
     };
     const int64_t first = unit * geometry_.columns;
-    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
+    for (int64_t set = 0, c = 0; set < geometry_.sets; ++set) {
       const SetConstants of_set = constants(set);
-      for (int64_t end = j + geometry_.columns_of_set(); j < end; ++j) {
-        const int64_t c = geometry_.ChannelOf(j);
-        SetForward(arrays_, first + j, of_set, weight_[c], bias_[c]);
+      for (const int64_t end = c + geometry_.channels_of_set; c < end; ++c) {
+        for (int64_t j = c * geometry_.inner; j < (c + 1) * geometry_.inner; ++j) {
+          SetForward(arrays_, first + j, of_set, weight_[c], bias_[c]);
+        }
       }
     }
     arrays_.Repeat(first, geometry_.base, geometry_.columns);

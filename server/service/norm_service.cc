@@ -7,6 +7,7 @@
 #include "normd/v1/norm_service.grpc.pb.h"
 #include "server/error/error.h"
 #include "server/service/handlers.h"
+#include "server/service/one_message.h"
 #include "server/service/rpc.h"
 #include "server/service/tensor_call.h"
 #include "server/service/tensor_stream.h"
@@ -169,7 +170,7 @@ class NormServiceImpl final : public Base {
                           ->FindServiceByName(V1::service_full_name())
                           ->FindMethodByName(method)
                           ->index();
-    using Handler = grpc::internal::CallbackBidiHandler<grpc::ByteBuffer, grpc::ByteBuffer>;
+    using Handler = grpc::internal::CallbackBidiHandler<OneMessage, OneMessage>;
     const auto make = [this, serve] {
       return new Handler(
           [this, serve](grpc::CallbackServerContext* context) { return serve(core_, context); });

@@ -43,8 +43,7 @@ AnswerTensor ToAnswer(int number, const TensorSpec& spec, OutputMemory memory) {
   if (memory.shared.region != nullptr) {
     *answer.header.mutable_shared_memory() = std::move(memory.shared.name);
   } else {
-    answer.data = std::move(memory.own.buffer);
-    answer.keep = std::make_shared<MemoryClaim>(std::move(memory.own.claim));
+    answer.data = std::move(memory.own);
   }
   return answer;
 }
@@ -68,9 +67,11 @@ absl::Status ToStatus(Outcome outcome) {
 }
 
 std::vector<double> ToDoubles(const Values& values) {
-  std::vector<double> doubles(static_cast<size_t>(values.size()));
-  for (size_t i = 0; i < doubles.size(); ++i) doubles[i] = values[static_cast<int64_t>(i)];
-  return doubles;
+  const auto read = [&values](auto* data) {
+    return std::vector<double>(data, data + values.size());
+  };
+  return values.dtype() == DType::kFloat64 ? read(static_cast<const double*>(values.data()))
+                                           : read(static_cast<const float*>(values.data()));
 }
 
 BatchMoments MomentsFor(const NormProblem& problem) {

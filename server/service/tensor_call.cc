@@ -170,7 +170,8 @@ class TensorCall final : public RawCall {
                    if (!answer.ok()) return Answer(answer.status());
                    finished_ = Tell(request_, answer->header);
                    finished_.changed = answer->changed;
-                   response_ = WriteMessage(answer->header, std::move(answer->tensors));
+                   // Swapped, as gRPC's own move copies.
+                   WriteMessage(answer->header, std::move(answer->tensors)).Swap(&response_);
                    Answer(absl::OkStatus());
                  });
   }

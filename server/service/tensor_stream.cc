@@ -72,16 +72,16 @@ class Leaving {
   // The next chunk; `field_of` says which field of the stream's message a tensor is in.
   template <class FieldOf>
   std::optional<grpc::ByteBuffer> Next(FieldOf field_of) {
-    while (!tensors_.empty() && offset_ == tensors_.front()->data.size()) {
+    while (!tensors_.empty() && offset_ == tensors_.front()->data.buffer.size()) {
       tensors_.pop_front();
       offset_ = 0;
     }
     if (tensors_.empty()) return std::nullopt;
     const std::shared_ptr<AnswerTensor>& tensor = tensors_.front();
     const size_t begin = offset_;
-    offset_ = std::min(tensor->data.size(), begin + kChunkBytes);
-    return WriteChunk(field_of(tensor->number), tensor->data.data() + begin, offset_ - begin,
-                      tensor);
+    const Buffer& data = tensor->data.buffer;
+    offset_ = std::min(data.size(), begin + kChunkBytes);
+    return WriteChunk(field_of(tensor->number), data.data() + begin, offset_ - begin, tensor);
   }
 
  private:

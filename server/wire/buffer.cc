@@ -11,9 +11,6 @@ namespace normd {
 namespace {
 
 constexpr size_t kCacheLine = 64;
-// Large buffers start on a huge page, which the kernel is asked for: fewer faults
-// and fewer TLB misses.
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kSmallest = 1024;
 
 }  // namespace
@@ -23,8 +20,8 @@ Buffer::~Buffer() {
 }
 
 BufferPool::~BufferPool() {
-  for (std::vector<char*>& idle : idle_) {
-    for (char* data : idle) std::free(data);
+  for (size_t size_class = 0; size_class < kClasses; ++size_class) {
+    for (char* data : idle_[size_class]) Free(data, CapacityOf(size_class));
   }
 }
 
@@ -95,7 +92,7 @@ void BufferPool::Trim() {
     while (!idle.empty()) {
       if (idle_bytes_ <= MostIdle()) return;
       idle_bytes_ -= CapacityOf(size_class);
-      std::free(idle.back());
+      Free(idle.back(), CapacityOf(size_class));
       idle.pop_back();
     }
   }
@@ -109,12 +106,18 @@ Buffer BufferPool::GetUntouched(size_t size) {
 }
 
 Buffer BufferPool::Allocate(size_t size, size_t capacity) {
-  const size_t alignment = capacity >= kHugePage ? kHugePage : kCacheLine;
-  const size_t bytes = (capacity + alignment - 1) / alignment * alignment;
-  auto* data = static_cast<char*>(std::aligned_alloc(alignment, bytes));
-  if (data == nullptr) return {};
-  if (capacity >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
-  return {this, data, size, capacity};
+  const bool huge = capacity >= Buffer::kHugePage;
+  const size_t alignment = huge ? Buffer::kHugePage : kCacheLine;
+  const size_t room = Buffer::RoomInFront(capacity);
+  const size_t bytes = (room + capacity + alignment - 1) / alignment * alignment;
+  auto* memory = static_cast<char*>(std::aligned_alloc(alignment, bytes));
+  if (memory == nullptr) return {};
+  if (huge) madvise(memory, bytes, MADV_HUGEPAGE);
+  return {this, memory + room, size, capacity};
+}
+
+void BufferPool::Free(char* data, size_t capacity) {
+  std::free(data - Buffer::RoomInFront(capacity));
 }
 
 void BufferPool::Put(char* data, size_t capacity) {
@@ -128,7 +131,7 @@ void BufferPool::Put(char* data, size_t capacity) {
       return;
     }
   }
-  std::free(data);
+  Free(data, capacity);
 }
 
 }  // namespace normd

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "absl/container/inlined_vector.h"
 #include "google/protobuf/io/coded_stream.h"
 #include "google/protobuf/io/zero_copy_stream_impl_lite.h"
 #include "normd/v1/tensor.pb.h"
@@ -46,46 +47,43 @@ bool ReadSize(CodedInputStream& in, uint32_t& size) {
   return in.ReadVarint32(&size) && in.CurrentPosition() - begin <= kLongestVarint32;
 }
 
+void AppendVarint(uint64_t value, std::string& out) {
+  std::array<uint8_t, 10> bytes;
+  const uint8_t* end = CodedOutputStream::WriteVarint64ToArray(value, bytes.data());
+  out.append(reinterpret_cast<const char*>(bytes.data()), static_cast<size_t>(end - bytes.data()));
+}
+
+// In pieces, as they lie: nothing is allocated for bytes that are not there.
+bool CopyBytes(CodedInputStream& in, uint32_t size, std::string& out) {
+  while (size > 0) {
+    const void* piece = nullptr;
+    int available = 0;
+    if (!in.GetDirectBufferPointer(&piece, &available) || available <= 0) return false;
+    const uint32_t taken = std::min(size, static_cast<uint32_t>(available));
+    out.append(static_cast<const char*>(piece), taken);
+    if (!in.Skip(static_cast<int>(taken))) return false;
+    size -= taken;
+  }
+  return true;
+}
+
 // Copies the value of a field that began with `tag`, and the tag, to `out`.
 bool CopyField(CodedInputStream& in, uint32_t tag, std::string& out) {
-  google::protobuf::io::StringOutputStream stream(&out);
-  CodedOutputStream to(&stream);
-  to.WriteTag(tag);
+  AppendVarint(tag, out);
   switch (tag & 7) {
     case kVarint: {
       uint64_t value = 0;
       if (!in.ReadVarint64(&value)) return false;
-      to.WriteVarint64(value);
+      AppendVarint(value, out);
       return true;
     }
-    case kFixed64: {
-      uint64_t value = 0;
-      if (!in.ReadLittleEndian64(&value)) return false;
-      to.WriteLittleEndian64(value);
-      return true;
-    }
-    case kFixed32: {
-      uint32_t value = 0;
-      if (!in.ReadLittleEndian32(&value)) return false;
-      to.WriteLittleEndian32(value);
-      return true;
-    }
+    case kFixed64: return CopyBytes(in, 8, out);
+    case kFixed32: return CopyBytes(in, 4, out);
     case kLength: {
       uint32_t size = 0;
       if (!ReadSize(in, size)) return false;
-      to.WriteVarint32(size);
-      // In pieces, as they lie: nothing is allocated for bytes that are not there.
-      while (size > 0) {
-        const void* piece = nullptr;
-        int available = 0;
-        if (!in.GetDirectBufferPointer(&piece, &available) || available <= 0) return false;
-        const int taken =
-            static_cast<int>(std::min<uint32_t>(size, static_cast<uint32_t>(available)));
-        to.WriteRaw(piece, taken);
-        if (!in.Skip(taken)) return false;
-        size -= static_cast<uint32_t>(taken);
-      }
-      return true;
+      AppendVarint(size, out);
+      return CopyBytes(in, size, out);
     }
     default: return false;  // groups, which proto3 does not have
   }
@@ -100,13 +98,17 @@ class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
  public:
   // Empties `message`.
   explicit SliceStream(grpc::ByteBuffer& message) {
-    std::vector<grpc::Slice> all;
-    if (!message.Dump(&all).ok()) return;
-    parts_.reserve(all.size() / kPart + 1);
-    for (size_t begin = 0; begin < all.size(); begin += kPart) {
-      parts_.emplace_back(all.data() + begin, std::min(kPart, all.size() - begin));
+    if (!message.Dump(&slices_).ok()) return;
+    if (slices_.size() <= kPart) {
+      parts_.emplace_back().Swap(&message);
+      part_ = 1;
+      return;
     }
-    all.clear();
+    parts_.reserve(slices_.size() / kPart + 1);
+    for (size_t begin = 0; begin < slices_.size(); begin += kPart) {
+      parts_.emplace_back(slices_.data() + begin, std::min(kPart, slices_.size() - begin));
+    }
+    slices_.clear();
     message.Clear();
   }
 
@@ -205,7 +207,7 @@ class SliceStream final : public google::protobuf::io::ZeroCopyInputStream {
     return static_cast<int>(offsets.back());
   }
 
-  std::vector<grpc::ByteBuffer> parts_;
+  absl::InlinedVector<grpc::ByteBuffer, 1> parts_;
   char* sink_ = nullptr;
   Executor* executor_ = nullptr;
   std::atomic<bool> broken_ = false;  // gRPC did not give a part's slices
@@ -267,22 +269,21 @@ absl::Status ReadTensor(SliceStream& slices, CodedInputStream& in, BufferPool& p
   return absl::OkStatus();
 }
 
-void AppendVarint(uint64_t value, std::string& out) {
-  std::array<uint8_t, 10> bytes;
-  const uint8_t* end = CodedOutputStream::WriteVarint64ToArray(value, bytes.data());
-  out.append(reinterpret_cast<const char*>(bytes.data()), static_cast<size_t>(end - bytes.data()));
-}
-
-// Lends memory to a slice.
-struct Lent {
-  Buffer buffer;
-  std::shared_ptr<void> keep;
-};
-
-grpc::Slice LendingSlice(Buffer buffer, std::shared_ptr<void> keep) {
-  auto* lent = new Lent{std::move(buffer), std::move(keep)};
-  return {lent->buffer.data(), lent->buffer.size(),
-          [](void* pointer) { delete static_cast<Lent*>(pointer); }, lent};
+// `lent`, with `front` before it: in one slice, where the buffer has room for it.
+void AppendLent(const std::string& front, ClaimedBuffer lent,
+                absl::InlinedVector<grpc::Slice, 2>& slices) {
+  char* begin = lent.buffer.data();
+  size_t size = lent.buffer.size();
+  if (front.size() <= lent.buffer.room_in_front()) {
+    begin -= front.size();
+    size += front.size();
+    std::memcpy(begin, front.data(), front.size());
+  } else {
+    slices.emplace_back(front);
+  }
+  slices.emplace_back(
+      begin, size, [](void* pointer) { delete static_cast<ClaimedBuffer*>(pointer); },
+      new ClaimedBuffer(std::move(lent)));
 }
 
 }  // namespace
@@ -297,6 +298,7 @@ absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorFiel
   in.PushLimit(static_cast<int>(total));
 
   std::string fields_but_data;
+  fields_but_data.reserve(128);
   while (in.BytesUntilLimit() > 0) {
     const uint32_t tag = ReadTag(in);
     const auto field = std::find_if(fields.begin(), fields.end(), [tag](const TensorField& f) {
@@ -325,23 +327,21 @@ absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorFiel
 
 grpc::ByteBuffer WriteMessage(const google::protobuf::MessageLite& header,
                               std::vector<AnswerTensor> tensors) {
-  std::vector<grpc::Slice> slices;
+  absl::InlinedVector<grpc::Slice, 2> slices;
   std::string front = header.SerializeAsString();
   for (AnswerTensor& tensor : tensors) {
-    const std::string tensor_header = tensor.header.SerializeAsString();
-    std::string data_front;
-    if (tensor.data.size() > 0) {
-      AppendVarint(MakeTag(v1::Tensor::kDataFieldNumber, kLength), data_front);
-      AppendVarint(tensor.data.size(), data_front);
+    const size_t size = tensor.data.buffer.size();
+    std::string fields = tensor.header.SerializeAsString();
+    if (size > 0) {
+      AppendVarint(MakeTag(v1::Tensor::kDataFieldNumber, kLength), fields);
+      AppendVarint(size, fields);
     }
     AppendVarint(MakeTag(tensor.number, kLength), front);
-    AppendVarint(tensor_header.size() + data_front.size() + tensor.data.size(), front);
-    front += tensor_header;
-    front += data_front;
-    if (tensor.data.size() == 0) continue;
-    slices.emplace_back(front);
+    AppendVarint(fields.size() + size, front);
+    front += fields;
+    if (size == 0) continue;
+    AppendLent(front, std::move(tensor.data), slices);
     front.clear();
-    slices.push_back(LendingSlice(std::move(tensor.data), std::move(tensor.keep)));
   }
   if (!front.empty() || slices.empty()) slices.emplace_back(front);
   return {slices.data(), slices.size()};

@@ -56,9 +56,8 @@ absl::Status ParseMessage(grpc::ByteBuffer& message, absl::Span<const TensorFiel
 // One top-level field of type Tensor of an answer.
 struct AnswerTensor {
   int number = 0;
-  v1::Tensor header;           // without data
-  Buffer data;                 // lent to the message until gRPC lets go of it,
-  std::shared_ptr<void> keep;  // and this with it
+  v1::Tensor header;   // without data
+  ClaimedBuffer data;  // lent to the message until gRPC lets go of it
 };
 
 // `header` followed by its tensors, in their order.

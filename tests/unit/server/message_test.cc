@@ -1,10 +1,11 @@
-// What ParseMessage keeps of a message, and for how long. That it reads what protobuf reads
-// is proven by tests/fuzz/message.cc.
+// What ParseMessage keeps of a message, and for how long; what WriteMessage makes of an answer.
+// That ParseMessage reads what protobuf reads is proven by tests/fuzz/message.cc.
 #include "server/wire/message.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
@@ -106,6 +107,47 @@ TEST(ParseMessage, GathersWhatASliceHasWithinItself) {
     ASSERT_TRUE(Parse(message, payload, pool).ok());
     EXPECT_EQ(payload.keep, nullptr);
     EXPECT_EQ(std::string(payload.data, payload.size), request.input().data());
+  }
+}
+
+// An answer with a tensor of `bytes`.
+grpc::ByteBuffer Written(BufferPool& pool, size_t bytes, const std::string& context_id) {
+  v1::ForwardResponse header;
+  header.set_context_id(context_id);
+  AnswerTensor tensor{.number = v1::ForwardResponse::kOutputFieldNumber};
+  tensor.header.add_shape(static_cast<int64_t>(bytes));
+  tensor.data.buffer = pool.Get(bytes);
+  std::memset(tensor.data.buffer.data(), 'x', bytes);
+  std::vector<AnswerTensor> tensors;
+  tensors.push_back(std::move(tensor));
+  return WriteMessage(header, std::move(tensors));
+}
+
+TEST(WriteMessage, LendsATensorInOneSliceWithItsFieldsWhereTheyHaveRoom) {
+  BufferPool pool(size_t{64} << 20);
+  struct {
+    size_t bytes, context_id_bytes, slices;
+  } const cases[] = {{1, 0, 1},
+                     {1024, 36, 1},
+                     {1024, 500, 2},             // fields longer than the room
+                     {size_t{3} << 20, 36, 2}};  // a large buffer, which has none
+  for (const auto& [bytes, context_id_bytes, slices] : cases) {
+    for (int time = 0; time < 2; ++time) {  // of fresh memory and of idle memory
+      const std::string context_id(context_id_bytes, 'c');
+      grpc::ByteBuffer message = Written(pool, bytes, context_id);
+      std::vector<grpc::Slice> found;
+      ASSERT_TRUE(message.Dump(&found).ok());
+      EXPECT_EQ(found.size(), slices) << bytes;
+      std::string all;
+      for (const grpc::Slice& slice : found) {
+        all.append(reinterpret_cast<const char*>(slice.begin()), slice.size());
+      }
+      v1::ForwardResponse response;
+      ASSERT_TRUE(response.ParseFromString(all));
+      EXPECT_EQ(response.context_id(), context_id);
+      EXPECT_EQ(response.output().shape(0), static_cast<int64_t>(bytes));
+      EXPECT_EQ(response.output().data(), std::string(bytes, 'x'));
+    }
   }
 }
 
