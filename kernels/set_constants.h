@@ -27,6 +27,14 @@ NORMD_HOST_DEVICE inline SetMoments CenteredAsAsked(const NormProblem& problem,
   return {0, moments.m2 + moments.count * moments.mean * moments.mean};
 }
 
+NORMD_HOST_DEVICE inline double InverseRoot(double value) {
+#if defined(__CUDA_ARCH__)
+  return rsqrt(value);  // a fifth of the time, and within a unit of the last place
+#else
+  return 1.0 / std::sqrt(value);
+#endif
+}
+
 // What a set's elements are normalized by.
 struct SetConstants {
   // `of_batch`: these are the statistics of the batch itself. Then a channel without
@@ -36,11 +44,11 @@ struct SetConstants {
       : mean(problem.center ? set_mean : 0),
         shift(problem.dtype == DType::kFloat64
                   ? mean
-                  : static_cast<double>(static_cast<float>(ShiftNear(mean, std::sqrt(var))))),
+                  : static_cast<double>(static_cast<float>(ShiftNear(mean, var)))),
         residual(std::isfinite(shift) ? mean - shift : 0),
         invstd(of_batch && problem.reduction == Reduction::kPerChannel && var + problem.eps == 0
                    ? 0
-                   : 1.0 / std::sqrt(var + problem.eps)) {}
+                   : InverseRoot(var + problem.eps)) {}
 
   // Those of a set among given statistics, whose mean may be null where the problem is
   // not centered.

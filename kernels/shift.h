@@ -10,14 +10,18 @@
 
 namespace normd {
 
-// `mean` rounded to about an eighth of `deviation`, a power of two: near enough for
+// `mean` rounded to about an eighth of the deviation, a power of two: near enough for
 // exact sums, and coarse enough for exact differences. Values are often coarser than
 // the type they are computed in (halves, pixels over 256); a mean with all its bits
 // would make every difference, and every sum of them, round the same way: a bias that
-// does not average out. `mean` itself where the deviation is 0 or not finite.
-NORMD_HOST_DEVICE inline double ShiftNear(double mean, double deviation) {
-  constexpr uint64_t kExponent = uint64_t{0x7ff} << 52;
-  const double power = std::bit_cast<double>(std::bit_cast<uint64_t>(deviation) & kExponent);
+// does not average out. `mean` itself where the variance is 0 or not finite.
+NORMD_HOST_DEVICE inline double ShiftNear(double mean, double var) {
+  constexpr int kBias = 1023, kDigits = 52;
+  const int exponent = static_cast<int>(std::bit_cast<uint64_t>(var) >> kDigits & 0x7ff);
+  if (!(var > 0) || exponent == 0 || exponent == 0x7ff) return mean;
+  // The power of two of the deviation, by half the exponent.
+  const auto half = static_cast<uint64_t>(((exponent - kBias) >> 1) + kBias);
+  const double power = std::bit_cast<double>(half << kDigits);
   // Adding this leaves no bits below an eighth of the power.
   const double large = power * (0x1.8p52 / 8);
   const double rounded = (mean + large) - large;

@@ -79,7 +79,7 @@ struct MomentSums {
 // The next shift, from `n` values' sums of x - shift and of their squares.
 HWY_INLINE double ShiftOfSums(double shift, double sum, double square, double n) {
   const double mean = sum / n;
-  return ShiftNear(shift + mean, std::sqrt(square / n - mean * mean));
+  return ShiftNear(shift + mean, square / n - mean * mean);
 }
 
 // A first shift: the mean of the first few vectors, themselves shifted by the

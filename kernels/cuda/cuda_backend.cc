@@ -100,7 +100,8 @@ class DeviceState {
 // then scratch.
 class Layout {
  public:
-  Layout(DeviceState& device, Place place) : device_(device), place_(place) {}
+  Layout(DeviceState& device, Place place, DType dtype)
+      : device_(device), place_(place), octet_bytes_(8 * SizeOf(dtype)) {}
 
   DeviceState& device() const { return device_; }
 
@@ -108,14 +109,16 @@ class Layout {
   // that already.
   template <class T>
   void Input(T*& pointer, size_t bytes, bool tensor) {
-    if (pointer == nullptr || (tensor && place_ == Place::kDevice)) return;
+    if (pointer == nullptr) return;
+    if (tensor && place_ == Place::kDevice) return Realign(pointer, bytes, true);
     const size_t offset = in_.Add(pointer, bytes);
     bindings_.push_back(
         {[&pointer](std::byte* at) { pointer = reinterpret_cast<T*>(at); }, true, offset});
   }
   template <class T>
   void Output(T*& pointer, size_t bytes, bool tensor) {
-    if (pointer == nullptr || (tensor && place_ == Place::kDevice)) return;
+    if (pointer == nullptr) return;
+    if (tensor && place_ == Place::kDevice) return Realign(pointer, bytes, false);
     const size_t offset = out_.Add(pointer, bytes);
     bindings_.push_back(
         {[&pointer](std::byte* at) { pointer = reinterpret_cast<T*>(at); }, false, offset});
@@ -157,7 +160,21 @@ class Layout {
     }
   }
 
-  size_t bytes(size_t scratch) const { return in_.bytes() + out_.bytes() + scratch; }
+  // Copies what has to lie elsewhere while the kernels run, there and back.
+  Outcome CopyRealigned(Stream& stream, std::byte* memory, bool in) const {
+    for (const Realigned& tensor : realigned_) {
+      if (tensor.is_input != in) continue;
+      std::byte* const copy = memory + in_.bytes() + out_.bytes() + tensor.offset;
+      const Outcome outcome = in ? stream.CopyWithin(copy, tensor.theirs, tensor.bytes)
+                                 : stream.CopyWithin(tensor.theirs, copy, tensor.bytes);
+      if (outcome != Outcome::kOk) return outcome;
+    }
+    return Outcome::kOk;
+  }
+
+  size_t bytes(size_t scratch) const {
+    return in_.bytes() + out_.bytes() + realigned_bytes_ + scratch;
+  }
   const Parcel& in() const { return in_; }
   const Parcel& out() const { return out_; }
   std::byte* OutAt(std::byte* memory) const { return memory + in_.bytes(); }
@@ -167,14 +184,38 @@ class Layout {
     for (const Binding& binding : bindings_) {
       binding.set(memory + binding.offset + (binding.is_input ? 0 : in_.bytes()));
     }
-    return memory + in_.bytes() + out_.bytes();
+    for (const Realigned& tensor : realigned_) {
+      tensor.set(memory + in_.bytes() + out_.bytes() + tensor.offset);
+    }
+    return memory + in_.bytes() + out_.bytes() + realigned_bytes_;
   }
 
  private:
+  // The kernels load 16 bytes at a time, octets to the end: what does not begin or end so is
+  // copied to where it does. Bytes of a mask may lie anywhere.
+  template <class T>
+  void Realign(T*& pointer, size_t bytes, bool is_input) {
+    const auto at = reinterpret_cast<uintptr_t>(pointer);
+    if (std::is_same_v<std::remove_const_t<T>, uint8_t>) return;
+    if (at % 16 == 0 && bytes % octet_bytes_ == 0) return;
+    realigned_.push_back(
+        {[&pointer](std::byte* copy) { pointer = reinterpret_cast<T*>(copy); },
+         static_cast<std::byte*>(const_cast<void*>(static_cast<const void*>(pointer))), bytes,
+         realigned_bytes_, is_input});
+    realigned_bytes_ += (bytes + 255) / 256 * 256;
+  }
+
   struct Binding {
     std::function<void(std::byte*)> set;
     bool is_input;
     size_t offset;
+  };
+  struct Realigned {
+    std::function<void(std::byte*)> set;
+    std::byte* theirs;
+    size_t bytes;
+    size_t offset;
+    bool is_input;
   };
   struct Missing {
     Block block;
@@ -183,11 +224,14 @@ class Layout {
   };
   DeviceState& device_;
   const Place place_;
+  const size_t octet_bytes_;
   std::vector<std::shared_ptr<const Slot>> used_;
   std::vector<Missing> missing_;
   Parcel in_;
   Parcel out_;
   std::vector<Binding> bindings_;
+  std::vector<Realigned> realigned_;
+  size_t realigned_bytes_ = 0;
 };
 
 void ZeroDoubles(double* values, int64_t count) {
@@ -302,7 +346,7 @@ class CudaBackend final : public Backend {
     const Block var{args.lasting.var, sets};
     DeviceState* const device = Choose({weight, mean, var});
     if (device == nullptr) return Outcome::kDeviceFailed;
-    Layout layout(*device, place);
+    Layout layout(*device, place, problem.dtype);
     layout.Constant(on_device.weight, weight);
     layout.Constant(on_device.statistics.mean, mean);
     layout.Constant(on_device.statistics.var, var);
@@ -348,7 +392,7 @@ class CudaBackend final : public Backend {
     const Block var{lasting.var, sets};
     DeviceState* const device = Choose({weight, bias, mean, var});
     if (device == nullptr) return Outcome::kDeviceFailed;
-    Layout layout(*device, place);
+    Layout layout(*device, place, problem.dtype);
     layout.Constant(work.weight, weight);
     layout.Constant(work.bias, bias);
     layout.Constant(work.statistics.mean, mean);
@@ -400,7 +444,9 @@ class CudaBackend final : public Backend {
       work.scratch = layout.Bind(memory);
       Outcome outcome = lane.In(layout.in(), memory, stop);
       if (outcome == Outcome::kOk) outcome = layout.KeepMissing(lane.stream(), memory);
+      if (outcome == Outcome::kOk) outcome = layout.CopyRealigned(lane.stream(), memory, true);
       if (outcome == Outcome::kOk) outcome = compute(lane);
+      if (outcome == Outcome::kOk) outcome = layout.CopyRealigned(lane.stream(), memory, false);
       if (outcome != Outcome::kOk) return outcome;
       return lane.Out(layout.out(), layout.OutAt(memory), stop);
     });

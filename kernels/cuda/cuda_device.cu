@@ -22,10 +22,8 @@ Outcome ToOutcome(cudaError_t error) {
 
 struct CudaLaunch {
   cudaStream_t stream;
-  Limits of_device;
+  bool can_launch_early;
   Outcome* outcome;
-
-  const Limits& limits() const { return of_device; }
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, int threads,
@@ -36,42 +34,17 @@ struct CudaLaunch {
       *outcome = Outcome::kOutOfMemory;  // more sets than a grid has blocks
       return;
     }
-    Launch(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y)), threads,
-           shared_bytes, false, arguments...);
-  }
-
-  template <class... Parameters, class... Arguments>
-  void Cooperative(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-                   Arguments... arguments) const {
-    if (*outcome != Outcome::kOk) return;
-    Launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, true, arguments...);
-  }
-
-  void Zero(void* memory, size_t bytes) const {
-    if (*outcome != Outcome::kOk) return;
-    *outcome = ToOutcome(cudaMemsetAsync(memory, 0, bytes, stream));
-  }
-
- private:
-  template <class... Parameters, class... Arguments>
-  void Launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int64_t shared_bytes,
-              bool cooperative, Arguments... arguments) const {
-    // More than this has to be asked for.
-    if (shared_bytes > Limits{}.shared_bytes) {
-      *outcome = ToOutcome(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                static_cast<int>(of_device.shared_bytes)));
-      if (*outcome != Outcome::kOk) return;
-    }
-    cudaLaunchAttribute together{};
-    together.id = cudaLaunchAttributeCooperative;
-    together.val.cooperative = 1;
+    // Launched while the kernel before runs, for which it waits (AwaitKernelBefore).
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = blocks;
+    config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
-    config.attrs = &together;
-    config.numAttrs = cooperative ? 1 : 0;
+    config.attrs = &early;
+    config.numAttrs = can_launch_early ? 1 : 0;
     *outcome =
         ToOutcome(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   }
@@ -79,7 +52,8 @@ struct CudaLaunch {
 
 class CudaStream final : public Stream {
  public:
-  CudaStream(int device, const Limits& limits) : device_(device), limits_(limits) {}
+  CudaStream(int device, bool can_launch_early)
+      : device_(device), can_launch_early_(can_launch_early) {}
   ~CudaStream() override {
     (void)cudaSetDevice(device_);
     for (cudaEvent_t mark : marks_) {
@@ -131,12 +105,12 @@ class CudaStream final : public Stream {
   template <class Work>
   Outcome Enqueue(const Work& work) {
     Outcome outcome = ToOutcome(cudaSetDevice(device_));
-    Run(CudaLaunch{stream_, limits_, &outcome}, work);
+    Run(CudaLaunch{stream_, can_launch_early_, &outcome}, work);
     return outcome;
   }
 
   const int device_;
-  const Limits limits_;
+  const bool can_launch_early_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t marks_[kMarks] = {};
 };
@@ -148,9 +122,7 @@ class CudaDevice final : public Device {
         info_{.name = std::string(properties.name) + " (cuda:" + std::to_string(number) + ")",
               .parallelism = properties.multiProcessorCount,
               .memory_bytes = static_cast<int64_t>(properties.totalGlobalMem)},
-        limits_{.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin),
-                .multiprocessors = properties.multiProcessorCount,
-                .cooperative = properties.cooperativeLaunch != 0} {}
+        can_launch_early_(properties.major >= 9) {}
 
   DeviceInfo info() const override { return info_; }
   Outcome Allocate(size_t bytes, void** memory) override {
@@ -190,7 +162,7 @@ class CudaDevice final : public Device {
     (void)cudaIpcCloseMemHandle(memory);
   }
   std::unique_ptr<Stream> NewStream() override {
-    auto stream = std::make_unique<CudaStream>(number_, limits_);
+    auto stream = std::make_unique<CudaStream>(number_, can_launch_early_);
     if (!stream->Open()) return nullptr;
     return stream;
   }
@@ -235,7 +207,7 @@ class CudaDevice final : public Device {
 
   const int number_;
   const DeviceInfo info_;
-  const Limits limits_;
+  const bool can_launch_early_;
 };
 
 // Whether this build has kernels for the device, too.

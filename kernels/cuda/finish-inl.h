@@ -1,11 +1,36 @@
 // The kernels between the passes: from partial sums to moments, to the coefficients of a
-// set, and to the gradients of the parameters.
+// set, and to the gradients of the parameters. Of neighbours, whose partial sums lie beside
+// each other, a block takes several.
 #ifndef NORMD_KERNELS_CUDA_FINISH_INL_H_
 #define NORMD_KERNELS_CUDA_FINISH_INL_H_
 
 #include "kernels/cuda/reduce-inl.h"
 
 namespace normd::cuda {
+
+// Moments of `count` values in all, as sums around a shift that all who merge them share.
+struct SpreadSums {
+  double count = 0;
+  double sum = 0;      // count * (mean - shift)
+  double squares = 0;  // m2 + count * (mean - shift)^2
+
+  NORMD_DEVICE void Add(const PartialMoments& part, double shift) {
+    if (part.count == 0) return;
+    const double delta = part.mean - shift;
+    const double moved = part.count * delta;
+    count += part.count;
+    sum += moved;
+    squares += MultiplyAdd(moved, delta, part.m2);
+  }
+  NORMD_DEVICE PartialMoments Around(double shift) const {
+    return FromShiftedSums(count, shift, {sum, squares});
+  }
+};
+NORMD_DEVICE void MergeInto(SpreadSums& total, const SpreadSums& other) {
+  total.count += other.count;
+  total.sum += other.sum;
+  total.squares += other.squares;
+}
 
 // `writes`: the moments too.
 template <class T>
@@ -21,42 +46,157 @@ NORMD_DEVICE void FinishSet(const NormProblem& problem, const PartialMoments& pa
                    /*of_batch=*/true));
 }
 
-// Block (set). Shared: PartialMoments a thread.
+// What is known of channels that are sets is applied to their coefficients once, and need not
+// be for each element: y = (x - shift) * invstd + offset. Null where there is none, or where
+// channels are not the sets.
 template <class T>
-NORMD_KERNEL void FinishMoments(NormProblem problem, const PartialMoments* partials, int64_t units,
-                                int64_t units_per_set, int64_t splits, Moments moments,
-                                SetCoefficients<T>* sets) {
+struct ChannelAffine {
+  const T* weight = nullptr;
+  const T* bias = nullptr;
+
+  NORMD_DEVICE SetCoefficients<T> AppliedTo(SetCoefficients<T> set, int64_t channel) const {
+    const T w = weight == nullptr ? T{1} : weight[channel];
+    const T b = bias == nullptr ? T{0} : bias[channel];
+    set.invstd *= w;
+    set.offset = MultiplyAdd(set.offset, w, b);
+    return set;
+  }
+};
+
+// How partial sums lie. Unit u belongs to set SetOf(u) and to channel u % channels.
+template <class V>
+struct PartialSums {
+  V* sums;
+  int64_t units;
+  int64_t units_per_set;
+  int64_t unit_step;
+  int64_t splits;
+  bool unit_by_unit;  // those of a unit beside each other; else those of a split
+
+  PartialSums(V* memory, const Plan& plan)
+      : sums(memory),
+        units(plan.units()),
+        units_per_set(plan.units_per_set),
+        unit_step(plan.unit_step),
+        splits(plan.splits),
+        unit_by_unit(plan.geometry == Geometry::kRuns) {}
+  PartialSums(V* memory, int64_t channels, int64_t parts)
+      : sums(memory),
+        units(channels),
+        units_per_set(1),
+        unit_step(1),
+        splits(parts),
+        unit_by_unit(false) {}
+
+  NORMD_DEVICE V& At(int64_t unit, int64_t split) const {
+    return sums[unit_by_unit ? unit * splits + split : split * units + unit];
+  }
+  NORMD_DEVICE int64_t UnitOf(int64_t set, int64_t k) const {
+    return unit_step == 1 ? set * units_per_set + k : set + k * unit_step;
+  }
+  // The k-th of a set: of unit k % units_per_set.
+  NORMD_DEVICE V OfSet(int64_t set, int64_t k) const {
+    if (units_per_set == 1) return At(set, k);
+    int64_t unit;
+    const int64_t split = Divide(k, units_per_set, unit);
+    return At(UnitOf(set, unit), split);
+  }
+  NORMD_DEVICE int64_t SetOf(int64_t unit) const {
+    return unit_step == 1 ? unit / units_per_set : unit % unit_step;
+  }
+};
+
+// The threads of a block that merge the partial sums of one set or channel: a warp, where
+// these lie beside each other; else so many as are `across` from each other, beside others
+// that do the same for its neighbours.
+struct Finishing {
+  static constexpr int kThreads = 256;
+
+  // For so many partial sums of each.
+  constexpr Finishing(bool beside, int64_t count)
+      : by_warp(beside), across(beside ? kThreads / 32 : (count > 8 ? 4 : kThreads)) {}
+
+  bool by_warp;
+  int across;
+};
+struct Finisher {
+  NORMD_DEVICE explicit Finisher(const Finishing& finishing) : how(finishing) {
+    const int thread = static_cast<int>(threadIdx.x);
+    index = static_cast<int64_t>(blockIdx.x) * how.across +
+            (how.by_warp ? thread / kWarp : thread % how.across);
+    first = how.by_warp ? thread % kWarp : thread / how.across;
+    step = how.by_warp ? kWarp : Finishing::kThreads / how.across;
+  }
+  template <class V>
+  NORMD_DEVICE V Merge(const V& value, unsigned char* shared) const {
+    if (how.by_warp) return MergeOver(kWarp, 1, value, static_cast<V*>(nullptr));
+    if (how.across == Finishing::kThreads) return value;
+    return MergeOverBlock(value, how.across, reinterpret_cast<V*>(shared));
+  }
+
+  Finishing how;
+  int64_t index;  // of the set or channel
+  int first;      // of its partial sums, and on by
+  int step;
+};
+
+// Adds one(k) for k = first, first + step, ... below `count` by add(value): several are
+// loaded before the first is added.
+template <class One, class Add>
+NORMD_DEVICE void ForPartials(int64_t count, int64_t first, int64_t step, One one, Add add) {
+  constexpr int kBatch = 4;
+  int64_t k = first;
+  for (; k + (kBatch - 1) * step < count; k += kBatch * step) {
+    decltype(one(k)) values[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) values[b] = one(k + b * step);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) add(values[b], k + b * step);
+  }
+  for (; k < count; k += step) add(one(k), k);
+}
+
+// The moments of a set whose partial sums one(k) are, for k below `count`, by threads that
+// take k = first, first + step, ...; merge(sums) over these.
+template <class One, class Merge>
+NORMD_DEVICE PartialMoments MomentsOfSet(int64_t count, int first, int step, One one, Merge merge) {
+  const double shift = count > 0 ? AsShift(one(0).mean) : 0;
+  SpreadSums sums;
+  ForPartials(count, first, step, one,
+              [&](const PartialMoments& part, int64_t) { sums.Add(part, shift); });
+  return merge(sums).Around(shift);
+}
+
+// Block (sets). Shared: SpreadSums a thread.
+template <class T>
+NORMD_KERNEL void FinishMoments(NormProblem problem, Finishing how,
+                                PartialSums<PartialMoments> partials, Moments moments,
+                                ChannelAffine<T> affine, SetCoefficients<T>* sets) {
   NORMD_SHARED(shared);
-  const int64_t set = blockIdx.x;
-  const PartialMoments total = MergeInOrder(
-      units_per_set * splits, reinterpret_cast<PartialMoments*>(shared),
-      [&](PartialMoments& into, int64_t k) {
-        into.Merge(partials[k / units_per_set * units + set * units_per_set + k % units_per_set]);
-      });
-  if (threadIdx.x == 0) FinishSet(problem, total, set, true, moments, sets + set);
+  AwaitKernelBefore();
+  const Finisher at(how);
+  const bool any = at.index < problem.num_sets();
+  const PartialMoments total = MomentsOfSet(
+      any ? partials.units_per_set * partials.splits : 0, at.first, at.step,
+      [&](int64_t k) { return partials.OfSet(at.index, k); },
+      [&](const SpreadSums& sums) { return at.Merge(sums, shared); });
+  if (any && at.first == 0) {
+    SetCoefficients<T> coefficients;
+    FinishSet(problem, total, at.index, true, moments, &coefficients);
+    sets[at.index] = affine.AppliedTo(coefficients, at.index);
+  }
 }
 
 // Thread (set).
 template <class T>
 NORMD_KERNEL void PrepareSets(NormProblem problem, Statistics statistics, bool of_batch,
-                              SetCoefficients<T>* sets) {
+                              ChannelAffine<T> affine, SetCoefficients<T>* sets) {
+  AwaitKernelBefore();
   const int64_t set = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (set >= problem.num_sets()) return;
-  sets[set] = ToCoefficients<T>(SetConstants(problem, statistics, set, of_batch));
+  sets[set] =
+      affine.AppliedTo(ToCoefficients<T>(SetConstants(problem, statistics, set, of_batch)), set);
 }
-
-// How FinishSets and FinishChannels find sums. Unit u belongs to set u / units_per_set
-// and to channel u % channels.
-struct PartialSums {
-  const GradientSums* sums;
-  int64_t units;
-  int64_t units_per_set;
-  int64_t splits;
-
-  NORMD_DEVICE const GradientSums& At(int64_t unit, int64_t split) const {
-    return sums[split * units + unit];
-  }
-};
 
 // Adds the sums of a unit to those of its set: of g, and of g * x^. `weight`: null where
 // it is 1, or in the sums already.
@@ -68,6 +208,28 @@ NORMD_DEVICE void AddToSet(const NormProblem& problem, const SetConstants& const
   total.dy_d += w * GradWeight(constants, sums);
 }
 
+// The sums of a set: of g, and of g * x^. one(k) are those of a part of unit set *
+// units_per_set + k % units_per_set.
+template <class T, class One, class Merge>
+NORMD_DEVICE GradientSums GradientOfSet(const NormProblem& problem, const SetConstants& constants,
+                                        int64_t set, int64_t units_per_set, int64_t count,
+                                        const T* weight, int first, int step, One one,
+                                        Merge merge) {
+  GradientSums total;
+  ForPartials(count, first, step, one, [&](const GradientSums& sums, int64_t k) {
+    if (units_per_set == 1) {
+      MergeInto(total, sums);
+    } else {
+      AddToSet(problem, constants, set * units_per_set + k % units_per_set, weight, sums, total);
+    }
+  });
+  total = merge(total);
+  if (units_per_set != 1) return total;
+  GradientSums of_unit;
+  AddToSet(problem, constants, set, weight, total, of_unit);
+  return of_unit;
+}
+
 template <class T>
 NORMD_DEVICE void FinishGradient(const NormProblem& problem, const SetConstants& constants,
                                  const GradientSums& total, SetCoefficients<T>* coefficients) {
@@ -76,48 +238,89 @@ NORMD_DEVICE void FinishGradient(const NormProblem& problem, const SetConstants&
   coefficients->offset = static_cast<T>(gradient.offset);
 }
 
-// Block (set): what the elements of a set share of dx. Shared: GradientSums a thread.
+// Gradients of a channel's parameters, where wanted.
 template <class T>
-NORMD_KERNEL void FinishSets(NormProblem problem, Statistics statistics, PartialSums partials,
-                             const T* weight, SetCoefficients<T>* sets) {
+struct ParameterGradients {
+  T* weight = nullptr;
+  T* bias = nullptr;
+
+  // From sums of dy and of dy * x^.
+  NORMD_DEVICE void Write(int64_t channel, const GradientSums& total) const {
+    if (weight != nullptr) weight[channel] = static_cast<T>(total.dy_d);
+    if (bias != nullptr) bias[channel] = static_cast<T>(total.dy);
+  }
+};
+
+// Block (sets): what the elements of a set share of dx. Shared: GradientSums a thread.
+template <class T>
+NORMD_KERNEL void FinishSets(NormProblem problem, Finishing how, Statistics statistics,
+                             PartialSums<GradientSums> partials, const T* weight,
+                             SetCoefficients<T>* sets) {
   NORMD_SHARED(shared);
-  const int64_t set = blockIdx.x;
+  AwaitKernelBefore();
+  const Finisher at(how);
+  const bool any = at.index < problem.num_sets();
+  const int64_t set = any ? at.index : 0;
   const SetConstants constants(problem, statistics, set, /*of_batch=*/true);
-  const GradientSums total =
-      MergeInOrder(partials.units_per_set * partials.splits,
-                   reinterpret_cast<GradientSums*>(shared), [&](GradientSums& into, int64_t k) {
-                     const int64_t unit = set * partials.units_per_set + k % partials.units_per_set;
-                     AddToSet(problem, constants, unit, weight,
-                              partials.At(unit, k / partials.units_per_set), into);
-                   });
-  if (threadIdx.x == 0) FinishGradient(problem, constants, total, sets + set);
+  const GradientSums total = GradientOfSet(
+      problem, constants, set, partials.units_per_set,
+      any ? partials.units_per_set * partials.splits : 0, weight, at.first, at.step,
+      [&](int64_t k) { return partials.OfSet(set, k); },
+      [&](const GradientSums& sums) { return at.Merge(sums, shared); });
+  if (any && at.first == 0) FinishGradient(problem, constants, total, sets + set);
 }
 
-// Block (channel): the gradients of its parameters. Shared: GradientSums a thread.
-// `normalized`: the sums are of dy * x^, not of dy * (x - shift).
+// Block (channels): the gradients of its parameters. Shared: GradientSums a thread.
+// `normalized`: the sums are of dy * x^, not of dy * (x - shift). `sets`: not null where
+// channels are the sets, whose coefficients are finished too, by `weight`.
 template <class T>
-NORMD_KERNEL void FinishChannels(NormProblem problem, Statistics statistics, bool of_batch,
-                                 PartialSums partials, bool normalized, T* grad_weight,
-                                 T* grad_bias) {
+NORMD_KERNEL void FinishChannels(NormProblem problem, Finishing how, Statistics statistics,
+                                 bool of_batch, PartialSums<GradientSums> partials, bool normalized,
+                                 ParameterGradients<T> gradients, const T* weight,
+                                 SetCoefficients<T>* sets) {
   NORMD_SHARED(shared);
-  const int64_t channel = blockIdx.x;
+  AwaitKernelBefore();
+  const Finisher at(how);
+  const int64_t channel = at.index;
   const int64_t samples = partials.units / problem.channels;
-  GradientSums total;  // of dy, and of dy * x^
-  for (int64_t k = threadIdx.x; k < samples * partials.splits; k += blockDim.x) {
-    const int64_t unit = k % samples * problem.channels + channel;
-    const GradientSums& sums = partials.At(unit, k / samples);
-    total.dy += sums.dy;
-    total.dy_d +=
-        normalized
-            ? sums.dy_d
-            : GradWeight(SetConstants(problem, statistics, unit / partials.units_per_set, of_batch),
-                         sums);
+  const bool one_set = normalized || problem.reduction == Reduction::kPerChannel;
+  GradientSums total;  // of dy, and of dy * x^ or what a channel's one set sums
+  if (channel < problem.channels) {
+    const auto unit_of = [&](int64_t k, int64_t& split) {
+      int64_t sample = 0;
+      split = samples == 1 ? k : Divide(k, samples, sample);
+      return sample * problem.channels + channel;
+    };
+    ForPartials(
+        samples * partials.splits, at.first, at.step,
+        [&](int64_t k) {
+          int64_t split;
+          const int64_t unit = unit_of(k, split);
+          return partials.At(unit, split);
+        },
+        [&](const GradientSums& sums, int64_t k) {
+          total.dy += sums.dy;
+          if (one_set) {
+            total.dy_d += sums.dy_d;
+          } else {
+            int64_t split;
+            const int64_t set = partials.SetOf(unit_of(k, split));
+            total.dy_d += GradWeight(SetConstants(problem, statistics, set, of_batch), sums);
+          }
+        });
   }
-  total = MergeOverBlock(total, 1, reinterpret_cast<GradientSums*>(shared));
-  if (threadIdx.x == 0) {
-    if (grad_weight != nullptr) grad_weight[channel] = static_cast<T>(total.dy_d);
-    if (grad_bias != nullptr) grad_bias[channel] = static_cast<T>(total.dy);
+  total = at.Merge(total, shared);
+  if (at.first != 0 || channel >= problem.channels) return;
+  if (one_set && !normalized) {
+    const SetConstants constants(problem, statistics, channel, of_batch);
+    if (sets != nullptr) {
+      GradientSums of_set;
+      AddToSet(problem, constants, channel, weight, total, of_set);
+      FinishGradient(problem, constants, of_set, sets + channel);
+    }
+    total.dy_d = GradWeight(constants, total);
   }
+  gradients.Write(channel, total);
 }
 
 }  // namespace normd::cuda

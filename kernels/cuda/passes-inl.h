@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "kernels/cuda/device.h"
-#include "kernels/cuda/resident-inl.h"
+#include "kernels/cuda/held-inl.h"
 
 namespace normd::cuda {
 
@@ -41,20 +41,15 @@ struct CallScratch {
     sets = cut.Take<SetCoefficients<T>>(problem.num_sets());
     sums = cut.Take<Sums>(partials);
     more_sums = cut.Take<Sums>(more_partials);
-    arrived = cut.Take<unsigned>(problem.num_sets());
     bytes = cut.used();
   }
   SetCoefficients<T>* sets;
   Sums* sums;
   Sums* more_sums;
-  unsigned* arrived;  // blocks that share a set, of each
   size_t bytes;
 };
 
-// Launch: a callable (kernel, blocks, blocks_y, threads, shared bytes, arguments...), with
-//   .Cooperative(kernel, blocks, threads, shared bytes, arguments...)
-//   .Zero(memory, bytes)
-//   .limits(), of the device
+// Launch: a callable (kernel, blocks, blocks_y, threads, shared bytes, arguments...).
 template <class E, class Launch>
 class Passes {
   using T = typename E::Compute;
@@ -76,33 +71,48 @@ class Passes {
                           .bias = static_cast<const T*>(work.bias)};
     const CallScratch<T, PartialMoments> scratch(work.scratch, problem,
                                                  by_batch ? PartialsOf(plan) : 0, 0);
-    if (const Residence home = ResidenceOf(work, plan); home.stays()) {
-      LaunchResident(ResidentForward<E>, home, problem.num_sets(), scratch.arrived, op, problem,
-                     home, IsCareful(problem), work.moments, scratch.sums);
+    const PartialSums partials(scratch.sums, plan);
+    ForwardOp<E> apply = op;
+    ChannelAffine<T> affine;
+    if (problem.reduction == Reduction::kPerChannel) {
+      affine = {op.weight, op.bias};
+      apply.weight = apply.bias = nullptr;
+    }
+    if (!by_batch) {
+      Prepare(problem, work.statistics, work.statistics_of_batch, affine, scratch.sets);
+      Apply(apply, problem, work.first, scratch.sets);
       return;
     }
-    if (by_batch) {
-      MomentsOfSets(problem, work.x, plan, scratch.sums);
-      const int threads = ThreadsFor(plan.units_per_set * plan.splits);
-      launch_(FinishMoments<T>, problem.num_sets(), 1, threads, threads * sizeof(PartialMoments),
-              problem, scratch.sums, plan.units(), plan.units_per_set, plan.splits, work.moments,
-              scratch.sets);
-    } else {
-      launch_(PrepareSets<T>, CeilDiv(problem.num_sets(), kThreads), 1, kThreads, 0, problem,
-              work.statistics, work.statistics_of_batch, scratch.sets);
+    // A byte of the mask belongs to one octet of one set.
+    const bool may_stay = plan.geometry == Geometry::kRuns &&
+                          (work.epilogue.relu_mask == nullptr || plan.runs.length % kOctet == 0);
+    const Held held = may_stay ? HeldFor(plan, problem, 1) : Held{};
+    if (held.threads != 0) {
+      WithOctets<1>(held.octets, [&]<int kOctets>(Octets<kOctets>) {
+        const int threads = held.threads * held.together;
+        launch_(held.row() ? HeldForward<E, kOctets, true> : HeldForward<E, kOctets, false>,
+                CeilDiv(problem.num_sets(), held.together), 1, threads,
+                HeldShared<E, ShiftedSums>::Bytes(threads, held.together), op, problem, held,
+                1.0 / static_cast<double>(problem.set_size()), IsCareful(problem), work.moments);
+      });
+      return;
     }
-    if (op.y != nullptr) Apply(op, problem, work.first, scratch.sets);
+    MomentsOfSets(problem, work.x, plan, scratch.sums);
+    const Finishing how(partials.unit_by_unit, plan.units_per_set * plan.splits);
+    launch_(FinishMoments<T>, CeilDiv(problem.num_sets(), how.across), 1, how.kThreads,
+            how.kThreads * sizeof(SpreadSums), problem, how, partials, work.moments, affine,
+            scratch.sets);
+    Apply(apply, problem, 0, scratch.sets);
   }
 
   void Backward(const BackwardWork& work) const {
     const NormProblem& problem = work.problem;
     const BackwardArgs& args = work.args;
     const auto* weight = static_cast<const T*>(args.weight);
-    const GradientTensors<E> tensors{args.x, args.grad_y, args.relu_mask, problem.size()};
+    const GradientTensors<E> tensors{args.x, args.grad_y, args.relu_mask};
     const BackwardPlans plans = PlansOf(work);
     const CallScratch<T, GradientSums> scratch(
-        work.scratch, problem, plans.sets ? PartialsOf(plans.plan) : 0,
-        plans.rows ? plans.row_columns.units() * plans.row_splits : 0);
+        work.scratch, problem, plans.sets ? PartialsOf(plans.plan) : 0, plans.RowPartials());
     const BackwardOp<E> op{.size = problem.size(),
                            .x = args.x,
                            .grad_y = args.grad_y,
@@ -111,44 +121,78 @@ class Passes {
                            .relu_mask = args.relu_mask,
                            .weight = weight,
                            .of_batch = args.statistics_of_batch};
-    const PartialSums sums{scratch.sums, plans.plan.units(), plans.plan.units_per_set,
-                           plans.plan.splits};
-    const Residence home = ResidenceOf(plans);
-    const bool rows_apart = plans.rows && home.rows == 0;
-    if (!home.stays() || rows_apart) {
-      launch_(PrepareSets<T>, CeilDiv(problem.num_sets(), kThreads), 1, kThreads, 0, problem,
-              args.statistics, args.statistics_of_batch, scratch.sets);
+    const ParameterGradients<T> gradients{static_cast<T*>(args.grad_weight),
+                                          static_cast<T*>(args.grad_bias)};
+    const PartialSums sums(scratch.sums, plans.plan);
+    const PartialSums row_sums(scratch.more_sums, problem.channels, plans.row_parts());
+    const auto finish_channels = [&](const PartialSums<GradientSums>& partials,
+                                     SetCoefficients<T>* sets) {
+      const int64_t samples = partials.units / problem.channels;
+      const Finishing how(partials.unit_by_unit && samples == 1, samples * partials.splits);
+      launch_(FinishChannels<T>, CeilDiv(problem.channels, how.across), 1, how.kThreads,
+              how.kThreads * sizeof(GradientSums), problem, how, args.statistics,
+              args.statistics_of_batch, partials, plans.rows, gradients, weight, sets);
+    };
+    if (plans.rows) {
+      Prepare(problem, args.statistics, args.statistics_of_batch, {}, scratch.sets);
+      if (plans.row_blocks.threads != 0) {
+        const int threads = plans.row_blocks.threads * plans.row_blocks.together;
+        const int64_t shared =
+            threads * std::max<int64_t>(sizeof(GradientSums),
+                                        plans.row_blocks.together > 1 ? 2 * kOctet * sizeof(T) : 0);
+        launch_(HeldRows<E>, plans.row_blocks.parts, 1, threads, shared, op, problem,
+                plans.row_blocks, scratch.sets, scratch.more_sums);
+        finish_channels(row_sums, nullptr);
+        return;
+      }
+      // Before anything is written: dx may be x or dy.
+      SumsOfColumnsBy(tensors, plans.row_columns, plans.row_splits,
+                      problem.channels / problem.groups, scratch.sets, scratch.more_sums);
+      finish_channels(row_sums, nullptr);
     }
-    // Before anything is written: dx may be x or dy.
-    if (rows_apart) {
-      SumsOfColumnsBy(tensors, plans.row_columns, plans.row_splits, 1,
-                      problem.channels / problem.groups, plans.row_threads, scratch.sets,
-                      scratch.more_sums);
+    const bool per_channel = problem.reduction == Reduction::kPerChannel;
+    const bool of_units = plans.parameters && !plans.rows;  // gradients from the sets' sums
+    const Held held = plans.sets && plans.writes ? HeldFor(plans.plan, problem, 2) : Held{};
+    if (held.threads != 0) {
+      WithOctets<2>(held.octets, [&]<int kOctets>(Octets<kOctets>) {
+        const int threads = held.threads * held.together;
+        launch_(held.row() ? HeldBackward<E, kOctets, true> : HeldBackward<E, kOctets, false>,
+                CeilDiv(problem.num_sets(), held.together), 1, threads,
+                HeldShared<E, GradientSums>::Bytes(threads, held.together), op, problem, held,
+                args.statistics, plans.rows_are_sets, gradients, of_units ? scratch.sums : nullptr);
+      });
+      if (of_units && !per_channel) {
+        PartialSums of_sets = sums;
+        of_sets.splits = 1;
+        finish_channels(of_sets, nullptr);
+      }
+      return;
     }
-    if (home.stays()) {
-      const bool sums_wanted = home.parts > 1 || (plans.parameters && !plans.rows);
-      LaunchResident(ResidentBackward<E>, home, problem.num_sets(), scratch.arrived, op, problem,
-                     home, args.statistics, plans.rows_are_sets,
-                     sums_wanted ? scratch.sums : nullptr, scratch.more_sums);
-    } else if (plans.sets) {
+    BackwardOp<E> apply = op;
+    ChannelAffine<T> affine;
+    if (per_channel) {
+      affine.weight = weight;
+      apply.weight = nullptr;
+    }
+    if (!plans.rows) {
+      Prepare(problem, args.statistics, args.statistics_of_batch, affine, scratch.sets);
+    }
+    const bool sets_wanted = args.statistics_of_batch && args.grad_x != nullptr;
+    if (plans.sets) {
       SumsOf(tensors, problem, plans.plan, plans.rows_are_sets ? weight : nullptr, scratch.sets,
              scratch.sums);
-      if (args.statistics_of_batch && args.grad_x != nullptr) {
-        const int threads = ThreadsFor(sums.units_per_set * sums.splits);
-        launch_(FinishSets<T>, problem.num_sets(), 1, threads, threads * sizeof(GradientSums),
-                problem, args.statistics, sums, plans.rows_are_sets ? nullptr : weight,
-                scratch.sets);
+      // Where channels are the sets, one kernel finishes both.
+      if (sets_wanted && !per_channel) {
+        const Finishing how(sums.unit_by_unit, sums.units_per_set * sums.splits);
+        launch_(FinishSets<T>, CeilDiv(problem.num_sets(), how.across), 1, how.kThreads,
+                how.kThreads * sizeof(GradientSums), problem, how, args.statistics, sums,
+                plans.rows_are_sets ? nullptr : weight, scratch.sets);
+      }
+      if (of_units || (sets_wanted && per_channel)) {
+        finish_channels(sums, sets_wanted && per_channel ? scratch.sets : nullptr);
       }
     }
-    if (plans.parameters) {
-      const PartialSums of_channels =
-          plans.rows ? PartialSums{scratch.more_sums, problem.channels, 1, plans.row_splits} : sums;
-      const int threads = ThreadsFor(of_channels.units / problem.channels * of_channels.splits);
-      launch_(FinishChannels<T>, problem.channels, 1, threads, threads * sizeof(GradientSums),
-              problem, args.statistics, args.statistics_of_batch, of_channels, plans.rows,
-              static_cast<T*>(args.grad_weight), static_cast<T*>(args.grad_bias));
-    }
-    if (!home.stays() && plans.writes) Apply(op, problem, 0, scratch.sets);
+    if (plans.writes) Apply(apply, problem, 0, scratch.sets);
   }
 
   static size_t ScratchBytes(const ForwardWork& work) {
@@ -161,77 +205,52 @@ class Passes {
   static size_t ScratchBytes(const BackwardWork& work) {
     const BackwardPlans plans = PlansOf(work);
     return CallScratch<T, GradientSums>(
-               nullptr, work.problem, plans.sets ? PartialsOf(plans.plan) : 0,
-               plans.rows ? plans.row_columns.units() * plans.row_splits : 0)
+               nullptr, work.problem, plans.sets ? PartialsOf(plans.plan) : 0, plans.RowPartials())
         .bytes;
   }
 
  private:
   // The sums of a backward pass. Where a set is a row with a weight an element, its
-  // sums and those of the parameters have nothing in common: two passes.
+  // sums and those of the parameters have nothing in common.
   struct BackwardPlans {
-    NormProblem problem;
     Plan plan;
     bool rows_are_sets;
-    bool parameters;  // some gradient of these is wanted
-    bool sets;        // sums over `plan` are
-    bool rows;        // sums over `row_columns` are
-    bool writes;      // dx, or the residual's gradient
+    bool parameters;       // some gradient of these is wanted
+    bool sets;             // sums over `plan` are
+    bool rows;             // sums over `row_columns` are
+    bool writes;           // dx, or the residual's gradient
+    RowBlocks row_blocks;  // if rows, may have none
     Columns row_columns;
     int64_t row_splits;
-    int row_threads;
+
+    int64_t row_parts() const { return row_blocks.threads != 0 ? row_blocks.parts : row_splits; }
+    int64_t RowPartials() const { return rows ? row_columns.units() * row_parts() : 0; }
   };
   static BackwardPlans PlansOf(const BackwardWork& work) {
     const NormProblem& problem = work.problem;
     const BackwardArgs& args = work.args;
-    BackwardPlans plans{.problem = problem, .plan = PlanFor(problem, /*by_plane=*/true)};
+    BackwardPlans plans{.plan = PlanFor(problem, /*by_plane=*/true)};
     plans.rows_are_sets = problem.reduction == Reduction::kPerSampleGroup && problem.positions == 1;
     plans.parameters = args.grad_weight != nullptr || args.grad_bias != nullptr;
     plans.sets = (args.statistics_of_batch && args.grad_x != nullptr) ||
                  (plans.parameters && !plans.rows_are_sets);
     plans.rows = plans.parameters && plans.rows_are_sets;
-    plans.row_columns = CutColumns(1, problem.batch, problem.channels);
-    const bool may_stay = RowsMayStay(plans.plan.runs);
-    plans.row_splits =
-        may_stay ? SplitsOfRows(plans.row_columns) : SplitsOfColumns(plans.row_columns);
-    plans.row_threads = may_stay ? plans.row_columns.tile_threads : kThreads;
+    if (plans.rows && args.statistics_of_batch) plans.row_blocks = CutRows(problem);
+    plans.row_columns = CutColumns(1, problem.batch, problem.channels, problem.channels, false);
+    plans.row_splits = SplitsOfColumns(plans.row_columns);
     plans.writes = args.grad_x != nullptr || args.grad_residual != nullptr;
     return plans;
   }
 
-  // Whether the sets of a call stay in shared memory.
-  Residence ResidenceOf(const ForwardWork& work, const Plan& plan) const {
-    if (plan.geometry != Geometry::kRuns || work.moments.mean == nullptr) return {};
-    // Moments alone read x once anyhow.
-    if (work.y == nullptr && plan.splits > 1) return {};
-    // A byte of the mask belongs to one octet of one set.
-    if (work.epilogue.relu_mask != nullptr && plan.runs.length % kOctet != 0) return {};
-    return ResidenceFor(plan, work.problem, ResidentBytesFor<E, PartialMoments>(1),
-                        launch_.limits());
-  }
-  Residence ResidenceOf(const BackwardPlans& plans) const {
-    if (plans.plan.geometry != Geometry::kRuns || !plans.sets || !plans.writes) return {};
-    if (plans.rows) {
-      const Residence home =
-          RowResidenceFor(plans.plan, plans.problem, plans.row_splits,
-                          ResidentBytesFor<E, GradientSums>(2), launch_.limits());
-      if (home.stays()) return home;
+  // Calls visit(Octets<n>{}) with n = `octets`, which a thread holds of so many tensors.
+  template <int kOctets>
+  struct Octets {};
+  template <int kTensors, int kOctets = 1, class Visit>
+  static void WithOctets(int octets, Visit visit) {
+    if constexpr (2 * kOctets <= MostHeld(sizeof(typename E::Bits), kTensors)) {
+      if (octets > kOctets) return WithOctets<kTensors, 2 * kOctets>(octets, visit);
     }
-    return ResidenceFor(plans.plan, plans.problem, ResidentBytesFor<E, GradientSums>(2),
-                        launch_.limits());
-  }
-
-  // `arrived`: of so many sets; the kernel's last argument too.
-  template <class Kernel, class... Arguments>
-  void LaunchResident(Kernel kernel, const Residence& home, int64_t sets, unsigned* arrived,
-                      const Arguments&... arguments) const {
-    if (home.parts == 1) {
-      launch_(kernel, home.blocks, 1, home.threads, home.shared_bytes, arguments..., arrived);
-      return;
-    }
-    launch_.Zero(arrived, static_cast<size_t>(sets) * sizeof(unsigned));
-    launch_.Cooperative(kernel, home.blocks, home.threads, home.shared_bytes, arguments...,
-                        arrived);
+    visit(Octets<kOctets>{});
   }
 
   static int64_t PartialsOf(const Plan& plan) { return plan.units() * plan.splits; }
@@ -239,29 +258,39 @@ class Passes {
     return cut.samples * splits * cut.tiles();
   }
 
+  void Prepare(const NormProblem& problem, const Statistics& statistics, bool of_batch,
+               const ChannelAffine<T>& affine, SetCoefficients<T>* sets) const {
+    constexpr int kThreadsOfBlock = 64;
+    launch_(PrepareSets<T>, CeilDiv(problem.num_sets(), kThreadsOfBlock), 1, kThreadsOfBlock, 0,
+            problem, statistics, of_batch, affine, sets);
+  }
+
+  // Shared memory of a block that merges columns.
+  template <class V>
+  static int64_t ColumnBytes(const Columns& cut) {
+    return kThreads / kWarp * cut.tile_threads * cut.width * static_cast<int64_t>(sizeof(V));
+  }
+
   void MomentsOfSets(const NormProblem& problem, const void* x, const Plan& plan,
                      PartialMoments* partials) const {
     const bool careful = IsCareful(problem);
-    constexpr size_t kShared = kThreads * sizeof(PartialMoments);
     if (plan.geometry == Geometry::kRuns) {
       const int threads = ThreadsFor(CeilDiv(plan.runs.slots(), plan.splits));
       launch_(MomentsOfRuns<E>, plan.runs.units, plan.splits, threads,
-              threads * sizeof(PartialMoments), x, problem.size(), plan.runs, plan.splits, careful,
-              partials);
-    } else if (plan.columns.width == kOctet) {
-      launch_(MomentsOfColumns<E, kOctet>, Blocks(plan.columns, plan.splits), 1, kThreads, kShared,
-              x, problem.size(), plan.columns, plan.splits, careful, partials);
-    } else {
-      launch_(MomentsOfColumns<E, 1>, Blocks(plan.columns, plan.splits), 1, kThreads, kShared, x,
-              problem.size(), plan.columns, plan.splits, careful, partials);
+              threads * sizeof(ShiftedSums), x, plan.runs, plan.splits, careful, partials);
+      return;
     }
+    const auto kernel =
+        plan.columns.width == kOctet ? MomentsOfColumns<E, kOctet> : MomentsOfColumns<E, 1>;
+    launch_(kernel, Blocks(plan.columns, plan.splits), 1, kThreads,
+            ColumnBytes<ShiftedSums>(plan.columns), x, plan.columns, plan.splits, careful,
+            partials);
   }
 
   void SumsOf(const GradientTensors<E>& tensors, const NormProblem& problem, const Plan& plan,
               const T* weight, const SetCoefficients<T>* sets, GradientSums* partials) const {
     if (plan.geometry == Geometry::kColumns) {
-      SumsOfColumnsBy(tensors, plan.columns, plan.splits, plan.units_per_set, 0, kThreads, sets,
-                      partials);
+      SumsOfColumnsBy(tensors, plan.columns, plan.splits, 0, sets, partials);
       return;
     }
     const int threads = ThreadsFor(CeilDiv(plan.runs.slots(), plan.splits));
@@ -271,32 +300,59 @@ class Passes {
   }
 
   void SumsOfColumnsBy(const GradientTensors<E>& tensors, const Columns& cut, int64_t splits,
-                       int64_t units_per_set, int64_t row_width, int threads,
-                       const SetCoefficients<T>* sets, GradientSums* partials) const {
+                       int64_t row_width, const SetCoefficients<T>* sets,
+                       GradientSums* partials) const {
     const auto kernel = cut.width == kOctet ? SumsOfColumns<E, kOctet> : SumsOfColumns<E, 1>;
-    launch_(kernel, Blocks(cut, splits), 1, threads, threads * sizeof(GradientSums), tensors, cut,
-            splits, units_per_set, row_width, sets, partials);
+    launch_(kernel, Blocks(cut, splits), 1, kThreads, ColumnBytes<GradientSums>(cut), tensors, cut,
+            splits, row_width, sets, partials);
   }
 
   template <class Op>
   void Apply(const Op& op, const NormProblem& problem, int64_t first,
              const SetCoefficients<T>* sets) const {
+    if (op.IsNothing()) return;
+    if (op.IsPlain()) {
+      ApplyWith(op.Plain(), problem, first, sets);
+    } else {
+      ApplyWith(op, problem, first, sets);
+    }
+  }
+
+  template <class Op>
+  void ApplyWith(const Op& op, const NormProblem& problem, int64_t first,
+                 const SetCoefficients<T>* sets) const {
     const bool whole = op.size == problem.size();
     const bool per_channel = problem.reduction == Reduction::kPerChannel;
-    const bool one_set = per_channel || problem.channels / problem.groups % kOctet == 0;
-    if (whole && ChannelsAreNeighbours(problem) && problem.channels % kOctet == 0 && one_set) {
+    const int64_t width = per_channel ? 1 : problem.channels / problem.groups;
+    const bool one_set = per_channel || width % kOctet == 0;
+    if (whole && ChannelsAreNeighbours(problem) && one_set) {
       const bool row_sets = !per_channel && problem.positions == 1;
-      const Columns cut = per_channel || row_sets
-                              ? CutColumns(1, problem.batch * problem.positions, problem.channels)
-                              : CutColumns(problem.batch, problem.positions, problem.channels);
-      const int64_t splits = SplitsOfColumns(cut);
-      launch_(ApplyColumns<Op>, Blocks(cut, splits), 1, kThreads, 0, op, problem, cut, splits,
-              row_sets, sets);
-      return;
+      const Columns cut = per_channel || row_sets ? CutColumns(1, problem.batch * problem.positions,
+                                                               problem.channels, width, per_channel)
+                                                  : CutColumns(problem.batch, problem.positions,
+                                                               problem.channels, width, false);
+      if (cut.width == kOctet) {
+        // Two batches a thread, or one where that leaves few blocks.
+        const int64_t batch = BatchFor<E>(Op::kTensors) * (kThreads / cut.tile_threads);
+        const int64_t splits = std::max(
+            CeilDiv(cut.rows, 2 * batch),
+            std::min(CeilDiv(kFullGrid / 2, cut.samples * cut.tiles()), CeilDiv(cut.rows, batch)));
+        const int64_t shared =
+            cut.tile_threads * kOctet * static_cast<int64_t>(sizeof(typename Op::Coefficients));
+        launch_(ApplyColumns<Op>, Blocks(cut, splits), 1, kThreads, shared, op, problem, cut,
+                splits, row_sets, sets);
+        return;
+      }
     }
+    const ElementFinder find(problem);
     const int64_t octets = CeilDiv(op.size, kOctet);
-    launch_(ApplyFlat<Op>, std::min(CeilDiv(octets, kThreads), 2 * kFullGrid), 1, kThreads, 0, op,
-            problem, first, sets);
+    constexpr int kBatch = BatchFor<E>(Op::kTensors);
+    if (octets >= kBatch * kFullGrid / 2 * kThreads) {
+      launch_(ApplyFlat<Op, kBatch>, CeilDiv(octets, kBatch * kThreads), 1, kThreads, 0, op, find,
+              first, sets);
+    } else {
+      launch_(ApplyFlat<Op, 1>, CeilDiv(octets, kThreads), 1, kThreads, 0, op, find, first, sets);
+    }
   }
 
   const Launch& launch_;

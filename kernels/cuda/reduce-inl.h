@@ -1,11 +1,15 @@
 // The kernels that reduce: moments of x, and the sums of a backward pass, over runs
 // and over columns (plan.h).
 //
-// A thread sums some tens of values, shifted, in the computing type; what they come to
-// is merged in double, within the thread, over the block, and over the blocks of a unit
-// (finish-inl.h), always in the same order.
+// A thread sums some tens of values in the computing type, shifted by one of them. What they
+// come to it adds up in double, around a shift that all threads of the block share, so that
+// threads and warps are merged by additions alone, always in the same order. That shift is one
+// of the values too: their squares around it are then at most 1 + count times those around the
+// mean, of which double has enough.
 #ifndef NORMD_KERNELS_CUDA_REDUCE_INL_H_
 #define NORMD_KERNELS_CUDA_REDUCE_INL_H_
+
+#include <algorithm>
 
 #include "kernels/cuda/elements-inl.h"
 #include "kernels/cuda/plan.h"
@@ -15,60 +19,60 @@
 namespace normd::cuda {
 
 // What the elements of a set are normalized by, in the computing type:
-//   forward   y = ((x - shift) * invstd + lost) * weight + bias
+//   forward   y = ((x - shift) * invstd + offset) * weight + bias
 //   backward  dx = dy * invstd * weight + (x - shift) * slope + offset
+// and before the sums of backward are known as in forward.
 template <class T>
-struct SetCoefficients {
-  T shift, invstd, lost, slope, offset;
+struct alignas(16) SetCoefficients {
+  T shift, invstd, slope, offset;
 };
 
 template <class T>
 NORMD_DEVICE SetCoefficients<T> ToCoefficients(const SetConstants& set) {
-  return {static_cast<T>(set.shift), static_cast<T>(set.invstd),
-          static_cast<T>(-set.residual * set.invstd), T{0}, T{0}};
+  return {static_cast<T>(set.shift), static_cast<T>(set.invstd), T{0},
+          static_cast<T>(-set.residual * set.invstd)};
 }
 
-NORMD_DEVICE void MergeInto(PartialMoments& total, const PartialMoments& other) {
-  total.Merge(other);
+// Sums of d = x - shift and of d * d.
+struct ShiftedSums {
+  double sum = 0;
+  double squares = 0;
+};
+
+NORMD_DEVICE void MergeInto(ShiftedSums& total, const ShiftedSums& other) {
+  total.sum += other.sum;
+  total.squares += other.squares;
 }
 NORMD_DEVICE void MergeInto(GradientSums& total, const GradientSums& other) {
   total.dy += other.dy;
   total.dy_d += other.dy_d;
 }
 
-// Of each `threads` neighbours of the block, all values of those whose number differs by
-// a multiple of `stride`, merged pairwise in a fixed order. Both are powers of two, and
-// the block is a multiple of `threads`. `shared` has room for a value a thread of it.
+constexpr int kWarp = 32;
+
+// Of each `threads` neighbours of the block, all values of those whose number differs by a
+// multiple of `stride`, merged in a fixed order. `threads` is a multiple of a warp, and stride
+// a power of two up to a warp. `shared` has room for a value a thread of the block.
 template <class V>
-NORMD_DEVICE V MergeOver(int threads, int stride, const V& value, V* shared) {
-  const int thread = static_cast<int>(threadIdx.x) % threads;
-  V* const ours = shared + (static_cast<int>(threadIdx.x) - thread);
-  ours[thread] = value;
-  __syncthreads();
-  for (int half = threads / 2; half >= stride; half /= 2) {
-    if (thread < half) MergeInto(ours[thread], ours[thread + half]);
-    __syncthreads();
+NORMD_DEVICE V MergeOver(int threads, int stride, V value, V* shared) {
+  for (int lanes = kWarp / 2; lanes >= stride; lanes /= 2) {
+    MergeInto(value, FromOtherLane(value, lanes));
   }
-  const V merged = ours[thread % stride];
-  __syncthreads();  // `shared` may be used again
+  if (threads == kWarp) return value;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warps = threads / kWarp;
+  __syncthreads();  // `shared` may be read still
+  if (thread % kWarp < stride) shared[thread / kWarp * stride + thread % kWarp] = value;
+  __syncthreads();
+  const V* const ours = shared + thread / threads * warps * stride + thread % stride;
+  V merged = ours[0];
+  for (int warp = 1; warp < warps; ++warp) MergeInto(merged, ours[warp * stride]);
   return merged;
 }
 
 template <class V>
 NORMD_DEVICE V MergeOverBlock(const V& value, int stride, V* shared) {
   return MergeOver(static_cast<int>(blockDim.x), stride, value, shared);
-}
-
-// `count` values, which add(total, k) adds, by the block's first ThreadsFor(count)
-// threads, in an order that depends on `count` alone; only for the first of them.
-template <class V, class Add>
-NORMD_DEVICE V MergeInOrder(int64_t count, V* shared, Add add) {
-  const int threads = ThreadsFor(count);
-  V total;
-  if (static_cast<int>(threadIdx.x) < threads) {
-    for (int64_t k = threadIdx.x; k < count; k += threads) add(total, k);
-  }
-  return MergeOver(threads, 1, total, shared);
 }
 
 // Whether rounding hides nothing that matters: sums are finite, the shift was not so far
@@ -81,20 +85,28 @@ NORMD_DEVICE bool IsSound(int count, T sum, T squares, bool careful) {
          !(careful && squares < static_cast<T>(1e-30) * n);
 }
 
-// From sums of d = x - shift and of d * d over `count` values.
+// From sums around `own`, of `count` values, to those around `shift`.
 template <class T>
-NORMD_DEVICE PartialMoments FromShiftedSums(int count, T shift, T sum, T squares) {
-  const double n = count;
-  const double mean = static_cast<double>(sum) / n;
-  const double m2 = static_cast<double>(squares) - static_cast<double>(sum) * mean;
-  return {n, static_cast<double>(shift) + mean, m2 > 0 ? m2 : 0};
+NORMD_DEVICE ShiftedSums AroundShift(double shift, int count, T own, T sum, T squares) {
+  const double delta = static_cast<double>(own) - shift;
+  const double s = static_cast<double>(sum);
+  const double moved = count * delta;
+  return {s + moved, MultiplyAdd(delta, 2 * s + moved, static_cast<double>(squares))};
 }
 
-// The shift of what comes next: the mean so far.
+// The moments of `count` values from their sums around `shift`. With Inf or NaN the mean is
+// what a sum would have given.
+NORMD_DEVICE PartialMoments FromShiftedSums(double count, double shift, const ShiftedSums& sums) {
+  if (count == 0) return {};
+  const double mean = sums.sum / count;
+  const double m2 = MultiplyAdd(-sums.sum, mean, sums.squares);
+  return {count, shift + mean, m2 < 0 ? 0 : m2};
+}
+
+// A value to shift by.
 template <class T>
-NORMD_DEVICE T NextShift(const PartialMoments& moments) {
-  const T shift = static_cast<T>(moments.mean);
-  return shift - shift == 0 ? shift : T{0};
+NORMD_DEVICE T AsShift(T value) {
+  return value - value == 0 ? value : T{0};
 }
 
 // A thread's way through the slots of a unit: octets first, first + step, ...
@@ -107,8 +119,14 @@ struct Walk {
         slot(first),
         last(past),
         by(step) {
-    run = Divide(first, octets, octet);
-    by_runs = Divide(step, octets, by_octets);
+    if (runs.count == 1) {
+      run = by_runs = 0;
+      octet = first;
+      by_octets = step;
+    } else {
+      run = Divide(first, octets, octet);
+      by_runs = Divide(step, octets, by_octets);
+    }
   }
 
   NORMD_DEVICE bool More() const { return slot < last; }
@@ -120,108 +138,190 @@ struct Walk {
       octet -= octets;
       ++run;
     }
-  }
+  }  // past the last of one run alone, to a run that is not: More() tells
 
   // Elements i + low .. i + high - 1 are the unit's; none where low >= high.
   struct Place {
     int64_t i;
     int low, high;
+    NORMD_DEVICE bool empty() const { return low >= high; }
+    NORMD_DEVICE bool full() const { return low == 0 && high == kOctet; }
   };
-  NORMD_DEVICE Place Here() const {
-    const int64_t from = begin + run * run_stride;
-    const int64_t i = from / kOctet * kOctet + octet * kOctet;
-    const int64_t ahead = from - i;
-    const int64_t left = from + length - i;
-    return {i, ahead > 0 ? static_cast<int>(ahead) : 0,
-            left < kOctet ? (left > 0 ? static_cast<int>(left) : 0) : kOctet};
-  }
+  NORMD_DEVICE Place Here() const;
+  // Nothing, past the end.
+  NORMD_DEVICE Place HereIfAny() const { return More() ? Here() : Place{0, 0, 0}; }
 
   int64_t octets, length, run_stride, begin, slot, last, by, run, octet, by_runs, by_octets;
 };
 
+// The octet `octet` of a run of `length` elements that begins at element `from`.
+NORMD_DEVICE Walk::Place PlaceIn(int64_t length, int64_t from, int64_t octet) {
+  const int64_t i = from / kOctet * kOctet + octet * kOctet;
+  const int64_t ahead = from - i;
+  const int64_t left = from + length - i;
+  return {i, ahead > 0 ? static_cast<int>(ahead) : 0,
+          left < kOctet ? (left > 0 ? static_cast<int>(left) : 0) : kOctet};
+}
+NORMD_DEVICE Walk::Place Walk::Here() const {
+  return PlaceIn(length, begin + run * run_stride, octet);
+}
+
+// An element of unit `unit`, where its slot `slot` lies or next to it.
+NORMD_DEVICE int64_t ElementAt(const Runs& runs, int64_t unit, int64_t slot) {
+  int64_t octet;
+  const int64_t run = Divide(slot, runs.octets(), octet);
+  const int64_t from = unit * runs.unit_stride + run * runs.run_stride;
+  const int64_t i = from / kOctet * kOctet + octet * kOctet;
+  const int64_t last = from + runs.length - 1;
+  return i < from ? from : (i > last ? last : i);
+}
+
+// Elements of unit `unit` in the slots before `slot`.
+NORMD_DEVICE int64_t ElementsBefore(const Runs& runs, int64_t unit, int64_t slot) {
+  int64_t octet;
+  const int64_t run = Divide(slot, runs.octets(), octet);
+  if (run >= runs.count) return runs.count * runs.length;
+  const int64_t from = unit * runs.unit_stride + run * runs.run_stride;
+  const int64_t in_run = octet * kOctet - (octet == 0 ? 0 : from % kOctet);
+  return run * runs.length + (in_run < runs.length ? in_run : runs.length);
+}
+
+// Octets that a thread loads before it uses the first, of each of so many tensors.
+template <class E>
+constexpr int BatchFor(int tensors) {
+  const int most = static_cast<int>(128 / sizeof(Octet<E>)) / tensors;
+  return most > 4 ? 4 : (most < 1 ? 1 : most);
+}
+
 // Slots that are summed before they are merged in double.
 constexpr int kSlotsInBlock = 8;
 
-// The moments of a thread's slots. Octets come from load(walk, place), which is called
-// again for those whose sums are not sound.
-template <class E, class Load>
-NORMD_DEVICE PartialMoments MomentsOfSlots(Walk walk, bool careful, Load load) {
+// Element `low` of an octet, without an address.
+template <class E>
+NORMD_DEVICE typename E::Compute ElementOf(const Octet<E>& octet, int low) {
+  typename E::Compute value = octet[0];
+#pragma unroll
+  for (int j = 1; j < kOctet; ++j) {
+    if (j == low) value = octet[j];
+  }
+  return value;
+}
+
+// Sums in the computing type, around the first value that is added.
+template <class E>
+struct SlotSums {
   using T = typename E::Compute;
-  PartialMoments total;
-  T shift = 0;
-  bool first = true;
+
+  NORMD_DEVICE void Add(const Octet<E>& x, const Walk::Place& at) {
+    if (at.empty()) return;
+    if (count == 0) own = ElementOf(x, at.low);
+    if (at.full()) {
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) AddOne(x[j] - own);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) AddOne(j >= at.low && j < at.high ? x[j] - own : T{0});
+    }
+    count += at.high - at.low;
+  }
+  NORMD_DEVICE void AddOne(T d) {
+    sum += d;
+    squares = MultiplyAdd(d, d, squares);
+  }
+  NORMD_DEVICE bool IsSound(bool careful) const {
+    return count == 0 || cuda::IsSound(count, sum, squares, careful);
+  }
+
+  T own = 0, sum = 0, squares = 0;
+  int count = 0;
+};
+
+template <class E>
+NORMD_DEVICE void AddInDouble(ShiftedSums& total, double shift, const Octet<E>& x,
+                              const Walk::Place& at) {
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) {
+    if (j < at.low || j >= at.high) continue;
+    const double d = static_cast<double>(x[j]) - shift;
+    total.sum += d;
+    total.squares = MultiplyAdd(d, d, total.squares);
+  }
+}
+
+// The sums of a thread's slots of x around `shift`. Those whose sums are not sound are loaded
+// and summed again, in double.
+template <class E>
+NORMD_DEVICE ShiftedSums SumsAround(const void* x, typename E::Compute shift, Walk walk,
+                                    bool careful) {
+  constexpr int kBatch = BatchFor<E>(1);
+  ShiftedSums total;
   while (walk.More()) {
     const Walk begin = walk;
-    T sum = 0, squares = 0;
-    int count = 0;
-#pragma unroll 2
-    for (int k = 0; k < kSlotsInBlock && walk.More(); ++k, walk.Next()) {
-      const Walk::Place at = walk.Here();
-      if (at.low >= at.high) continue;
-      const Octet<E> x = load(walk, at);
+    SlotSums<E> sums;
+    for (int k = 0; k < kSlotsInBlock && walk.More(); k += kBatch) {
+      Octet<E> octet[kBatch];
+      Walk::Place at[kBatch];
 #pragma unroll
-      for (int j = 0; j < kOctet; ++j) {
-        if (first && j == at.low) {
-          shift = x[j];
-          first = false;
-        }
-        const bool ours = j >= at.low && j < at.high;
-        const T d = ours ? x[j] - shift : T{0};
-        sum += d;
-        squares = MultiplyAdd(d, d, squares);
+      for (int b = 0; b < kBatch; ++b, walk.Next()) {
+        at[b] = walk.HereIfAny();
+        if (!at[b].empty()) octet[b] = LoadOctet<E>(x, at[b].i);
       }
-      count += at.high - at.low;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) sums.Add(octet[b], at[b]);
     }
-    if (count == 0) continue;
-    if (IsSound(count, sum, squares, careful)) {
-      total.Merge(FromShiftedSums(count, shift, sum, squares));
-    } else {
-      // Once more in double, around their own mean.
-      PartialMoments exact{static_cast<double>(count), 0, 0};
-      for (int pass = 0; pass < 2; ++pass) {
-        Walk again = begin;
-        for (int k = 0; k < kSlotsInBlock && again.More(); ++k, again.Next()) {
-          const Walk::Place at = again.Here();
-          if (at.low >= at.high) continue;
-          const Octet<E> x = load(again, at);
-          for (int j = at.low; j < at.high; ++j) {
-            const double value = static_cast<double>(x[j]);
-            const double d = value - exact.mean;
-            if (pass == 0) {
-              exact.m2 += value;
-            } else {
-              exact.m2 += d * d;
-            }
-          }
-        }
-        if (pass == 0) {
-          exact.mean = exact.m2 / exact.count;
-          exact.m2 = 0;
-        }
-      }
-      total.Merge(exact);
+    if (sums.IsSound(careful)) {
+      MergeInto(total, AroundShift(shift, sums.count, sums.own, sums.sum, sums.squares));
+      continue;
     }
-    shift = NextShift<T>(total);
+    Walk again = begin;
+    for (int k = 0; k < kSlotsInBlock && again.More(); ++k, again.Next()) {
+      const Walk::Place at = again.Here();
+      if (!at.empty()) AddInDouble<E>(total, shift, LoadOctet<E>(x, at.i), at);
+    }
   }
   return total;
 }
 
-// Block (unit, split). Shared: PartialMoments a thread.
+// A part of a unit: slots first to last - 1, which neighbouring threads reduce.
+struct Part {
+  NORMD_DEVICE Part(const Runs& of, int64_t of_unit, int64_t number, int64_t slots)
+      : runs(of), unit(of_unit), first(number * slots), last(first + slots) {
+    if (last > runs.slots()) last = runs.slots();
+    if (first > last) first = last;
+  }
+  NORMD_DEVICE Walk WalkOf(int64_t thread, int64_t threads) const {
+    return {runs, unit, first + thread, last, threads};
+  }
+  template <class E>
+  NORMD_DEVICE typename E::Compute ShiftOf(const void* x) const {
+    using T = typename E::Compute;
+    if (first == last) return T{0};
+    return AsShift<T>(LoadOne<E>(x, ElementAt(runs, unit, first)));
+  }
+  NORMD_DEVICE double count() const {
+    return static_cast<double>(ElementsBefore(runs, unit, last) -
+                               ElementsBefore(runs, unit, first));
+  }
+
+  const Runs& runs;
+  int64_t unit, first, last;
+};
+
+// Block (unit, split). Shared: ShiftedSums a thread.
 template <class E>
-NORMD_KERNEL void MomentsOfRuns(const void* x, int64_t size, Runs runs, int64_t splits,
-                                bool careful, PartialMoments* partials) {
+NORMD_KERNEL void MomentsOfRuns(const void* x, Runs runs, int64_t splits, bool careful,
+                                PartialMoments* partials) {
   NORMD_SHARED(shared);
-  const int64_t unit = blockIdx.x;
-  const int64_t part = CeilDiv(runs.slots(), splits);
-  const int64_t first = blockIdx.y * part;
-  const int64_t last = first + part < runs.slots() ? first + part : runs.slots();
-  const Walk walk(runs, unit, first + threadIdx.x, last, blockDim.x);
-  PartialMoments moments =
-      MomentsOfSlots<E>(walk, careful, [&](const Walk&, const Walk::Place& at) {
-        return LoadOctet<E>(x, size, at.i, at.low, at.high);
-      });
-  moments = MergeOverBlock(moments, 1, reinterpret_cast<PartialMoments*>(shared));
-  if (threadIdx.x == 0) partials[blockIdx.y * runs.units + unit] = moments;
+  AwaitKernelBefore();
+  const Part part(runs, blockIdx.x, blockIdx.y, CeilDiv(runs.slots(), splits));
+  const auto shift = part.template ShiftOf<E>(x);
+  const ShiftedSums sums =
+      MergeOverBlock(SumsAround<E>(x, shift, part.WalkOf(threadIdx.x, blockDim.x), careful), 1,
+                     reinterpret_cast<ShiftedSums*>(shared));
+  if (threadIdx.x == 0) {
+    partials[part.unit * splits + blockIdx.y] =
+        FromShiftedSums(part.count(), static_cast<double>(shift), sums);
+  }
 }
 
 // Where a block and a thread of it are in the columns.
@@ -230,95 +330,173 @@ struct ColumnPlace {
     const int64_t tile = block % cut.tiles();
     split = block / cut.tiles() % splits;
     sample = block / cut.tiles() / splits;
-    const int threads_across = cut.tile_threads;
-    column = (tile * threads_across + threadIdx.x % threads_across) * cut.width;
-    step = blockDim.x / threads_across;
+    const int across = cut.tile_threads;
+    const int lane = static_cast<int>(threadIdx.x) % across;
+    const int down = static_cast<int>(threadIdx.x) / across;
+    tile_column = tile * across * cut.width;
+    column = tile_column + lane * cut.width;
+    step = blockDim.x / across;
     const int64_t part = CeilDiv(cut.rows, splits);
-    row = split * part + threadIdx.x / threads_across;
-    last = (split + 1) * part < cut.rows ? (split + 1) * part : cut.rows;
-    if (column >= cut.columns) last = row;  // nothing to do, but to wait with the others
-    is_first = threadIdx.x / threads_across == 0;
+    first = split * part;
+    last = first + part < cut.rows ? first + part : cut.rows;
+    if (first > last) first = last;
+    row = first + down;
+    if (column >= cut.columns) row = last;  // nothing to do, but to wait with the others
   }
 
-  int64_t sample, split, column, row, last, step;
-  bool is_first;  // of the threads that share its columns
+  // The tile's first column of the same channel as `column`, and how many there are.
+  NORMD_DEVICE int64_t FirstOfChannel(const Columns& cut, int64_t column) const {
+    return tile_column + (column - tile_column) % cut.channels;
+  }
+  NORMD_DEVICE int64_t ColumnsOfChannel(const Columns& cut, int64_t column) const {
+    const int64_t past = tile_column + cut.tile_threads * cut.width;
+    const int64_t in_tile = (past < cut.columns ? past : cut.columns) - tile_column;
+    return CeilDiv(in_tile - (column - tile_column) % cut.channels, cut.channels);
+  }
+
+  int64_t sample, split;
+  int64_t tile_column, column;     // of the block, and of the thread
+  int64_t first, last, row, step;  // rows of the block; of the thread row, row + step, ...
 };
 
-// Columns c .. c + kWidth - 1 of a row: element (row * columns + c).
+// Columns c .. c + kWidth - 1 of a row: element row * columns + c and on.
 template <class E, int kWidth>
 struct Cells {
   using T = typename E::Compute;
 
-  NORMD_DEVICE Cells(const void* data, int64_t size, int64_t i) {
+  NORMD_DEVICE T operator[](int w) const {
     if constexpr (kWidth == kOctet) {
-      const Octet<E> octet = LoadOctet<E>(data, size, i, 0, kOctet);
-#pragma unroll
-      for (int w = 0; w < kWidth; ++w) value[w] = octet[w];
+      return octet[w];
     } else {
-      value[0] = E::Load(static_cast<const typename E::Storage*>(data)[i]);
+      return octet[0];
+    }
+  }
+  NORMD_DEVICE void Load(const void* data, int64_t i) {
+    if constexpr (kWidth == kOctet) {
+      octet = LoadOctet<E>(data, i);
+    } else {
+      octet.SetBits(0, static_cast<const typename E::Bits*>(data)[i]);
     }
   }
 
-  T value[kWidth];
+  Octet<E> octet;
 };
 
-// Block (tile, split, sample). Shared: PartialMoments a thread.
+// Merges values[w] of the threads that have the same columns, and of a tile's columns of the
+// same channel where rows are taken together, and calls write(unit, first column, value) in one
+// thread for each unit. `shared` has room for kWidth values a thread.
+template <int kWidth, class V, class Write>
+NORMD_DEVICE void MergeColumns(const Columns& cut, const ColumnPlace& at, V (&values)[kWidth],
+                               V* shared, Write write) {
+  const int across = cut.tile_threads;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int warps = threads / kWarp;
+  const int columns = across * kWidth;
+#pragma unroll
+  for (int w = 0; w < kWidth; ++w) {
+    for (int lanes = kWarp / 2; lanes >= across; lanes /= 2) {
+      MergeInto(values[w], FromOtherLane(values[w], lanes));
+    }
+    if (thread % kWarp < across) {
+      shared[thread / kWarp * columns + w * across + thread % kWarp] = values[w];
+    }
+  }
+  __syncthreads();
+  const auto of_column = [&](int k) -> V& { return shared[k % kWidth * across + k / kWidth]; };
+  for (int k = thread; k < columns && at.tile_column + k < cut.columns; k += threads) {
+    V& merged = of_column(k);
+    for (int warp = 1; warp < warps; ++warp) MergeInto(merged, (&merged)[warp * columns]);
+    if (!cut.folded())
+      write(at.sample * cut.channels + at.tile_column + k, at.tile_column + k, merged);
+  }
+  if (!cut.folded()) return;
+  __syncthreads();
+  for (int64_t k = thread; k < columns && k < cut.channels; k += threads) {
+    V merged = of_column(static_cast<int>(k));
+    for (int64_t other = k + cut.channels; other < columns && at.tile_column + other < cut.columns;
+         other += cut.channels) {
+      MergeInto(merged, of_column(static_cast<int>(other)));
+    }
+    const int64_t column = at.tile_column + k;
+    write(at.tile_column / columns * cut.channels + cut.Channel(column), column, merged);
+  }
+}
+
+// Block (tile, split, sample). Shared: kWidth ShiftedSums a thread. A column is shifted by the
+// block's first row, as is what is merged with it.
 template <class E, int kWidth>
-NORMD_KERNEL void MomentsOfColumns(const void* x, int64_t size, Columns cut, int64_t splits,
-                                   bool careful, PartialMoments* partials) {
+NORMD_KERNEL_OF(256, sizeof(typename E::Bits) < 8 ? 3 : 2)
+void MomentsOfColumns(const void* x, Columns cut, int64_t splits, bool careful,
+                      PartialMoments* partials) {
   using T = typename E::Compute;
+  constexpr int kBatch = BatchFor<E>(1);
   NORMD_SHARED(shared);
+  AwaitKernelBefore();
   ColumnPlace at(cut, splits, blockIdx.x);
-  PartialMoments total[kWidth];
+  const auto index = [&](int64_t row, int64_t column) {
+    return (at.sample * cut.rows + row) * cut.columns + column;
+  };
   T shift[kWidth] = {};
-  bool first = true;
+  if (at.row < at.last) {
+    Cells<E, kWidth> first;
+    if (!cut.folded()) first.Load(x, index(at.first, at.column));
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) {
+      shift[w] = AsShift(cut.folded()
+                             ? LoadOne<E>(x, index(at.first, at.FirstOfChannel(cut, at.column + w)))
+                             : first[w]);
+    }
+  }
+  const int64_t begin = at.row;
+  T sum[kWidth] = {};
+  T squares[kWidth] = {};
+  int count = 0;
   while (at.row < at.last) {
-    const int64_t begin = at.row;
-    T sum[kWidth] = {};
-    T squares[kWidth] = {};
-    int count = 0;
-#pragma unroll 4
-    for (; count < kRowsInBlock && at.row < at.last; ++count, at.row += at.step) {
-      const int64_t i = (at.sample * cut.rows + at.row) * cut.columns + at.column;
-      const Cells<E, kWidth> cells(x, size, i);
+    Cells<E, kWidth> cells[kBatch];
+    bool any[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b, at.row += at.step) {
+      any[b] = at.row < at.last;
+      if (any[b]) cells[b].Load(x, index(at.row, at.column));
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (!any[b]) continue;
+      ++count;
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) {
-        if (first) shift[w] = cells.value[w];
-        const T d = cells.value[w] - shift[w];
+        const T d = cells[b][w] - shift[w];
         sum[w] += d;
         squares[w] = MultiplyAdd(d, d, squares[w]);
       }
-      first = false;
-    }
-#pragma unroll
-    for (int w = 0; w < kWidth; ++w) {
-      if (IsSound(count, sum[w], squares[w], careful)) {
-        total[w].Merge(FromShiftedSums(count, shift[w], sum[w], squares[w]));
-      } else {
-        const auto* column = static_cast<const typename E::Storage*>(x) + at.column + w +
-                             at.sample * cut.rows * cut.columns;
-        PartialMoments exact{static_cast<double>(count), 0, 0};
-        for (int64_t row = begin; row < at.row; row += at.step) {
-          exact.mean += static_cast<double>(E::Load(column[row * cut.columns]));
-        }
-        exact.mean /= exact.count;
-        for (int64_t row = begin; row < at.row; row += at.step) {
-          const double d = static_cast<double>(E::Load(column[row * cut.columns])) - exact.mean;
-          exact.m2 += d * d;
-        }
-        total[w].Merge(exact);
-      }
-      shift[w] = NextShift<T>(total[w]);
     }
   }
+  ShiftedSums total[kWidth];
 #pragma unroll
   for (int w = 0; w < kWidth; ++w) {
-    const PartialMoments merged =
-        MergeOverBlock(total[w], cut.tile_threads, reinterpret_cast<PartialMoments*>(shared));
-    if (at.is_first && at.column + w < cut.columns) {
-      partials[at.split * cut.units() + at.sample * cut.columns + at.column + w] = merged;
+    if (count == 0 || IsSound(count, sum[w], squares[w], careful)) {
+      total[w] = {static_cast<double>(sum[w]), static_cast<double>(squares[w])};
+      continue;
+    }
+    for (int64_t row = begin; row < at.last; row += at.step) {
+      const double d = static_cast<double>(LoadOne<E>(x, index(row, at.column + w))) -
+                       static_cast<double>(shift[w]);
+      total[w].sum += d;
+      total[w].squares = MultiplyAdd(d, d, total[w].squares);
     }
   }
+  MergeColumns(cut, at, total, reinterpret_cast<ShiftedSums*>(shared),
+               [&](int64_t unit, int64_t column, const ShiftedSums& sums) {
+                 double of_unit = 0;
+                 if (at.first < at.last) {
+                   of_unit =
+                       static_cast<double>(AsShift<T>(LoadOne<E>(x, index(at.first, column))));
+                 }
+                 partials[at.split * cut.units() + unit] = FromShiftedSums(
+                     static_cast<double>((at.last - at.first) * at.ColumnsOfChannel(cut, column)),
+                     of_unit, sums);
+               });
 }
 
 // What the sums of a backward pass read. dy is what the mask, if any, lets through.
@@ -327,7 +505,6 @@ struct GradientTensors {
   const void* x;
   const void* grad_y;
   const uint8_t* relu_mask;
-  int64_t size;
 
   // dy and x of an octet.
   struct Pair {
@@ -337,42 +514,99 @@ struct GradientTensors {
       return (bits >> k & 1) != 0 ? dy[k] : typename E::Compute{0};
     }
   };
-  NORMD_DEVICE Pair Load(int64_t i, int low, int high) const {
-    return {LoadOctet<E>(x, size, i, low, high), LoadOctet<E>(grad_y, size, i, low, high),
+  NORMD_DEVICE Pair Load(int64_t i) const {
+    return {LoadOctet<E>(x, i), LoadOctet<E>(grad_y, i),
             relu_mask == nullptr ? 0xffu : relu_mask[i / kOctet]};
   }
 };
 
-// The sums of a thread's slots in unit `unit`. Pairs come from load(walk, place).
-// `weight`: each element's dy counts by the weight of its channel; then the units are the
-// sets, which are rows.
-template <class E, class Load>
-NORMD_DEVICE GradientSums SumsOfSlots(Walk walk, int64_t unit, typename E::Compute shift,
-                                      const typename E::Compute* weight, int64_t groups,
-                                      Load load) {
+// Parameters of eight neighbours.
+template <class T>
+struct Eight {
+  T value[kOctet];
+
+  NORMD_DEVICE T operator[](int k) const { return value[k]; }
+};
+
+// values[first + k] for k from `low` to `high` - 1; `otherwise` for all where null.
+template <class T>
+NORMD_DEVICE Eight<T> LoadEight(const T* values, int64_t first, int low, int high, T otherwise) {
+  Eight<T> eight;
+  if (values == nullptr) {
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) eight.value[k] = otherwise;
+  } else if (low == 0 && high == kOctet && IsAligned(values + first)) {
+    constexpr int kQuads = sizeof(Eight<T>) / sizeof(Quad);
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      reinterpret_cast<Quad*>(&eight)[q] = reinterpret_cast<const Quad*>(values + first)[q];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kOctet; ++k) {
+      eight.value[k] = k >= low && k < high ? values[first + k] : otherwise;
+    }
+  }
+  return eight;
+}
+
+// Sums of dy * weight and of dy * weight * (x - shift) in the computing type.
+template <class E>
+struct PairSums {
   using T = typename E::Compute;
+
+  // `weight` of the elements, or null for 1.
+  NORMD_DEVICE void Add(const typename GradientTensors<E>::Pair& pair, const Walk::Place& at,
+                        T shift, const Eight<T>* weight) {
+    if (at.empty()) return;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      if (j < at.low || j >= at.high) continue;
+      T g = pair.Dy(j);
+      if (weight != nullptr) g *= (*weight)[j];
+      dy += g;
+      dy_d = MultiplyAdd(g, pair.x[j] - shift, dy_d);
+    }
+  }
+
+  T dy = 0, dy_d = 0;
+};
+
+// The sums of a thread's slots in unit `unit`. `weight`: each element's dy counts by the weight
+// of its channel; then the units are the sets, which are rows.
+template <class E>
+NORMD_DEVICE GradientSums SumsOfSlots(const GradientTensors<E>& tensors, Walk walk, int64_t unit,
+                                      typename E::Compute shift, const typename E::Compute* weight,
+                                      int64_t groups) {
+  using T = typename E::Compute;
+  constexpr int kBatch = BatchFor<E>(2);
   // Weight of element i: weight[i - weights_before].
   const int64_t weights_before =
       weight == nullptr ? 0 : unit * walk.length - unit % groups * walk.length;
   GradientSums total;
   while (walk.More()) {
-    T dy = 0, dy_d = 0;
-#pragma unroll 2
-    for (int k = 0; k < kSlotsInBlock && walk.More(); ++k, walk.Next()) {
-      const Walk::Place at = walk.Here();
-      if (at.low >= at.high) continue;
-      const auto pair = load(walk, at);
+    PairSums<E> sums;
+    for (int k = 0; k < kSlotsInBlock && walk.More(); k += kBatch) {
+      typename GradientTensors<E>::Pair pair[kBatch];
+      Walk::Place at[kBatch];
 #pragma unroll
-      for (int j = 0; j < kOctet; ++j) {
-        if (j < at.low || j >= at.high) continue;
-        T g = pair.Dy(j);
-        if (weight != nullptr) g *= weight[at.i + j - weights_before];
-        dy += g;
-        dy_d = MultiplyAdd(g, pair.x[j] - shift, dy_d);
+      for (int b = 0; b < kBatch; ++b, walk.Next()) {
+        at[b] = walk.HereIfAny();
+        if (!at[b].empty()) pair[b] = tensors.Load(at[b].i);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (weight == nullptr) {
+          sums.Add(pair[b], at[b], shift, nullptr);
+        } else if (!at[b].empty()) {
+          const Eight<T> of_octet =
+              LoadEight(weight, at[b].i - weights_before, at[b].low, at[b].high, T{1});
+          sums.Add(pair[b], at[b], shift, &of_octet);
+        }
       }
     }
-    total.dy += static_cast<double>(dy);
-    total.dy_d += static_cast<double>(dy_d);
+    total.dy += static_cast<double>(sums.dy);
+    total.dy_d += static_cast<double>(sums.dy_d);
   }
   return total;
 }
@@ -385,77 +619,78 @@ NORMD_KERNEL void SumsOfRuns(GradientTensors<E> tensors, Runs runs, int64_t spli
                              const typename E::Compute* weight, int64_t groups,
                              GradientSums* partials) {
   NORMD_SHARED(shared);
-  const int64_t unit = blockIdx.x;
-  const int64_t part = CeilDiv(runs.slots(), splits);
-  const int64_t first = blockIdx.y * part;
-  const int64_t last = first + part < runs.slots() ? first + part : runs.slots();
-  const Walk walk(runs, unit, first + threadIdx.x, last, blockDim.x);
-  GradientSums total = SumsOfSlots<E>(
-      walk, unit, sets[unit / units_per_set].shift, weight, groups,
-      [&](const Walk&, const Walk::Place& at) { return tensors.Load(at.i, at.low, at.high); });
-  total = MergeOverBlock(total, 1, reinterpret_cast<GradientSums*>(shared));
-  if (threadIdx.x == 0) partials[blockIdx.y * runs.units + unit] = total;
+  AwaitKernelBefore();
+  const Part part(runs, blockIdx.x, blockIdx.y, CeilDiv(runs.slots(), splits));
+  const GradientSums total =
+      MergeOverBlock(SumsOfSlots<E>(tensors, part.WalkOf(threadIdx.x, blockDim.x), part.unit,
+                                    sets[part.unit / units_per_set].shift, weight, groups),
+                     1, reinterpret_cast<GradientSums*>(shared));
+  if (threadIdx.x == 0) partials[part.unit * splits + blockIdx.y] = total;
 }
 
-// Block (tile, split, sample). Shared: GradientSums a thread. `row_width`: 0, or the
+// Block (tile, split, sample). Shared: kWidth GradientSums a thread. `row_width`: 0, or the
 // channels of a set, when each row has sets of its own; then dy_d is of dy * x^.
 template <class E, int kWidth>
 NORMD_KERNEL void SumsOfColumns(GradientTensors<E> tensors, Columns cut, int64_t splits,
-                                int64_t units_per_set, int64_t row_width,
-                                const SetCoefficients<typename E::Compute>* sets,
+                                int64_t row_width, const SetCoefficients<typename E::Compute>* sets,
                                 GradientSums* partials) {
   using T = typename E::Compute;
+  constexpr int kBatch = std::min(BatchFor<E>(2), 2);  // the sums take registers too
   NORMD_SHARED(shared);
+  AwaitKernelBefore();
   ColumnPlace at(cut, splits, blockIdx.x);
   T shift[kWidth] = {};
   if (row_width == 0 && at.row < at.last) {
 #pragma unroll
-    for (int w = 0; w < kWidth; ++w) {
-      shift[w] = sets[(at.sample * cut.columns + at.column + w) / units_per_set].shift;
-    }
+    for (int w = 0; w < kWidth; ++w) shift[w] = sets[cut.SetOf(at.sample, at.column + w)].shift;
   }
-  GradientSums total[kWidth];
+  T dy[kWidth] = {};
+  T dy_d[kWidth] = {};
   while (at.row < at.last) {
-    T dy[kWidth] = {};
-    T dy_d[kWidth] = {};
-#pragma unroll 4
-    for (int k = 0; k < kRowsInBlock && at.row < at.last; ++k, at.row += at.step) {
-      const int64_t row = at.sample * cut.rows + at.row;
-      const int64_t i = row * cut.columns + at.column;
-      const Cells<E, kWidth> x(tensors.x, tensors.size, i);
-      const Cells<E, kWidth> g(tensors.grad_y, tensors.size, i);
-      const uint32_t bits =
-          tensors.relu_mask == nullptr
-              ? 0xffu
-              : static_cast<uint32_t>(tensors.relu_mask[i / kOctet]) >> i % kOctet;
+    Cells<E, kWidth> x[kBatch], g[kBatch];
+    uint32_t bits[kBatch];
+    int64_t row[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b, at.row += at.step) {
+      row[b] = at.row < at.last ? at.sample * cut.rows + at.row : -1;
+      if (row[b] < 0) continue;
+      const int64_t i = row[b] * cut.columns + at.column;
+      x[b].Load(tensors.x, i);
+      g[b].Load(tensors.grad_y, i);
+      bits[b] = tensors.relu_mask == nullptr
+                    ? 0xffu
+                    : static_cast<uint32_t>(tensors.relu_mask[i / kOctet]) >> i % kOctet;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (row[b] < 0) continue;
+      SetCoefficients<T> set{};
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) {
-        const T passed = (bits >> w & 1) != 0 ? g.value[w] : T{0};
+        const T passed = (bits[b] >> w & 1) != 0 ? g[b][w] : T{0};
         T d;
         if (row_width == 0) {
-          d = x.value[w] - shift[w];
+          d = x[b][w] - shift[w];
         } else {
-          const auto& set = sets[row * (cut.columns / row_width) + (at.column + w) / row_width];
-          d = MultiplyAdd(x.value[w] - set.shift, set.invstd, set.lost);
+          if (w == 0 || row_width < cut.columns) {
+            set = sets[row[b] * (cut.columns / row_width) + (at.column + w) / row_width];
+          }
+          d = MultiplyAdd(x[b][w] - set.shift, set.invstd, set.offset);
         }
         dy[w] += passed;
         dy_d[w] = MultiplyAdd(passed, d, dy_d[w]);
       }
     }
-#pragma unroll
-    for (int w = 0; w < kWidth; ++w) {
-      total[w].dy += static_cast<double>(dy[w]);
-      total[w].dy_d += static_cast<double>(dy_d[w]);
-    }
   }
+  GradientSums total[kWidth];
 #pragma unroll
   for (int w = 0; w < kWidth; ++w) {
-    const GradientSums merged =
-        MergeOverBlock(total[w], cut.tile_threads, reinterpret_cast<GradientSums*>(shared));
-    if (at.is_first && at.column + w < cut.columns) {
-      partials[at.split * cut.units() + at.sample * cut.columns + at.column + w] = merged;
-    }
+    total[w] = {static_cast<double>(dy[w]), static_cast<double>(dy_d[w])};
   }
+  MergeColumns(cut, at, total, reinterpret_cast<GradientSums*>(shared),
+               [&](int64_t unit, int64_t, const GradientSums& sums) {
+                 partials[at.split * cut.units() + unit] = sums;
+               });
 }
 
 }  // namespace normd::cuda

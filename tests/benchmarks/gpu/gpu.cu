@@ -1,6 +1,6 @@
 // The kernels on this machine's first GPU, beside copies of the same bytes.
 //
-//   normd_bench_gpu [--quick] [--json FILE]
+//   normd_bench_gpu [--quick] [--json FILE] [--filter PART,...]
 //
 // Rows on the device: medians over rounds in which ours and the floor take turns. The
 // floor is a device-to-device copy of one tensor, times the tensors that the kernels
@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -304,16 +305,33 @@ Row MeasureFromHost(Backend& backend, int64_t batch, int rounds) {
   return row;
 }
 
+// Whether a name contains one of the parts, or there are none.
+bool IsWanted(const std::string& name, const std::vector<std::string>& parts) {
+  return parts.empty() || std::any_of(parts.begin(), parts.end(), [&](const std::string& part) {
+           return name.find(part) != std::string::npos;
+         });
+}
+
+std::vector<std::string> Parts(const std::string& list) {
+  std::vector<std::string> parts;
+  std::istringstream stream(list);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+  return parts;
+}
+
 int Main(int argc, char** argv) {
   bool quick = false;
   const char* json = nullptr;
+  std::vector<std::string> filter;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--quick") == 0) {
       quick = true;
     } else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
       json = argv[++i];
+    } else if (std::strcmp(argv[i], "--filter") == 0 && i + 1 < argc) {
+      filter = Parts(argv[++i]);
     } else {
-      std::fprintf(stderr, "usage: normd_bench_gpu [--quick] [--json FILE]\n");
+      std::fprintf(stderr, "usage: normd_bench_gpu [--quick] [--json FILE] [--filter PART,...]\n");
       return 2;
     }
   }
@@ -334,10 +352,12 @@ int Main(int argc, char** argv) {
     std::fflush(stdout);
     rows.push_back(row);
   };
-  for (const Case& c : Cases(quick)) report(MeasureOnDevice(c, *devices[0], rounds));
+  for (const Case& c : Cases(quick)) {
+    if (IsWanted(c.name, filter)) report(MeasureOnDevice(c, *devices[0], rounds));
+  }
   const auto backend = MakeCudaBackend({.devices = {0}}, &why);
   for (const int64_t batch : quick ? std::vector<int64_t>{8} : std::vector<int64_t>{1, 8, 32}) {
-    report(MeasureFromHost(*backend, batch, rounds));
+    if (IsWanted("host", filter)) report(MeasureFromHost(*backend, batch, rounds));
   }
   if (json == nullptr) return 0;
   std::FILE* const file = std::fopen(json, "w");

@@ -33,7 +33,6 @@ std::vector<std::string> FindBackendNames() {
 #endif
 #if NORMD_HAS_EMULATED_GPU
   names.emplace_back("CudaEmulated");
-  names.emplace_back("CudaEmulatedSmall");
 #endif
   names.emplace_back("Cuda");
   return names;
@@ -68,11 +67,9 @@ void BackendTest::SetUp() {
     return;
   }
 #if NORMD_HAS_EMULATED_GPU
-  if (GetParam().starts_with("CudaEmulated")) {
+  if (GetParam() == "CudaEmulated") {
     std::vector<std::unique_ptr<cuda::Device>> devices;
-    devices.push_back(
-        MakeEmulatedDevice(std::make_shared<EmulatedState>(),
-                           GetParam() == "CudaEmulated" ? kLargeDevice : kSmallDevice));
+    devices.push_back(MakeEmulatedDevice(std::make_shared<EmulatedState>()));
     backend_ = cuda::MakeBackend(std::move(devices));
     return;
   }

@@ -12,9 +12,8 @@
 
 namespace normd {
 
-// The CPU's instruction sets, the best first ("AVX3"); "CudaEmulated", the CUDA
-// backend and its kernels on an emulated GPU, "CudaEmulatedSmall" on one with less shared
-// memory; "Cuda", on this machine's.
+// The CPU's instruction sets, the best first ("AVX3"); "CudaEmulated", the CUDA backend and
+// its kernels on an emulated GPU; "Cuda", on this machine's.
 std::vector<std::string> BackendNames();
 
 // A test that is run once for each backend. Skipped, and says why, where "Cuda" has no

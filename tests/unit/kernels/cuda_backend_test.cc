@@ -12,7 +12,6 @@
 
 #include "kernels/cuda/lane.h"
 #include "kernels/cuda/plan.h"
-#include "kernels/cuda/residence.h"
 #include "kernels/moments.h"
 #include "kernels/set_constants.h"
 #include "tests/unit/kernels/emulated_device.h"
@@ -483,9 +482,6 @@ TEST(CudaBackend, AnswersTheSameBitsEachTime) {
   EXPECT_EQ(answers[0], answers[1]);
 }
 
-constexpr cuda::Limits kH100{
-    .shared_bytes = int64_t{227} << 10, .multiprocessors = 132, .cooperative = true};
-
 // Everything that a forward and a backward call answer. Of a NaN no more than that it is
 // one: a host chooses its sign.
 struct Answers {
@@ -497,14 +493,12 @@ struct Answers {
   }
   std::vector<reference::Values> tensors;
   int kernels = 0;
-  int cooperative_kernels = 0;
 };
 
-Answers AnswersOn(const cuda::Limits& limits, const NormProblem& problem, Place place, bool fused,
-                  const reference::Values& x) {
+Answers AnswersTo(const NormProblem& problem, Place place, bool fused, const reference::Values& x) {
   auto state = std::make_shared<EmulatedState>();
   std::vector<std::unique_ptr<cuda::Device>> devices;
-  devices.push_back(MakeEmulatedDevice(state, limits));
+  devices.push_back(MakeEmulatedDevice(state));
   const auto backend = cuda::MakeBackend(std::move(devices));
   const DType parameter = problem.parameter_dtype();
   const TestTensor x_memory(problem.dtype, x);
@@ -540,7 +534,7 @@ Answers AnswersOn(const cuda::Limits& limits, const NormProblem& problem, Place 
                                .grad_residual = fused ? grad_residual.data() : nullptr},
                               place, {}),
             Outcome::kOk);
-  Answers answers{.kernels = state->kernels, .cooperative_kernels = state->cooperative_kernels};
+  Answers answers{.kernels = state->kernels};
   for (const auto& values : {mean, m2}) answers.Add(values);
   for (const TestTensor* tensor : {&y, &grad_y, &grad_residual, &grad_weight, &grad_bias}) {
     answers.Add(tensor->values());
@@ -549,181 +543,86 @@ Answers AnswersOn(const cuda::Limits& limits, const NormProblem& problem, Place 
   return answers;
 }
 
-// Whether sets stay in a block, in several or not at all.
-TEST(CudaBackend, AnswersTheSameBitsOnEveryDevice) {
-  constexpr cuda::Limits kDevices[] = {
-      kSmallDevice,
-      kLargeDevice,
-      // Turing: blocks together, but each with little.
-      {.shared_bytes = int64_t{64} << 10, .multiprocessors = 8, .cooperative = true},
-      {.shared_bytes = int64_t{99} << 10, .multiprocessors = 2, .cooperative = true},
-      kH100,
-  };
+// What is on the device lies at no more than an element's alignment, and is copied to where
+// the kernels can take it; a set that has gone wrong is wrong alike.
+TEST(CudaBackend, AnswersTheSameBitsWhereverTensorsAre) {
+  const auto of_rows = Reduction::kPerSampleGroup;
+  for (const NormProblem& problem :
+       {NormProblem{.batch = 3, .channels = 7, .positions = 1000},
+        NormProblem{.batch = 5, .channels = 3, .positions = 12401},
+        NormProblem{.batch = 4, .channels = 3, .positions = 9001, .dtype = DType::kBFloat16},
+        NormProblem{.batch = 2, .channels = 3, .positions = 9000, .dtype = DType::kFloat64},
+        NormProblem{.batch = 3, .channels = 12, .positions = 49, .groups = 2, .reduction = of_rows},
+        NormProblem{.batch = 1111, .channels = 256, .positions = 1, .reduction = of_rows},
+        NormProblem{.batch = 67, .channels = 769, .positions = 1, .reduction = of_rows},
+        NormProblem{.batch = 9,
+        .channels = 3,
+        .positions = 400,
+        .format = MemoryFormat::kChannelsLast,
+        .dtype = DType::kFloat16}}) {
+    SCOPED_TRACE(Describe(problem));
+    auto x = RandomValues(problem.dtype, problem.size(), 300, 0.5, 1);
+    x[x.size() / 2] = std::nan("");
+    const bool fused = problem.batch % 2 == 1;
+    const Answers of_host = AnswersTo(problem, Place::kHost, fused, x);
+    const Answers of_device = AnswersTo(problem, Place::kDevice, fused, x);
+    for (size_t i = 0; i < of_host.tensors.size(); ++i) {
+      EXPECT_TRUE(of_host.tensors[i] == of_device.tensors[i]) << "tensor " << i;
+    }
+  }
+}
+
+// Sets that threads just hold, and sets of an element more, which are read twice.
+TEST(CudaBackend, HoldsASetThatJustFits) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
+    const int64_t width = static_cast<int64_t>(SizeOf(dtype));
+    for (const int tensors : {1, 2}) {
+      const int64_t fits = int64_t{512} * 8 * cuda::MostHeld(static_cast<size_t>(width), tensors);
+      for (const int64_t more : {0, 1}) {
+        const NormProblem problem{.batch = 3,
+                                  .channels = 1,
+                                  .positions = fits + more,
+                                  .reduction = Reduction::kPerSampleGroup,
+                                  .dtype = dtype};
+        SCOPED_TRACE(Describe(problem));
+        Machine machine;
+        if (tensors == 1) {
+          ExpectForwardMatches(*machine.backend, problem, {.mean = 30});
+          EXPECT_EQ(machine.states[0]->kernels, more == 0 ? 1 : 3);
+        } else {
+          ExpectBackwardMatches(*machine.backend, problem, {.affine = false});
+          EXPECT_EQ(machine.states[0]->kernels, more == 0 ? 1 : 4);
+        }
+      }
+    }
+  }
+}
+
+// As many as there are passes, and what must come between them.
+TEST(CudaBackend, LaunchesFewKernels) {
   const auto of_rows = Reduction::kPerSampleGroup;
   struct Case {
     NormProblem problem;
-    bool shared_by_blocks;  // on some device
+    int forward, backward;
   };
   const Case cases[] = {
-      // Channels of one part and of several, with and without tails.
-      {{.batch = 3, .channels = 7, .positions = 1000}, false},
-      {{.batch = 5, .channels = 3, .positions = 2401}, true},
-      {{.batch = 2, .channels = 2, .positions = 24000}, true},
-      {{.batch = 4, .channels = 3, .positions = 9001, .dtype = DType::kBFloat16}, true},
-      {{.batch = 2, .channels = 3, .positions = 9000, .dtype = DType::kFloat64}, true},
-      {{.batch = 3, .channels = 4, .positions = 9001, .dtype = DType::kFloat16}, true},
-      // Groups of planes.
-      {{.batch = 3, .channels = 12, .positions = 49, .groups = 2, .reduction = of_rows}, false},
-      {{.batch = 2, .channels = 80, .positions = 196, .groups = 2, .reduction = of_rows}, true},
-      {{.batch = 1, .channels = 4, .positions = 20003, .groups = 2, .reduction = of_rows}, true},
-      {{.batch = 12, .channels = 2, .positions = 3000, .groups = 2, .reduction = of_rows}, false},
-      // Rows: in parts of the rows with their columns' sums, or these apart.
-      {{.batch = 95, .channels = 264, .positions = 1, .reduction = of_rows}, false},
-      {{.batch = 1111, .channels = 256, .positions = 1, .reduction = of_rows}, false},
-      {{.batch = 90, .channels = 768, .positions = 1, .groups = 2, .reduction = of_rows}, false},
-      {{.batch = 700, .channels = 40, .positions = 1, .reduction = of_rows}, false},
-      {{.batch = 67, .channels = 769, .positions = 1, .reduction = of_rows}, false},
-      {{.batch = 44,
-        .channels = 2048,
-        .positions = 1,
-        .reduction = of_rows,
-        .dtype = DType::kBFloat16,
-        .center = false},
-       false},
-      {{.batch = 3, .channels = 30000, .positions = 1, .reduction = of_rows}, true},
+      // Held, with the gradients of the parameters.
+      {{.batch = 4, .channels = 16, .positions = 49}, 1, 1},
+      // Read twice.
+      {{.batch = 2, .channels = 3, .positions = 21001}, 3, 4},
+      {{.batch = 6, .channels = 24, .positions = 9, .format = MemoryFormat::kChannelsLast}, 3, 4},
+      // Groups of planes, whose channels have weights of their own.
+      {{.batch = 12, .channels = 8, .positions = 49, .groups = 2, .reduction = of_rows}, 1, 5},
+      // Rows, held with the sums of their columns.
+      {{.batch = 48, .channels = 256, .positions = 1, .reduction = of_rows}, 1, 3},
   };
-  for (const auto& [problem, shared_by_blocks] : cases) {
-    SCOPED_TRACE(Describe(problem));
-    auto x = RandomValues(problem.dtype, problem.size(), 300, 0.5, 1);
-    const bool fused = problem.batch % 2 == 1;
-    for (const Place place : {Place::kHost, Place::kDevice}) {
-      // Memory on the device is at no more than an element's alignment; and a set has gone
-      // wrong.
-      if (place == Place::kDevice) x[x.size() / 2] = std::nan("");
-      std::vector<Answers> answers;
-      int cooperative_kernels = 0;
-      for (const cuda::Limits& limits : kDevices) {
-        answers.push_back(AnswersOn(limits, problem, place, fused, x));
-        const Answers& first = answers.front();
-        for (size_t i = 0; i < first.tensors.size(); ++i) {
-          EXPECT_TRUE(answers.back().tensors[i] == first.tensors[i])
-              << "tensor " << i << ", device " << answers.size() - 1;
-        }
-        cooperative_kernels += answers.back().cooperative_kernels;
-      }
-      EXPECT_EQ(cooperative_kernels > 0, shared_by_blocks);
-    }
-  }
-}
-
-// Blocks that share channels, beside the reference.
-TEST(CudaBackend, NormalizesChannelsOfSeveralBlocks) {
-  Machine machine;
-  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
-    const NormProblem problem{.batch = 2, .channels = 3, .positions = 21001, .dtype = dtype};
-    ExpectForwardMatches(*machine.backend, problem, {.residual = true});
-    ExpectForwardMatches(*machine.backend, problem, {.in_place = true, .mean = 300});
-    ExpectBackwardMatches(*machine.backend, problem, {.residual = true, .relu = true});
-    ExpectBackwardMatches(*machine.backend, problem, {.by_batch = false, .in_place = true});
-  }
-  EXPECT_EQ(machine.states[0]->cooperative_kernels, 4 * 4);
-}
-
-// A kernel that reads and writes, and one for the parameters' gradients.
-TEST(CudaBackend, LaunchesFewKernels) {
-  for (const NormProblem& problem : {NormProblem{.batch = 4, .channels = 16, .positions = 49},
-                                     NormProblem{.batch = 2, .channels = 3, .positions = 21001},
-                                     NormProblem{.batch = 12,
-                                     .channels = 8,
-                                     .positions = 49,
-                                     .groups = 2,
-                                     .reduction = Reduction::kPerSampleGroup},
-                                     NormProblem{.batch = 48,
-                                     .channels = 256,
-                                     .positions = 1,
-                                     .reduction = Reduction::kPerSampleGroup}}) {
+  for (const auto& [problem, forward, backward] : cases) {
     SCOPED_TRACE(Describe(problem));
     Machine machine;
     ExpectForwardMatches(*machine.backend, problem, {});
-    EXPECT_EQ(machine.states[0]->kernels, 1);
+    EXPECT_EQ(machine.states[0]->kernels, forward);
     ExpectBackwardMatches(*machine.backend, problem, {});
-    EXPECT_EQ(machine.states[0]->kernels, 3);
-  }
-}
-
-// On a device that has just as much shared memory as a set needs, and on one that has a
-// byte less.
-TEST(CudaBackend, KeepsASetThatJustFits) {
-  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16}) {
-    for (const int64_t positions : {511, 1024, 3001}) {
-      const NormProblem problem{.batch = 2, .channels = 24, .positions = positions, .dtype = dtype};
-      SCOPED_TRACE(Describe(problem));
-      const auto compute = static_cast<int64_t>(SizeOf(problem.parameter_dtype()));
-      const auto octet = 8 * static_cast<int64_t>(SizeOf(dtype));
-      const auto x = RandomValues(dtype, problem.size(), 1, 1, 1);
-      std::vector<Answers> answers;
-      for (const int64_t tensors : {1, 2}) {
-        const cuda::ResidentBytes bytes{
-            .octets = tensors * octet,
-            .columns = 0,
-            .sum = tensors == 1 ? int64_t{sizeof(PartialMoments)} : int64_t{sizeof(GradientSums)},
-            .fixed = int64_t{sizeof(SetConstants)} + 5 * compute};
-        const cuda::Limits much{.shared_bytes = 1 << 20, .multiprocessors = 6};
-        const int64_t needed =
-            cuda::ResidenceFor(cuda::PlanFor(problem, tensors == 2), problem, bytes, much)
-                .shared_bytes;
-        ASSERT_GT(needed, 0);
-        for (const int64_t lacks : {0, 1}) {
-          answers.push_back(AnswersOn({.shared_bytes = needed - lacks, .multiprocessors = 6},
-                                      problem, Place::kHost, false, x));
-          EXPECT_EQ(answers.back().tensors, answers.front().tensors);
-        }
-      }
-      // What is kept is one kernel, and one for the gradients of the parameters.
-      const std::vector<int> kernels = {answers[0].kernels, answers[1].kernels, answers[2].kernels,
-                                        answers[3].kernels};
-      EXPECT_EQ(kernels, (std::vector<int>{1 + 5, 3 + 5, 1 + 2, 1 + 5}));
-    }
-  }
-}
-
-cuda::Residence OnH100(const NormProblem& problem, bool backward) {
-  return cuda::ResidenceFor(
-      cuda::PlanFor(problem, backward), problem,
-      {.octets = backward ? 64 : 32, .columns = 64, .sum = backward ? 16 : 24, .fixed = 52}, kH100);
-}
-
-TEST(CudaResidence, KeepsWhatFitsAndLeavesTheRest) {
-  const auto batch_norm = [](int64_t channels, int64_t side) {
-    return NormProblem{.batch = 32, .channels = channels, .positions = side * side};
-  };
-  // 25 KB a channel: one block each.
-  EXPECT_EQ(OnH100(batch_norm(512, 14), false).parts, 1);
-  EXPECT_EQ(OnH100(batch_norm(512, 14), true).parts, 1);
-  // 1.6 MB a channel, in 32 parts of 50 KB: blocks of four, or of two where dy is kept too.
-  EXPECT_EQ(OnH100(batch_norm(64, 112), false).parts, 8);
-  EXPECT_EQ(OnH100(batch_norm(64, 112), true).parts, 16);
-  // Three channels of 6.4 MB take most of the multiprocessors; of 26 MB there is no room.
-  EXPECT_GE(OnH100(batch_norm(3, 224), false).blocks, 99);
-  EXPECT_FALSE(OnH100(batch_norm(3, 448), false).stays());
-  EXPECT_FALSE(OnH100(batch_norm(1, 1000), true).stays());
-  // More sets than blocks at once: each block takes several, the next one fetched ahead.
-  EXPECT_TRUE(OnH100(batch_norm(2048, 7), false).ahead);
-  EXPECT_EQ(OnH100(batch_norm(2048, 7), false).blocks, 2 * kH100.multiprocessors);
-  EXPECT_FALSE(OnH100(batch_norm(512, 14), true).ahead);
-  for (const int64_t channels : {1, 3, 64, 200, 2048}) {
-    for (const int64_t side : {7, 14, 50, 112, 300}) {
-      for (const bool backward : {false, true}) {
-        const cuda::Residence home = OnH100(batch_norm(channels, side), backward);
-        if (!home.stays()) continue;
-        EXPECT_LE(home.shared_bytes, kH100.shared_bytes);
-        EXPECT_GE(home.parts * home.held, home.jobs);
-        EXPECT_LT((home.parts - 1) * home.held, home.jobs);
-        if (home.parts > 1) {
-          EXPECT_LE(home.blocks, kH100.multiprocessors);
-        }
-      }
-    }
+    EXPECT_EQ(machine.states[0]->kernels, forward + backward);
   }
 }
 

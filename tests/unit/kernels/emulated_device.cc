@@ -58,10 +58,7 @@ class GuardedMemory {
 // Does nothing before it is waited for: who forgets to wait finds nothing done.
 class EmulatedStream final : public cuda::Stream {
  public:
-  EmulatedStream(EmulatedState& state, const cuda::Limits& limits)
-      : state_(state), limits_(limits) {
-    ++state_.streams;
-  }
+  explicit EmulatedStream(EmulatedState& state) : state_(state) { ++state_.streams; }
   ~EmulatedStream() override { --state_.streams; }
 
   Outcome CopyIn(void* device, const void* pinned, size_t bytes) override {
@@ -104,13 +101,10 @@ class EmulatedStream final : public cuda::Stream {
   Outcome Launch(const Work& work) {
     ++state_.launches;
     if (state_.on_launch) state_.on_launch();
-    return Enqueue([this, work] {
-      cuda::Run(emulated::Launch{limits_, &state_.kernels, &state_.cooperative_kernels}, work);
-    });
+    return Enqueue([this, work] { cuda::Run(emulated::Launch{&state_.kernels}, work); });
   }
 
   EmulatedState& state_;
-  const cuda::Limits limits_;
   std::deque<std::function<void()>> pending_;
   int64_t done_ = 0;  // of all so far
   int64_t marks_[kMarks] = {};
@@ -118,8 +112,7 @@ class EmulatedStream final : public cuda::Stream {
 
 class EmulatedDevice final : public cuda::Device {
  public:
-  EmulatedDevice(std::shared_ptr<EmulatedState> state, const cuda::Limits& limits)
-      : state_(std::move(state)), limits_(limits) {}
+  explicit EmulatedDevice(std::shared_ptr<EmulatedState> state) : state_(std::move(state)) {}
 
   DeviceInfo info() const override {
     return {.name = "emulated", .memory_bytes = state_->memory_bytes};
@@ -154,7 +147,7 @@ class EmulatedDevice final : public cuda::Device {
   }
   void CloseShared(void*) override { --state_->shared_open; }
   std::unique_ptr<cuda::Stream> NewStream() override {
-    return std::make_unique<EmulatedStream>(*state_, limits_);
+    return std::make_unique<EmulatedStream>(*state_);
   }
   size_t ScratchBytes(const cuda::ForwardWork& work) const override {
     return cuda::ScratchBytesOf<emulated::Launch>(work);
@@ -165,15 +158,13 @@ class EmulatedDevice final : public cuda::Device {
 
  private:
   const std::shared_ptr<EmulatedState> state_;
-  const cuda::Limits limits_;
   GuardedMemory memory_;
 };
 
 }  // namespace
 
-std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state,
-                                                 const cuda::Limits& limits) {
-  return std::make_unique<EmulatedDevice>(std::move(state), limits);
+std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state) {
+  return std::make_unique<EmulatedDevice>(std::move(state));
 }
 
 }  // namespace normd

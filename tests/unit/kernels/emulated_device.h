@@ -11,14 +11,8 @@
 #include <vector>
 
 #include "kernels/cuda/device.h"
-#include "kernels/cuda/residence.h"
 
 namespace normd {
-
-// A device of this kind that keeps much in shared memory, and one that has what all have.
-inline constexpr cuda::Limits kLargeDevice{
-    .shared_bytes = int64_t{227} << 10, .multiprocessors = 6, .cooperative = true};
-inline constexpr cuda::Limits kSmallDevice{.multiprocessors = 6};
 
 // What a test may ask of it, and see; shared with the device, which the backend owns.
 struct EmulatedState {
@@ -29,7 +23,6 @@ struct EmulatedState {
   std::atomic<int> streams = 0;
   std::atomic<int> launches = 0;  // of whole calls
   std::atomic<int> kernels = 0;
-  std::atomic<int> cooperative_kernels = 0;
   std::atomic<bool> fail = false;  // every launch from now on
   std::atomic<int> shared_open = 0;
 
@@ -41,8 +34,7 @@ struct EmulatedState {
   std::map<DeviceHandle, std::vector<char>> shared;
 };
 
-std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state,
-                                                 const cuda::Limits& limits = kLargeDevice);
+std::unique_ptr<cuda::Device> MakeEmulatedDevice(std::shared_ptr<EmulatedState> state);
 
 }  // namespace normd
 

@@ -23,6 +23,8 @@ struct Fiber {
   jmp_buf place;
   bool started = false;
   bool done = false;
+  size_t exchanges = 0;
+  unsigned char exchanged[2][64];
 };
 
 class Block {
@@ -36,7 +38,10 @@ class Block {
     body_ = &body;
     shared_bytes_ = static_cast<size_t>(shared_bytes);
     shared_.assign(shared_bytes_ + 16 + kGuard, kUntouched);
-    for (int t = 0; t < threads; ++t) fibers_[static_cast<size_t>(t)]->done = false;
+    for (int t = 0; t < threads; ++t) {
+      fibers_[static_cast<size_t>(t)]->done = false;
+      fibers_[static_cast<size_t>(t)]->exchanges = 0;
+    }
   }
 
   // To the next barrier; whether there was one.
@@ -64,6 +69,18 @@ class Block {
   // Back to whoever resumed this fiber.
   void Yield() {
     if (_setjmp(current_->place) == 0) _longjmp(resumer_, 1);
+  }
+
+  // Each thread's value for that of another lane of its warp.
+  void Exchange(void* value, size_t bytes, int lane_mask) {
+    const size_t thread = thread_index.x;
+    Fiber& ours = *fibers_[thread];
+    // By turns: who comes first to the next exchange leaves what others read of this one.
+    const size_t turn = ours.exchanges++ % 2;
+    std::memcpy(ours.exchanged[turn], value, bytes);
+    Yield();
+    const Fiber& other = *fibers_[thread ^ static_cast<size_t>(lane_mask)];
+    std::memcpy(value, other.exchanged[turn], bytes);
   }
 
   unsigned char* shared() {
@@ -112,30 +129,19 @@ class Block {
 
 thread_local Block* Block::running = nullptr;
 
-// So many blocks of this thread, kept for the next launch.
-std::vector<std::unique_ptr<Block>>& Blocks(int64_t count) {
-  thread_local std::vector<std::unique_ptr<Block>> blocks;
-  while (blocks.size() < static_cast<size_t>(count)) blocks.push_back(std::make_unique<Block>());
-  return blocks;
-}
-
 }  // namespace
 
 void SyncThreads() { Block::running->Yield(); }
 
-void Meet(unsigned* arrived, unsigned parts) {
-  SyncThreads();
-  if (thread_index.x == 0) ++*arrived;
-  SyncThreads();
-  // All threads of a block see the same: others run between barriers alone.
-  while (*static_cast<volatile unsigned*>(arrived) < parts) SyncThreads();
+void Exchange(void* value, size_t bytes, int lane_mask) {
+  Block::running->Exchange(value, bytes, lane_mask);
 }
 
 unsigned char* SharedMemory() { return Block::running->shared(); }
 
 void RunGrid(int64_t blocks, int64_t blocks_y, int threads, int64_t shared_bytes,
              const std::function<void()>& thread) {
-  Block& block = *Blocks(1)[0];
+  thread_local Block block;  // kept for the next launch
   block_dim = {static_cast<unsigned>(threads), 1};
   grid_dim = {static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y)};
   for (int64_t y = 0; y < blocks_y; ++y) {
@@ -153,21 +159,6 @@ void RunGrid(int64_t blocks, int64_t blocks_y, int threads, int64_t shared_bytes
       while (block.Step()) {
       }
     }
-  }
-}
-
-void RunTogether(int64_t blocks, int threads, int64_t shared_bytes,
-                 const std::function<void()>& thread) {
-  auto& all = Blocks(blocks);
-  block_dim = {static_cast<unsigned>(threads), 1};
-  grid_dim = {static_cast<unsigned>(blocks), 1};
-  std::vector<Block*> running;
-  for (int64_t x = 0; x < blocks; ++x) {
-    running.push_back(all[static_cast<size_t>(x)].get());
-    running.back()->Begin({static_cast<unsigned>(x), 0}, threads, shared_bytes, thread);
-  }
-  while (!running.empty()) {
-    std::erase_if(running, [](Block* block) { return !block->Step(); });
   }
 }
 

@@ -1,8 +1,7 @@
 // A GPU played by the host, so that the kernels' own source is tested where there is no
-// device: blocks run one after another, those of a cooperative launch in turns from barrier
-// to barrier; the threads of a block as fibers that change at __syncthreads() and nowhere
-// else, every other block in reverse order. A barrier that some threads of a block miss
-// ends the process.
+// device: blocks run one after another; the threads of a block as fibers that change at
+// __syncthreads() and nowhere else, every other block in reverse order. A barrier that some threads
+// of a block miss ends the process.
 #ifndef NORMD_TESTS_UNIT_KERNELS_EMULATED_GPU_H_
 #define NORMD_TESTS_UNIT_KERNELS_EMULATED_GPU_H_
 
@@ -12,8 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-
-#include "kernels/cuda/residence.h"
 
 namespace normd::emulated {
 
@@ -26,41 +23,26 @@ inline thread_local Index thread_index, block_index, block_dim, grid_dim;
 // Runs `thread` once for each of the threads of each block.
 void RunGrid(int64_t blocks, int64_t blocks_y, int threads, int64_t shared_bytes,
              const std::function<void()>& thread);
-void RunTogether(int64_t blocks, int threads, int64_t shared_bytes,
-                 const std::function<void()>& thread);
 void SyncThreads();
-void Meet(unsigned* arrived, unsigned parts);
+// Of at most 64 bytes.
+void Exchange(void* value, size_t bytes, int lane_mask);
 unsigned char* SharedMemory();
 
-// Ends the process where a launch asks for more than the device has.
+// Ends the process where a launch asks for more than a device need have.
 struct Launch {
-  cuda::Limits of_device;
   std::atomic<int>* kernels;
-  std::atomic<int>* cooperative_kernels;
-
-  const cuda::Limits& limits() const { return of_device; }
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, int threads,
                   int64_t shared_bytes, Arguments... arguments) const {
-    Check(threads <= 1024 && shared_bytes <= of_device.shared_bytes);
+    Check(threads <= 1024 && shared_bytes <= kMostShared);
     ++*kernels;
     RunGrid(blocks, blocks_y, threads, shared_bytes, [&] { kernel(arguments...); });
   }
 
-  template <class... Parameters, class... Arguments>
-  void Cooperative(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-                   Arguments... arguments) const {
-    Check(threads <= 1024 && shared_bytes <= of_device.shared_bytes);
-    Check(of_device.cooperative && blocks <= of_device.multiprocessors);
-    ++*kernels;
-    ++*cooperative_kernels;
-    RunTogether(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
-  }
-
-  void Zero(void* memory, size_t bytes) const { std::memset(memory, 0, bytes); }
-
  private:
+  static constexpr int64_t kMostShared = int64_t{48} << 10;
+
   static void Check(bool fits) {
     if (fits) return;
     std::fprintf(stderr, "a launch does not fit the device\n");
@@ -70,13 +52,22 @@ struct Launch {
 
 }  // namespace normd::emulated
 
+namespace normd::cuda {
+
+template <class V>
+V FromOtherLane(V value, int mask) {
+  emulated::Exchange(&value, sizeof(V), mask);
+  return value;
+}
+
+}  // namespace normd::cuda
+
 // The words of CUDA that the kernels use.
 #define threadIdx ::normd::emulated::thread_index
 #define blockIdx ::normd::emulated::block_index
 #define blockDim ::normd::emulated::block_dim
 #define gridDim ::normd::emulated::grid_dim
 #define __syncthreads ::normd::emulated::SyncThreads
-#define MeetBlocks ::normd::emulated::Meet
 #define NORMD_SHARED(name) unsigned char* const name = ::normd::emulated::SharedMemory()
 
 #endif  // NORMD_TESTS_UNIT_KERNELS_EMULATED_GPU_H_
