@@ -329,30 +329,18 @@ class ApplyToUnit {
 // same, so that what is known of them is found once, by a thread for each column of the tile.
 // `row_sets`: each row has sets of its own. Shared: kOctet coefficients a thread.
 template <class Op>
-NORMD_KERNEL void ApplyColumns(Op op, NormProblem problem, Columns cut, int64_t splits,
-                               bool row_sets, const SetCoefficients<typename Op::T>* sets) {
+NORMD_KERNEL void ApplyColumns(Op op, NormProblem problem, Columns cut, bool row_sets,
+                               const SetCoefficients<typename Op::T>* sets) {
   using E = typename Op::Element;
   using Coefficients = typename Op::Coefficients;
-  constexpr int kBatch = BatchFor<E>(Op::kTensors);
+  constexpr int kBatch = std::max(1, BatchFor<E>(2 * Op::kTensors));
   NORMD_SHARED(shared);
   AwaitKernelBefore();
-  ColumnPlace at(cut, splits, gridDim.x - 1 - blockIdx.x);
-  const auto index = [&](int64_t row) {
-    return (at.sample * cut.rows + row) * cut.columns + at.column;
-  };
-  typename Op::Loaded loaded[kBatch];
-  const auto load = [&] {
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (at.row + b * at.step < at.last) loaded[b] = op.Load(index(at.row + b * at.step));
-    }
-  };
-  load();
-  Coefficients each[kOctet];
+  const ColumnPlace at(cut, gridDim.x - 1 - blockIdx.x);
+  // Of column k at k % kOctet * across + k / kOctet: neighbouring threads read neighbours.
+  auto* const of_tile = reinterpret_cast<Coefficients*>(shared);
+  const int across = cut.tile_threads;
   if (!row_sets) {
-    // Of column k at k % kOctet * across + k / kOctet: neighbouring threads read neighbours.
-    auto* const of_tile = reinterpret_cast<Coefficients*>(shared);
-    const int across = cut.tile_threads;
     for (int k = static_cast<int>(threadIdx.x); k < across * kOctet;
          k += static_cast<int>(blockDim.x)) {
       const int64_t column = at.tile_column + k;
@@ -362,25 +350,22 @@ NORMD_KERNEL void ApplyColumns(Op op, NormProblem problem, Columns cut, int64_t 
       }
     }
     __syncthreads();
-#pragma unroll
-    for (int k = 0; k < kOctet; ++k) {
-      each[k] = of_tile[k * across + static_cast<int>(threadIdx.x) % across];
-    }
   }
-  while (at.row < at.last) {
+  Coefficients each[kOctet];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int64_t row = at.row + b * at.step;
-      if (row >= at.last) break;
-      if (row_sets) {
-        op.FindRow(sets[row * problem.groups + at.column / cut.set_width], at.column, 0, kOctet,
-                   each);
-      }
-      op.Apply(index(row), 0, kOctet, loaded[b], [&](int k) { return each[k]; });
-    }
-    at.row += kBatch * at.step;
-    load();
+  for (int k = 0; k < kOctet; ++k) {
+    each[k] = row_sets ? Coefficients{}
+                       : of_tile[k * across + (static_cast<int>(threadIdx.x) & (across - 1))];
   }
+  ForEachFetched<kBatch>(
+      at.rows, [&](int row) { return op.Load(at.element + row * at.stride); },
+      [&](int row, const typename Op::Loaded& loaded) {
+        if (row_sets) {
+          op.FindRow(sets[at.RowAt(cut, row) * problem.groups + at.column / cut.set_width],
+                     at.column, 0, kOctet, each);
+        }
+        op.Apply(at.element + row * at.stride, 0, kOctet, loaded, [&](int k) { return each[k]; });
+      });
 }
 
 }  // namespace normd::cuda

@@ -146,8 +146,8 @@ class Passes {
         return;
       }
       // Before anything is written: dx may be x or dy.
-      SumsOfColumnsBy(tensors, plans.row_columns, plans.row_splits,
-                      problem.channels / problem.groups, scratch.sets, scratch.more_sums);
+      SumsOfColumnsBy(tensors, plans.row_columns, problem.channels / problem.groups, scratch.sets,
+                      scratch.more_sums);
       finish_channels(row_sums, nullptr);
     }
     const bool per_channel = problem.reduction == Reduction::kPerChannel;
@@ -221,9 +221,10 @@ class Passes {
     bool writes;           // dx, or the residual's gradient
     RowBlocks row_blocks;  // if rows, may have none
     Columns row_columns;
-    int64_t row_splits;
 
-    int64_t row_parts() const { return row_blocks.threads != 0 ? row_blocks.parts : row_splits; }
+    int64_t row_parts() const {
+      return row_blocks.threads != 0 ? row_blocks.parts : row_columns.splits;
+    }
     int64_t RowPartials() const { return rows ? row_columns.units() * row_parts() : 0; }
   };
   static BackwardPlans PlansOf(const BackwardWork& work) {
@@ -237,7 +238,7 @@ class Passes {
     plans.rows = plans.parameters && plans.rows_are_sets;
     if (plans.rows && args.statistics_of_batch) plans.row_blocks = CutRows(problem);
     plans.row_columns = CutColumns(1, problem.batch, problem.channels, problem.channels, false);
-    plans.row_splits = SplitsOfColumns(plans.row_columns);
+    plans.row_columns = plans.row_columns.Split(SplitsOfColumns(plans.row_columns));
     plans.writes = args.grad_x != nullptr || args.grad_residual != nullptr;
     return plans;
   }
@@ -254,9 +255,6 @@ class Passes {
   }
 
   static int64_t PartialsOf(const Plan& plan) { return plan.units() * plan.splits; }
-  static int64_t Blocks(const Columns& cut, int64_t splits) {
-    return cut.samples * splits * cut.tiles();
-  }
 
   void Prepare(const NormProblem& problem, const Statistics& statistics, bool of_batch,
                const ChannelAffine<T>& affine, SetCoefficients<T>* sets) const {
@@ -276,35 +274,34 @@ class Passes {
     const bool careful = IsCareful(problem);
     if (plan.geometry == Geometry::kRuns) {
       const int threads = ThreadsFor(CeilDiv(plan.runs.slots(), plan.splits));
-      launch_(MomentsOfRuns<E>, plan.runs.units, plan.splits, threads,
-              threads * sizeof(ShiftedSums), x, plan.runs, plan.splits, careful, partials);
+      launch_(plan.runs.whole() ? MomentsOfRuns<E, true> : MomentsOfRuns<E, false>, plan.runs.units,
+              plan.splits, threads, threads * sizeof(ShiftedSums), x, plan.runs, plan.splits,
+              careful, partials);
       return;
     }
     const auto kernel =
         plan.columns.width == kOctet ? MomentsOfColumns<E, kOctet> : MomentsOfColumns<E, 1>;
-    launch_(kernel, Blocks(plan.columns, plan.splits), 1, kThreads,
-            ColumnBytes<ShiftedSums>(plan.columns), x, plan.columns, plan.splits, careful,
-            partials);
+    launch_(kernel, plan.columns.blocks(), 1, kThreads, ColumnBytes<ShiftedSums>(plan.columns), x,
+            plan.columns, careful, partials);
   }
 
   void SumsOf(const GradientTensors<E>& tensors, const NormProblem& problem, const Plan& plan,
               const T* weight, const SetCoefficients<T>* sets, GradientSums* partials) const {
     if (plan.geometry == Geometry::kColumns) {
-      SumsOfColumnsBy(tensors, plan.columns, plan.splits, 0, sets, partials);
+      SumsOfColumnsBy(tensors, plan.columns, 0, sets, partials);
       return;
     }
     const int threads = ThreadsFor(CeilDiv(plan.runs.slots(), plan.splits));
-    launch_(SumsOfRuns<E>, plan.runs.units, plan.splits, threads, threads * sizeof(GradientSums),
-            tensors, plan.runs, plan.splits, plan.units_per_set, sets, weight, problem.groups,
-            partials);
+    launch_(plan.runs.whole() ? SumsOfRuns<E, true> : SumsOfRuns<E, false>, plan.runs.units,
+            plan.splits, threads, threads * sizeof(GradientSums), tensors, plan.runs, plan.splits,
+            plan.units_per_set, sets, weight, problem.groups, partials);
   }
 
-  void SumsOfColumnsBy(const GradientTensors<E>& tensors, const Columns& cut, int64_t splits,
-                       int64_t row_width, const SetCoefficients<T>* sets,
-                       GradientSums* partials) const {
+  void SumsOfColumnsBy(const GradientTensors<E>& tensors, const Columns& cut, int64_t row_width,
+                       const SetCoefficients<T>* sets, GradientSums* partials) const {
     const auto kernel = cut.width == kOctet ? SumsOfColumns<E, kOctet> : SumsOfColumns<E, 1>;
-    launch_(kernel, Blocks(cut, splits), 1, kThreads, ColumnBytes<GradientSums>(cut), tensors, cut,
-            splits, row_width, sets, partials);
+    launch_(kernel, cut.blocks(), 1, kThreads, ColumnBytes<GradientSums>(cut), tensors, cut,
+            row_width, sets, partials);
   }
 
   template <class Op>
@@ -332,15 +329,16 @@ class Passes {
                                                   : CutColumns(problem.batch, problem.positions,
                                                                problem.channels, width, false);
       if (cut.width == kOctet) {
-        // Two batches a thread, or one where that leaves few blocks.
-        const int64_t batch = BatchFor<E>(Op::kTensors) * (kThreads / cut.tile_threads);
-        const int64_t splits = std::max(
-            CeilDiv(cut.rows, 2 * batch),
-            std::min(CeilDiv(kFullGrid / 2, cut.samples * cut.tiles()), CeilDiv(cut.rows, batch)));
+        // Eight rows a thread, or four where that leaves few blocks.
+        const int64_t rows = kThreads / cut.tile_threads;
+        const int64_t parts = std::max(CeilDiv(cut.rows, 8 * rows),
+                                       std::min(CeilDiv(kFullGrid / 2, cut.samples * cut.tiles()),
+                                                CeilDiv(cut.rows, 4 * rows)));
+        const Columns split = cut.Split(parts);
         const int64_t shared =
             cut.tile_threads * kOctet * static_cast<int64_t>(sizeof(typename Op::Coefficients));
-        launch_(ApplyColumns<Op>, Blocks(cut, splits), 1, kThreads, shared, op, problem, cut,
-                splits, row_sets, sets);
+        launch_(ApplyColumns<Op>, split.blocks(), 1, kThreads, shared, op, problem, split, row_sets,
+                sets);
         return;
       }
     }

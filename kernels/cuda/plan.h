@@ -48,6 +48,8 @@ struct Runs {
     return aligned ? length / kOctet : (length + 2 * kOctet - 2) / kOctet;
   }
   constexpr int64_t slots() const { return count * octets(); }
+  // Whether all runs are of whole octets.
+  constexpr bool whole() const { return octets() * kOctet == length; }
 };
 
 // A matrix whose columns are reduced, `samples` times one below the other. Unit
@@ -63,8 +65,19 @@ struct Columns {
   int64_t set_width = 1;  // neighbouring channels of a set
   int width = 1;          // columns that a thread takes: 1 or kOctet
   int tile_threads = 1;   // threads of a block beside each other; a power of two
+  int tile_shift = 0;     // its logarithm
+  // Set by Split(): a sample's rows in parts.
+  int64_t splits = 1;
+  int64_t part = 0;
 
   constexpr int64_t tiles() const { return CeilDiv(columns, int64_t{width} * tile_threads); }
+  constexpr int64_t blocks() const { return samples * splits * tiles(); }
+  constexpr Columns Split(int64_t parts) const {
+    Columns split = *this;
+    split.part = CeilDiv(rows, parts);
+    split.splits = CeilDiv(rows, split.part);
+    return split;
+  }
   // Whether rows are taken together. Then a unit is a tile's columns of a channel, number
   // tile * channels + channel.
   constexpr bool folded() const { return columns != channels; }
@@ -115,7 +128,7 @@ constexpr Columns CutColumns(int64_t samples, int64_t rows, int64_t channels, in
   }
   cut.width = cut.columns % kOctet == 0 ? kOctet : 1;
   const int64_t wanted = std::min<int64_t>(cut.columns / cut.width, 32);
-  while (cut.tile_threads < wanted) cut.tile_threads *= 2;
+  while (cut.tile_threads < wanted) cut.tile_threads = 1 << ++cut.tile_shift;
   return cut;
 }
 
@@ -155,7 +168,7 @@ constexpr RowBlocks CutRows(const NormProblem& problem) {
   // As many rows a thread as may be summed in the computing type, or fewer to fill a GPU.
   const int64_t parts =
       std::max<int64_t>(CeilDiv(problem.batch, kMostRows * cut.together),
-                        std::min<int64_t>(264, CeilDiv(problem.batch, int64_t{4} * cut.together)));
+                        std::min<int64_t>(396, CeilDiv(problem.batch, int64_t{4} * cut.together)));
   cut.rows = CeilDiv(problem.batch, parts);
   cut.parts = CeilDiv(problem.batch, cut.rows);
   return cut;
@@ -171,9 +184,7 @@ struct Held {
   int octets = 0;             // that a thread holds of each tensor: a power of two
 
   // Whether sets are single runs of whole octets.
-  constexpr bool row() const {
-    return runs.count == 1 && runs.length % kOctet == 0 && runs.unit_stride % kOctet == 0;
-  }
+  constexpr bool row() const { return runs.count == 1 && runs.whole(); }
 };
 
 // `by_plane`: a sample's channel is a unit even where its group could be one, because
@@ -191,7 +202,8 @@ constexpr Plan PlanFor(const NormProblem& problem, bool by_plane) {
                        : CutColumns(problem.batch, positions, problem.channels, width, false);
     plan.units_per_set = plan.columns.folded() ? plan.columns.tiles() : width;
     plan.unit_step = plan.columns.folded() ? problem.channels : 1;
-    plan.splits = SplitsOfColumns(plan.columns);
+    plan.columns = plan.columns.Split(SplitsOfColumns(plan.columns));
+    plan.splits = plan.columns.splits;
     return plan;
   }
   if (per_channel) {
@@ -219,22 +231,26 @@ constexpr int64_t UnitChannels(const Plan& plan, const NormProblem& problem) {
 
 // Octets of each of so many tensors that a thread can hold, of elements of so many bytes.
 constexpr int MostHeld(size_t element, int tensors) {
-  constexpr int kRegisters = 64;
-  return std::min(8, kRegisters * 4 / (static_cast<int>(element) * kOctet * tensors));
+  constexpr int kRegisters = 32;  // of each tensor
+  return std::min(8 / tensors, kRegisters * 4 / (static_cast<int>(element) * kOctet));
 }
 
 // `tensors`: how many a thread has to hold octets of.
 constexpr Held HeldFor(const Plan& plan, const NormProblem& problem, int tensors) {
-  constexpr int64_t kMostThreads = 512;
+  // Most threads of a block, and threads that make use of a GPU.
+  constexpr int64_t kMostThreads = 512, kFull = int64_t{64} << 10;
   if (plan.geometry != Geometry::kRuns || plan.units_per_set != 1) return {};
-  const int64_t most = MostHeld(SizeOf(problem.dtype), tensors);
+  const int most = MostHeld(SizeOf(problem.dtype), tensors);
   const int64_t slots = plan.runs.slots();
   if (slots > most * kMostThreads) return {};
   Held held{.runs = plan.runs, .unit_channels = UnitChannels(plan, problem)};
-  // One where threads are enough: the fewer registers a thread takes, the more blocks there are
-  // that read while others wait or write.
-  held.octets = 1;
-  while (slots > held.octets * kMostThreads) held.octets *= 2;
+  // Few warps a set, since they wait for each other; more where there is little to do.
+  held.octets = std::min(4, most);
+  if (slots > held.octets * kMostThreads) held.octets = most;
+  while (held.octets > 1 && slots <= held.octets / 2 * kMostThreads &&
+         problem.num_sets() * WarpsFor(CeilDiv(slots, held.octets)) < kFull) {
+    held.octets /= 2;
+  }
   held.threads = static_cast<int>(WarpsFor(CeilDiv(slots, held.octets)));
   held.together = std::max(1, kThreads / held.threads);
   return held;

@@ -109,36 +109,25 @@ NORMD_DEVICE T AsShift(T value) {
   return value - value == 0 ? value : T{0};
 }
 
-// A thread's way through the slots of a unit: octets first, first + step, ...
+// A thread's way through the slots of a unit: slots first, first + step, ...
 struct Walk {
-  NORMD_DEVICE Walk(const Runs& runs, int64_t unit, int64_t first, int64_t past, int64_t step)
+  NORMD_DEVICE Walk(const Runs& runs, int64_t unit, int64_t first, int64_t step)
       : octets(runs.octets()),
         length(runs.length),
         run_stride(runs.run_stride),
-        begin(unit * runs.unit_stride),
-        slot(first),
-        last(past),
-        by(step) {
-    if (runs.count == 1) {
-      run = by_runs = 0;
-      octet = first;
-      by_octets = step;
-    } else {
-      run = Divide(first, octets, octet);
-      by_runs = Divide(step, octets, by_octets);
-    }
+        begin(unit * runs.unit_stride) {
+    run = Divide(first, octets, octet);
+    by_runs = Divide(step, octets, by_octets);
   }
 
-  NORMD_DEVICE bool More() const { return slot < last; }
   NORMD_DEVICE void Next() {
-    slot += by;
     run += by_runs;
     octet += by_octets;
     if (octet >= octets) {
       octet -= octets;
       ++run;
     }
-  }  // past the last of one run alone, to a run that is not: More() tells
+  }
 
   // Elements i + low .. i + high - 1 are the unit's; none where low >= high.
   struct Place {
@@ -148,10 +137,8 @@ struct Walk {
     NORMD_DEVICE bool full() const { return low == 0 && high == kOctet; }
   };
   NORMD_DEVICE Place Here() const;
-  // Nothing, past the end.
-  NORMD_DEVICE Place HereIfAny() const { return More() ? Here() : Place{0, 0, 0}; }
 
-  int64_t octets, length, run_stride, begin, slot, last, by, run, octet, by_runs, by_octets;
+  int64_t octets, length, run_stride, begin, run, octet, by_runs, by_octets;
 };
 
 // The octet `octet` of a run of `length` elements that begins at element `from`.
@@ -164,6 +151,13 @@ NORMD_DEVICE Walk::Place PlaceIn(int64_t length, int64_t from, int64_t octet) {
 }
 NORMD_DEVICE Walk::Place Walk::Here() const {
   return PlaceIn(length, begin + run * run_stride, octet);
+}
+
+// Slot `slot` of unit `unit`.
+NORMD_DEVICE Walk::Place PlaceAt(const Runs& runs, int64_t unit, int64_t slot) {
+  int64_t octet;
+  const int64_t run = Divide(slot, runs.octets(), octet);
+  return PlaceIn(runs.length, unit * runs.unit_stride + run * runs.run_stride, octet);
 }
 
 // An element of unit `unit`, where its slot `slot` lies or next to it.
@@ -248,38 +242,28 @@ NORMD_DEVICE void AddInDouble(ShiftedSums& total, double shift, const Octet<E>& 
   }
 }
 
-// The sums of a thread's slots of x around `shift`. Those whose sums are not sound are loaded
-// and summed again, in double.
-template <class E>
-NORMD_DEVICE ShiftedSums SumsAround(const void* x, typename E::Compute shift, Walk walk,
-                                    bool careful) {
-  constexpr int kBatch = BatchFor<E>(1);
-  ShiftedSums total;
-  while (walk.More()) {
-    const Walk begin = walk;
-    SlotSums<E> sums;
-    for (int k = 0; k < kSlotsInBlock && walk.More(); k += kBatch) {
-      Octet<E> octet[kBatch];
-      Walk::Place at[kBatch];
+// Calls use(k, values) for k = 0 to count - 1, of which values are what load(k) answers: the
+// next kBatch of these are on their way while the last are used.
+template <int kBatch, class Load, class Use>
+NORMD_DEVICE void ForEachFetched(int count, Load load, Use use) {
+  decltype(load(0)) next[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b, walk.Next()) {
-        at[b] = walk.HereIfAny();
-        if (!at[b].empty()) octet[b] = LoadOctet<E>(x, at[b].i);
-      }
+  for (int b = 0; b < kBatch; ++b) {
+    if (b < count) next[b] = load(b);
+  }
+  for (int k = 0; k < count; k += kBatch) {
+    decltype(load(0)) values[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) sums.Add(octet[b], at[b]);
+    for (int b = 0; b < kBatch; ++b) values[b] = next[b];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (k + kBatch + b < count) next[b] = load(k + kBatch + b);
     }
-    if (sums.IsSound(careful)) {
-      MergeInto(total, AroundShift(shift, sums.count, sums.own, sums.sum, sums.squares));
-      continue;
-    }
-    Walk again = begin;
-    for (int k = 0; k < kSlotsInBlock && again.More(); ++k, again.Next()) {
-      const Walk::Place at = again.Here();
-      if (!at.empty()) AddInDouble<E>(total, shift, LoadOctet<E>(x, at.i), at);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (k + b < count) use(k + b, values[b]);
     }
   }
-  return total;
 }
 
 // A part of a unit: slots first to last - 1, which neighbouring threads reduce.
@@ -290,7 +274,13 @@ struct Part {
     if (first > last) first = last;
   }
   NORMD_DEVICE Walk WalkOf(int64_t thread, int64_t threads) const {
-    return {runs, unit, first + thread, last, threads};
+    return {runs, unit, first + thread, threads};
+  }
+  // Slots of a thread.
+  NORMD_DEVICE int SlotsOf(int64_t thread, int64_t threads) const {
+    int64_t rest;
+    const int64_t left = last - first - thread;
+    return left <= 0 ? 0 : static_cast<int>(Divide(left - 1, threads, rest) + 1);
   }
   template <class E>
   NORMD_DEVICE typename E::Compute ShiftOf(const void* x) const {
@@ -307,17 +297,57 @@ struct Part {
   int64_t unit, first, last;
 };
 
+// The sums of this thread's slots of x around `shift`. Those whose sums are not sound are
+// loaded and summed again, in double. `kWhole`: all runs are of whole octets.
+template <class E, bool kWhole>
+NORMD_DEVICE ShiftedSums SumsAround(const void* x, typename E::Compute shift, const Part& part,
+                                    bool careful) {
+  struct Slot {
+    Octet<E> octet;
+    Walk::Place at;
+  };
+  ShiftedSums total;
+  SlotSums<E> sums;
+  Walk walk = part.WalkOf(threadIdx.x, blockDim.x);
+  const int slots = part.SlotsOf(threadIdx.x, blockDim.x);
+  ForEachFetched<std::max(1, BatchFor<E>(2))>(
+      slots,
+      [&](int) {
+        Slot slot;
+        slot.at = walk.Here();
+        if (kWhole) slot.at = {slot.at.i, 0, kOctet};
+        walk.Next();
+        if (!slot.at.empty()) slot.octet = LoadOctet<E>(x, slot.at.i);
+        return slot;
+      },
+      [&](int k, const Slot& slot) {
+        sums.Add(slot.octet, kWhole ? Walk::Place{0, 0, kOctet} : slot.at);
+        if (k % kSlotsInBlock != kSlotsInBlock - 1 && k != slots - 1) return;
+        if (sums.IsSound(careful)) {
+          MergeInto(total, AroundShift(shift, sums.count, sums.own, sums.sum, sums.squares));
+        } else {
+          for (int again = k / kSlotsInBlock * kSlotsInBlock; again <= k; ++again) {
+            const Walk::Place at =
+                PlaceAt(part.runs, part.unit,
+                        part.first + threadIdx.x + static_cast<int64_t>(again) * blockDim.x);
+            if (!at.empty()) AddInDouble<E>(total, shift, LoadOctet<E>(x, at.i), at);
+          }
+        }
+        sums = {};
+      });
+  return total;
+}
+
 // Block (unit, split). Shared: ShiftedSums a thread.
-template <class E>
+template <class E, bool kWhole>
 NORMD_KERNEL void MomentsOfRuns(const void* x, Runs runs, int64_t splits, bool careful,
                                 PartialMoments* partials) {
   NORMD_SHARED(shared);
   AwaitKernelBefore();
   const Part part(runs, blockIdx.x, blockIdx.y, CeilDiv(runs.slots(), splits));
   const auto shift = part.template ShiftOf<E>(x);
-  const ShiftedSums sums =
-      MergeOverBlock(SumsAround<E>(x, shift, part.WalkOf(threadIdx.x, blockDim.x), careful), 1,
-                     reinterpret_cast<ShiftedSums*>(shared));
+  const ShiftedSums sums = MergeOverBlock(SumsAround<E, kWhole>(x, shift, part, careful), 1,
+                                          reinterpret_cast<ShiftedSums*>(shared));
   if (threadIdx.x == 0) {
     partials[part.unit * splits + blockIdx.y] =
         FromShiftedSums(part.count(), static_cast<double>(shift), sums);
@@ -326,37 +356,50 @@ NORMD_KERNEL void MomentsOfRuns(const void* x, Runs runs, int64_t splits, bool c
 
 // Where a block and a thread of it are in the columns.
 struct ColumnPlace {
-  NORMD_DEVICE ColumnPlace(const Columns& cut, int64_t splits, int64_t block) {
-    const int64_t tile = block % cut.tiles();
-    split = block / cut.tiles() % splits;
-    sample = block / cut.tiles() / splits;
-    const int across = cut.tile_threads;
-    const int lane = static_cast<int>(threadIdx.x) % across;
-    const int down = static_cast<int>(threadIdx.x) / across;
-    tile_column = tile * across * cut.width;
+  NORMD_DEVICE ColumnPlace(const Columns& cut, uint32_t block) {
+    const auto tiles = static_cast<uint32_t>(cut.tiles());
+    const uint32_t tile = block % tiles;
+    const auto splits = static_cast<uint32_t>(cut.splits);
+    split = block / tiles % splits;
+    sample = block / tiles / splits;
+    const auto lane = static_cast<int>(threadIdx.x) & (cut.tile_threads - 1);
+    const auto down = static_cast<int>(threadIdx.x) >> cut.tile_shift;
+    step = static_cast<int>(blockDim.x) >> cut.tile_shift;
+    tile_column = static_cast<int64_t>(tile) * cut.tile_threads * cut.width;
     column = tile_column + lane * cut.width;
-    step = blockDim.x / across;
-    const int64_t part = CeilDiv(cut.rows, splits);
-    first = split * part;
-    last = first + part < cut.rows ? first + part : cut.rows;
-    if (first > last) first = last;
-    row = first + down;
-    if (column >= cut.columns) row = last;  // nothing to do, but to wait with the others
+    first = split * cut.part;
+    last = first + cut.part < cut.rows ? first + cut.part : cut.rows;
+    // Nothing to do, but to wait with the others.
+    const bool idle = column >= cut.columns || first + down >= last;
+    rows = idle ? 0 : static_cast<int>((static_cast<uint32_t>(last - first) - down - 1) / step + 1);
+    element = (sample * cut.rows + first + down) * cut.columns + column;
+    stride = step * cut.columns;
   }
 
   // The tile's first column of the same channel as `column`, and how many there are.
-  NORMD_DEVICE int64_t FirstOfChannel(const Columns& cut, int64_t column) const {
-    return tile_column + (column - tile_column) % cut.channels;
+  NORMD_DEVICE int64_t FirstOfChannel(const Columns& cut, int64_t of) const {
+    return tile_column + (of - tile_column) % cut.channels;
   }
-  NORMD_DEVICE int64_t ColumnsOfChannel(const Columns& cut, int64_t column) const {
+  NORMD_DEVICE int64_t ColumnsOfChannel(const Columns& cut, int64_t of) const {
     const int64_t past = tile_column + cut.tile_threads * cut.width;
     const int64_t in_tile = (past < cut.columns ? past : cut.columns) - tile_column;
-    return CeilDiv(in_tile - (column - tile_column) % cut.channels, cut.channels);
+    return CeilDiv(in_tile - (of - tile_column) % cut.channels, cut.channels);
+  }
+  // In the block's first row.
+  NORMD_DEVICE int64_t FirstElement(const Columns& cut, int64_t of) const {
+    return (sample * cut.rows + first) * cut.columns + of;
+  }
+  NORMD_DEVICE int64_t RowAt(const Columns& cut, int row) const {
+    return sample * cut.rows + first + (static_cast<int>(threadIdx.x) >> cut.tile_shift) +
+           static_cast<int64_t>(row) * step;
   }
 
   int64_t sample, split;
-  int64_t tile_column, column;     // of the block, and of the thread
-  int64_t first, last, row, step;  // rows of the block; of the thread row, row + step, ...
+  int64_t tile_column, column;  // of the block, and of the thread
+  int64_t first, last;          // rows of the block
+  int rows;                     // of the thread: the k-th is at element + k * stride
+  int step;                     // rows from one to the next
+  int64_t element, stride;
 };
 
 // Columns c .. c + kWidth - 1 of a row: element row * columns + c and on.
@@ -371,12 +414,14 @@ struct Cells {
       return octet[0];
     }
   }
-  NORMD_DEVICE void Load(const void* data, int64_t i) {
+  static NORMD_DEVICE Cells Load(const void* data, int64_t i) {
+    Cells cells;
     if constexpr (kWidth == kOctet) {
-      octet = LoadOctet<E>(data, i);
+      cells.octet = LoadOctet<E>(data, i);
     } else {
-      octet.SetBits(0, static_cast<const typename E::Bits*>(data)[i]);
+      cells.octet.SetBits(0, static_cast<const typename E::Bits*>(data)[i]);
     }
+    return cells;
   }
 
   Octet<E> octet;
@@ -427,60 +472,51 @@ NORMD_DEVICE void MergeColumns(const Columns& cut, const ColumnPlace& at, V (&va
 // block's first row, as is what is merged with it.
 template <class E, int kWidth>
 NORMD_KERNEL_OF(256, sizeof(typename E::Bits) < 8 ? 3 : 2)
-void MomentsOfColumns(const void* x, Columns cut, int64_t splits, bool careful,
-                      PartialMoments* partials) {
+void MomentsOfColumns(const void* x, Columns cut, bool careful, PartialMoments* partials) {
   using T = typename E::Compute;
-  constexpr int kBatch = BatchFor<E>(1);
+  using Values = Cells<E, kWidth>;
   NORMD_SHARED(shared);
   AwaitKernelBefore();
-  ColumnPlace at(cut, splits, blockIdx.x);
-  const auto index = [&](int64_t row, int64_t column) {
-    return (at.sample * cut.rows + row) * cut.columns + column;
-  };
+  const ColumnPlace at(cut, blockIdx.x);
   T shift[kWidth] = {};
-  if (at.row < at.last) {
-    Cells<E, kWidth> first;
-    if (!cut.folded()) first.Load(x, index(at.first, at.column));
+  if (at.rows != 0) {
+    const Values of_first = Values::Load(x, at.FirstElement(cut, at.column));
 #pragma unroll
-    for (int w = 0; w < kWidth; ++w) {
-      shift[w] = AsShift(cut.folded()
-                             ? LoadOne<E>(x, index(at.first, at.FirstOfChannel(cut, at.column + w)))
-                             : first[w]);
-    }
-  }
-  const int64_t begin = at.row;
-  T sum[kWidth] = {};
-  T squares[kWidth] = {};
-  int count = 0;
-  while (at.row < at.last) {
-    Cells<E, kWidth> cells[kBatch];
-    bool any[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b, at.row += at.step) {
-      any[b] = at.row < at.last;
-      if (any[b]) cells[b].Load(x, index(at.row, at.column));
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (!any[b]) continue;
-      ++count;
-#pragma unroll
+    for (int w = 0; w < kWidth; ++w) shift[w] = of_first[w];
+    if (cut.folded()) {
       for (int w = 0; w < kWidth; ++w) {
-        const T d = cells[b][w] - shift[w];
-        sum[w] += d;
-        squares[w] = MultiplyAdd(d, d, squares[w]);
+        const int64_t first = at.FirstElement(cut, at.FirstOfChannel(cut, at.column + w));
+        const T value = LoadOne<E>(x, first);
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) {
+          if (v == w) shift[v] = value;
+        }
       }
     }
+#pragma unroll
+    for (int w = 0; w < kWidth; ++w) shift[w] = AsShift(shift[w]);
   }
+  T sum[kWidth] = {};
+  T squares[kWidth] = {};
+  ForEachFetched<std::max(1, BatchFor<E>(2))>(
+      at.rows, [&](int row) { return Values::Load(x, at.element + row * at.stride); },
+      [&](int, const Values& values) {
+#pragma unroll
+        for (int w = 0; w < kWidth; ++w) {
+          const T d = values[w] - shift[w];
+          sum[w] += d;
+          squares[w] = MultiplyAdd(d, d, squares[w]);
+        }
+      });
   ShiftedSums total[kWidth];
 #pragma unroll
   for (int w = 0; w < kWidth; ++w) {
-    if (count == 0 || IsSound(count, sum[w], squares[w], careful)) {
+    if (at.rows == 0 || IsSound(at.rows, sum[w], squares[w], careful)) {
       total[w] = {static_cast<double>(sum[w]), static_cast<double>(squares[w])};
       continue;
     }
-    for (int64_t row = begin; row < at.last; row += at.step) {
-      const double d = static_cast<double>(LoadOne<E>(x, index(row, at.column + w))) -
+    for (int row = 0; row < at.rows; ++row) {
+      const double d = static_cast<double>(LoadOne<E>(x, at.element + row * at.stride + w)) -
                        static_cast<double>(shift[w]);
       total[w].sum += d;
       total[w].squares = MultiplyAdd(d, d, total[w].squares);
@@ -488,14 +524,10 @@ void MomentsOfColumns(const void* x, Columns cut, int64_t splits, bool careful,
   }
   MergeColumns(cut, at, total, reinterpret_cast<ShiftedSums*>(shared),
                [&](int64_t unit, int64_t column, const ShiftedSums& sums) {
-                 double of_unit = 0;
-                 if (at.first < at.last) {
-                   of_unit =
-                       static_cast<double>(AsShift<T>(LoadOne<E>(x, index(at.first, column))));
-                 }
+                 const T of_unit = AsShift<T>(LoadOne<E>(x, at.FirstElement(cut, column)));
                  partials[at.split * cut.units() + unit] = FromShiftedSums(
                      static_cast<double>((at.last - at.first) * at.ColumnsOfChannel(cut, column)),
-                     of_unit, sums);
+                     static_cast<double>(of_unit), sums);
                });
 }
 
@@ -572,47 +604,53 @@ struct PairSums {
   T dy = 0, dy_d = 0;
 };
 
-// The sums of a thread's slots in unit `unit`. `weight`: each element's dy counts by the weight
-// of its channel; then the units are the sets, which are rows.
-template <class E>
-NORMD_DEVICE GradientSums SumsOfSlots(const GradientTensors<E>& tensors, Walk walk, int64_t unit,
+// The sums of this thread's slots. `weight`: each element's dy counts by the weight of its
+// channel; then the units are the sets, which are rows. `kWhole`: all runs are of whole octets.
+template <class E, bool kWhole>
+NORMD_DEVICE GradientSums SumsOfSlots(const GradientTensors<E>& tensors, const Part& part,
                                       typename E::Compute shift, const typename E::Compute* weight,
                                       int64_t groups) {
   using T = typename E::Compute;
-  constexpr int kBatch = BatchFor<E>(2);
+  struct Slot {
+    typename GradientTensors<E>::Pair pair;
+    Walk::Place at;
+  };
+  const Runs& runs = part.runs;
   // Weight of element i: weight[i - weights_before].
   const int64_t weights_before =
-      weight == nullptr ? 0 : unit * walk.length - unit % groups * walk.length;
+      weight == nullptr ? 0 : part.unit * runs.length - part.unit % groups * runs.length;
   GradientSums total;
-  while (walk.More()) {
-    PairSums<E> sums;
-    for (int k = 0; k < kSlotsInBlock && walk.More(); k += kBatch) {
-      typename GradientTensors<E>::Pair pair[kBatch];
-      Walk::Place at[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b, walk.Next()) {
-        at[b] = walk.HereIfAny();
-        if (!at[b].empty()) pair[b] = tensors.Load(at[b].i);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
+  PairSums<E> sums;
+  Walk walk = part.WalkOf(threadIdx.x, blockDim.x);
+  const int slots = part.SlotsOf(threadIdx.x, blockDim.x);
+  ForEachFetched<std::max(1, BatchFor<E>(4))>(
+      slots,
+      [&](int) {
+        Slot slot;
+        slot.at = walk.Here();
+        if (kWhole) slot.at = {slot.at.i, 0, kOctet};
+        walk.Next();
+        if (!slot.at.empty()) slot.pair = tensors.Load(slot.at.i);
+        return slot;
+      },
+      [&](int k, const Slot& slot) {
+        const Walk::Place at = kWhole ? Walk::Place{slot.at.i, 0, kOctet} : slot.at;
         if (weight == nullptr) {
-          sums.Add(pair[b], at[b], shift, nullptr);
-        } else if (!at[b].empty()) {
-          const Eight<T> of_octet =
-              LoadEight(weight, at[b].i - weights_before, at[b].low, at[b].high, T{1});
-          sums.Add(pair[b], at[b], shift, &of_octet);
+          sums.Add(slot.pair, at, shift, nullptr);
+        } else if (!at.empty()) {
+          const Eight<T> of_octet = LoadEight(weight, at.i - weights_before, at.low, at.high, T{1});
+          sums.Add(slot.pair, at, shift, &of_octet);
         }
-      }
-    }
-    total.dy += static_cast<double>(sums.dy);
-    total.dy_d += static_cast<double>(sums.dy_d);
-  }
+        if (k % kSlotsInBlock != kSlotsInBlock - 1 && k != slots - 1) return;
+        total.dy += static_cast<double>(sums.dy);
+        total.dy_d += static_cast<double>(sums.dy_d);
+        sums = {};
+      });
   return total;
 }
 
 // Block (unit, split). Shared: GradientSums a thread.
-template <class E>
+template <class E, bool kWhole>
 NORMD_KERNEL void SumsOfRuns(GradientTensors<E> tensors, Runs runs, int64_t splits,
                              int64_t units_per_set,
                              const SetCoefficients<typename E::Compute>* sets,
@@ -621,67 +659,62 @@ NORMD_KERNEL void SumsOfRuns(GradientTensors<E> tensors, Runs runs, int64_t spli
   NORMD_SHARED(shared);
   AwaitKernelBefore();
   const Part part(runs, blockIdx.x, blockIdx.y, CeilDiv(runs.slots(), splits));
-  const GradientSums total =
-      MergeOverBlock(SumsOfSlots<E>(tensors, part.WalkOf(threadIdx.x, blockDim.x), part.unit,
-                                    sets[part.unit / units_per_set].shift, weight, groups),
-                     1, reinterpret_cast<GradientSums*>(shared));
+  const GradientSums total = MergeOverBlock(
+      SumsOfSlots<E, kWhole>(tensors, part, sets[part.unit / units_per_set].shift, weight, groups),
+      1, reinterpret_cast<GradientSums*>(shared));
   if (threadIdx.x == 0) partials[part.unit * splits + blockIdx.y] = total;
 }
 
 // Block (tile, split, sample). Shared: kWidth GradientSums a thread. `row_width`: 0, or the
 // channels of a set, when each row has sets of its own; then dy_d is of dy * x^.
 template <class E, int kWidth>
-NORMD_KERNEL void SumsOfColumns(GradientTensors<E> tensors, Columns cut, int64_t splits,
-                                int64_t row_width, const SetCoefficients<typename E::Compute>* sets,
+NORMD_KERNEL void SumsOfColumns(GradientTensors<E> tensors, Columns cut, int64_t row_width,
+                                const SetCoefficients<typename E::Compute>* sets,
                                 GradientSums* partials) {
   using T = typename E::Compute;
-  constexpr int kBatch = std::min(BatchFor<E>(2), 2);  // the sums take registers too
+  using Values = Cells<E, kWidth>;
+  struct Pair {
+    Values x, dy;
+    uint32_t bits;
+  };
   NORMD_SHARED(shared);
   AwaitKernelBefore();
-  ColumnPlace at(cut, splits, blockIdx.x);
+  const ColumnPlace at(cut, blockIdx.x);
   T shift[kWidth] = {};
-  if (row_width == 0 && at.row < at.last) {
+  if (row_width == 0 && at.rows != 0) {
 #pragma unroll
     for (int w = 0; w < kWidth; ++w) shift[w] = sets[cut.SetOf(at.sample, at.column + w)].shift;
   }
   T dy[kWidth] = {};
   T dy_d[kWidth] = {};
-  while (at.row < at.last) {
-    Cells<E, kWidth> x[kBatch], g[kBatch];
-    uint32_t bits[kBatch];
-    int64_t row[kBatch];
+  ForEachFetched<std::max(1, BatchFor<E>(4))>(
+      at.rows,
+      [&](int row) {
+        const int64_t i = at.element + row * at.stride;
+        return Pair{Values::Load(tensors.x, i), Values::Load(tensors.grad_y, i),
+                    tensors.relu_mask == nullptr
+                        ? 0xffu
+                        : static_cast<uint32_t>(tensors.relu_mask[i / kOctet]) >> i % kOctet};
+      },
+      [&](int row, const Pair& pair) {
+        SetCoefficients<T> set{};
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b, at.row += at.step) {
-      row[b] = at.row < at.last ? at.sample * cut.rows + at.row : -1;
-      if (row[b] < 0) continue;
-      const int64_t i = row[b] * cut.columns + at.column;
-      x[b].Load(tensors.x, i);
-      g[b].Load(tensors.grad_y, i);
-      bits[b] = tensors.relu_mask == nullptr
-                    ? 0xffu
-                    : static_cast<uint32_t>(tensors.relu_mask[i / kOctet]) >> i % kOctet;
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (row[b] < 0) continue;
-      SetCoefficients<T> set{};
-#pragma unroll
-      for (int w = 0; w < kWidth; ++w) {
-        const T passed = (bits[b] >> w & 1) != 0 ? g[b][w] : T{0};
-        T d;
-        if (row_width == 0) {
-          d = x[b][w] - shift[w];
-        } else {
-          if (w == 0 || row_width < cut.columns) {
-            set = sets[row[b] * (cut.columns / row_width) + (at.column + w) / row_width];
+        for (int w = 0; w < kWidth; ++w) {
+          const T passed = (pair.bits >> w & 1) != 0 ? pair.dy[w] : T{0};
+          T d;
+          if (row_width == 0) {
+            d = pair.x[w] - shift[w];
+          } else {
+            if (w == 0 || row_width < cut.columns) {
+              set = sets[at.RowAt(cut, row) * (cut.columns / row_width) +
+                         (at.column + w) / row_width];
+            }
+            d = MultiplyAdd(pair.x[w] - set.shift, set.invstd, set.offset);
           }
-          d = MultiplyAdd(x[b][w] - set.shift, set.invstd, set.offset);
+          dy[w] += passed;
+          dy_d[w] = MultiplyAdd(passed, d, dy_d[w]);
         }
-        dy[w] += passed;
-        dy_d[w] = MultiplyAdd(passed, d, dy_d[w]);
-      }
-    }
-  }
+      });
   GradientSums total[kWidth];
 #pragma unroll
   for (int w = 0; w < kWidth; ++w) {
