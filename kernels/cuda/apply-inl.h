@@ -298,11 +298,11 @@ class ApplyToUnit {
       return;
     }
     typename Op::Coefficients each[kOctet];
-    int64_t rest;
-    int64_t next = channel_ + Divide(at.i + at.low - begin_, positions_, rest);
     if (positions_ == 1) {
-      op_.FindRow(of_set_, next - at.low, at.low, at.high, each);
+      op_.FindRow(of_set_, channel_ + at.i - begin_, at.low, at.high, each);
     } else {
+      int64_t rest;
+      int64_t next = channel_ + Divide(at.i + at.low - begin_, positions_, rest);
 #pragma unroll
       for (int k = 0; k < kOctet; ++k) {
         each[k] = {};

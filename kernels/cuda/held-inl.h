@@ -29,10 +29,25 @@ struct HeldPlace {
   }
   NORMD_DEVICE bool IsFirst() const { return thread == 0; }
 
+  // The set's first.
+  NORMD_DEVICE int64_t Channel(const NormProblem& problem) const {
+    if (problem.reduction == Reduction::kPerChannel) return set;
+    if (problem.groups == 1) return 0;
+    int64_t group;
+    Divide(set, problem.groups, group);
+    return group * (problem.channels / problem.groups);
+  }
+
   int group, thread;
   int64_t set;
   int slots;  // none past the last set
 };
+
+// A place that is known to be all of its octet.
+template <bool kWhole>
+NORMD_DEVICE Walk::Place WholeIf(const Walk::Place& at) {
+  return kWhole ? Walk::Place{at.i, 0, kOctet} : at;
+}
 
 // Shared memory of both: a sum a thread; and of each set of the block what it comes to, and
 // what follows from that.
@@ -83,10 +98,14 @@ void HeldForward(ForwardOp<E> op, NormProblem problem, Held held, double inverse
     const Walk::Place at = place.template Octet<kRow>(held, k);
     if (!at.empty()) x[k] = LoadOctet<E>(op.x, at.i);
   }
-  const T shift = Part(held.runs, place.set, 0, place.slots).template ShiftOf<E>(op.x);
+  const int64_t begin = place.set * held.runs.unit_stride;
+  const T shift = place.slots == 0 ? T{0} : AsShift(LoadOne<E>(op.x, begin));
   SlotSums<E> own;
 #pragma unroll
-  for (int k = 0; k < kOctets; ++k) own.Add(x[k], place.template Octet<kRow>(held, k));
+  for (int k = 0; k < kOctets; ++k) {
+    const Walk::Place at = place.template Octet<kRow>(held, k);
+    if (!at.empty()) own.Add(x[k], WholeIf<kRow>(at));
+  }
   ShiftedSums sums;
   if (own.IsSound(careful)) {
     if (own.count != 0) sums = AroundShift<T>(shift, own.count, own.own, own.sum, own.squares);
@@ -114,13 +133,12 @@ void HeldForward(ForwardOp<E> op, NormProblem problem, Held held, double inverse
   __syncthreads();
   const SetCoefficients<T> coefficients = memory.sets[place.group].coefficients;
   if (op.y == nullptr || place.slots == 0) return;
-  const ApplyToUnit<ForwardOp<E>> apply(
-      op, coefficients, problem.positions, place.set * held.runs.unit_stride,
-      place.set * held.unit_channels % problem.channels, held.unit_channels);
+  const ApplyToUnit<ForwardOp<E>> apply(op, coefficients, problem.positions, begin,
+                                        place.Channel(problem), held.unit_channels);
 #pragma unroll
   for (int k = 0; k < kOctets; ++k) {
     const Walk::Place at = place.template Octet<kRow>(held, k);
-    if (!at.empty()) apply(kRow ? Walk::Place{at.i, 0, kOctet} : at, {x[k]});
+    if (!at.empty()) apply(WholeIf<kRow>(at), {x[k]});
   }
 }
 
@@ -137,6 +155,7 @@ void HeldBackward(BackwardOp<E> op, NormProblem problem, Held held, Statistics s
   const HeldShared<E, GradientSums> memory(shared);
   AwaitKernelBefore();
   const HeldPlace place(held, problem.num_sets());
+  const int64_t begin = place.set * held.runs.unit_stride;
   const GradientTensors<E> tensors{op.x, op.grad_y, op.relu_mask};
   Pair pair[kOctets];
 #pragma unroll
@@ -156,13 +175,11 @@ void HeldBackward(BackwardOp<E> op, NormProblem problem, Held held, Statistics s
   for (int k = 0; k < kOctets; ++k) {
     const Walk::Place at = place.template Octet<kRow>(held, k);
     if (!weigh_elements || op.weight == nullptr) {
-      own.Add(pair[k], at, shift, nullptr);
+      if (!at.empty()) own.Add(pair[k], WholeIf<kRow>(at), shift, nullptr);
     } else if (!at.empty()) {
-      const Eight<T> weight = LoadEight(op.weight,
-                                        at.i - place.set * held.runs.unit_stride +
-                                            place.set * held.unit_channels % problem.channels,
-                                        at.low, at.high, T{1});
-      own.Add(pair[k], at, shift, &weight);
+      const Eight<T> weight =
+          LoadEight(op.weight, at.i - begin + place.Channel(problem), at.low, at.high, T{1});
+      own.Add(pair[k], WholeIf<kRow>(at), shift, &weight);
     }
   }
   const GradientSums total = MergeOver(
@@ -189,13 +206,12 @@ void HeldBackward(BackwardOp<E> op, NormProblem problem, Held held, Statistics s
   __syncthreads();
   if (place.slots == 0) return;
   const SetCoefficients<T> coefficients = memory.sets[place.group].coefficients;
-  const ApplyToUnit<BackwardOp<E>> apply(
-      op, coefficients, problem.positions, place.set * held.runs.unit_stride,
-      place.set * held.unit_channels % problem.channels, held.unit_channels);
+  const ApplyToUnit<BackwardOp<E>> apply(op, coefficients, problem.positions, begin,
+                                         place.Channel(problem), held.unit_channels);
 #pragma unroll
   for (int k = 0; k < kOctets; ++k) {
     const Walk::Place at = place.template Octet<kRow>(held, k);
-    if (!at.empty()) apply(kRow ? Walk::Place{at.i, 0, kOctet} : at, pair[k]);
+    if (!at.empty()) apply(WholeIf<kRow>(at), pair[k]);
   }
 }
 
@@ -239,7 +255,10 @@ void HeldRows(BackwardOp<E> op, NormProblem problem, RowBlocks cut,
     next_set = sets[row];
   };
   fetch(first + group);
-  for (int64_t begin = first; begin < last; begin += cut.together) {
+  auto* const merging = reinterpret_cast<RowSums<T>*>(shared);
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  int turn = 0;
+  for (int64_t begin = first; begin < last; begin += cut.together, turn ^= 1) {
     const int64_t row = begin + group;
     const Pair pair = next;
     const SetCoefficients<T> set = next_set;
@@ -259,7 +278,8 @@ void HeldRows(BackwardOp<E> op, NormProblem problem, RowBlocks cut,
         sums.gx = MultiplyAdd(g, normalized[k], sums.gx);
       }
     }
-    sums = MergeOver(cut.threads, 1, sums, reinterpret_cast<RowSums<T>*>(shared));
+    // By turns: who is here again has passed the last barrier, and so have all who read this.
+    sums = MergeOver<true>(cut.threads, 1, sums, merging + turn * warps);
     if (!any) continue;
     const T mean_g = problem.center ? sums.g * one_of_row : T{0};
     const T mean_gx = sums.gx * one_of_row;

@@ -168,7 +168,7 @@ constexpr RowBlocks CutRows(const NormProblem& problem) {
   // As many rows a thread as may be summed in the computing type, or fewer to fill a GPU.
   const int64_t parts =
       std::max<int64_t>(CeilDiv(problem.batch, kMostRows * cut.together),
-                        std::min<int64_t>(396, CeilDiv(problem.batch, int64_t{4} * cut.together)));
+                        std::min<int64_t>(264, CeilDiv(problem.batch, int64_t{4} * cut.together)));
   cut.rows = CeilDiv(problem.batch, parts);
   cut.parts = CeilDiv(problem.batch, cut.rows);
   return cut;

@@ -53,7 +53,8 @@ constexpr int kWarp = 32;
 // Of each `threads` neighbours of the block, all values of those whose number differs by a
 // multiple of `stride`, merged in a fixed order. `threads` is a multiple of a warp, and stride
 // a power of two up to a warp. `shared` has room for a value a thread of the block.
-template <class V>
+// `kAnew`: whether nobody reads `shared` any more.
+template <bool kAnew = false, class V>
 NORMD_DEVICE V MergeOver(int threads, int stride, V value, V* shared) {
   for (int lanes = kWarp / 2; lanes >= stride; lanes /= 2) {
     MergeInto(value, FromOtherLane(value, lanes));
@@ -61,7 +62,7 @@ NORMD_DEVICE V MergeOver(int threads, int stride, V value, V* shared) {
   if (threads == kWarp) return value;
   const int thread = static_cast<int>(threadIdx.x);
   const int warps = threads / kWarp;
-  __syncthreads();  // `shared` may be read still
+  if (!kAnew) __syncthreads();
   if (thread % kWarp < stride) shared[thread / kWarp * stride + thread % kWarp] = value;
   __syncthreads();
   const V* const ours = shared + thread / threads * warps * stride + thread % stride;
@@ -378,9 +379,10 @@ struct ColumnPlace {
 
   // The tile's first column of the same channel as `column`, and how many there are.
   NORMD_DEVICE int64_t FirstOfChannel(const Columns& cut, int64_t of) const {
-    return tile_column + (of - tile_column) % cut.channels;
+    return cut.folded() ? tile_column + (of - tile_column) % cut.channels : of;
   }
   NORMD_DEVICE int64_t ColumnsOfChannel(const Columns& cut, int64_t of) const {
+    if (!cut.folded()) return 1;
     const int64_t past = tile_column + cut.tile_threads * cut.width;
     const int64_t in_tile = (past < cut.columns ? past : cut.columns) - tile_column;
     return CeilDiv(in_tile - (of - tile_column) % cut.channels, cut.channels);
@@ -468,8 +470,8 @@ NORMD_DEVICE void MergeColumns(const Columns& cut, const ColumnPlace& at, V (&va
   }
 }
 
-// Block (tile, split, sample). Shared: kWidth ShiftedSums a thread. A column is shifted by the
-// block's first row, as is what is merged with it.
+// Block (tile, split, sample). Shared: kWidth ShiftedSums a thread. What is merged is shifted by
+// the block's first row of the channel; a thread sums around its own first row.
 template <class E, int kWidth>
 NORMD_KERNEL_OF(256, sizeof(typename E::Bits) < 8 ? 3 : 2)
 void MomentsOfColumns(const void* x, Columns cut, bool careful, PartialMoments* partials) {
@@ -478,56 +480,44 @@ void MomentsOfColumns(const void* x, Columns cut, bool careful, PartialMoments* 
   NORMD_SHARED(shared);
   AwaitKernelBefore();
   const ColumnPlace at(cut, blockIdx.x);
-  T shift[kWidth] = {};
-  if (at.rows != 0) {
-    const Values of_first = Values::Load(x, at.FirstElement(cut, at.column));
-#pragma unroll
-    for (int w = 0; w < kWidth; ++w) shift[w] = of_first[w];
-    if (cut.folded()) {
-      for (int w = 0; w < kWidth; ++w) {
-        const int64_t first = at.FirstElement(cut, at.FirstOfChannel(cut, at.column + w));
-        const T value = LoadOne<E>(x, first);
-#pragma unroll
-        for (int v = 0; v < kWidth; ++v) {
-          if (v == w) shift[v] = value;
-        }
-      }
-    }
-#pragma unroll
-    for (int w = 0; w < kWidth; ++w) shift[w] = AsShift(shift[w]);
-  }
+  T own[kWidth] = {};
   T sum[kWidth] = {};
   T squares[kWidth] = {};
   ForEachFetched<std::max(1, BatchFor<E>(2))>(
       at.rows, [&](int row) { return Values::Load(x, at.element + row * at.stride); },
-      [&](int, const Values& values) {
+      [&](int row, const Values& values) {
 #pragma unroll
         for (int w = 0; w < kWidth; ++w) {
-          const T d = values[w] - shift[w];
+          if (row == 0) own[w] = values[w];
+          const T d = values[w] - own[w];
           sum[w] += d;
           squares[w] = MultiplyAdd(d, d, squares[w]);
         }
       });
+  const auto shift_of = [&](int64_t column) {
+    return static_cast<double>(
+        AsShift(LoadOne<E>(x, at.FirstElement(cut, at.FirstOfChannel(cut, column)))));
+  };
   ShiftedSums total[kWidth];
 #pragma unroll
   for (int w = 0; w < kWidth; ++w) {
-    if (at.rows == 0 || IsSound(at.rows, sum[w], squares[w], careful)) {
-      total[w] = {static_cast<double>(sum[w]), static_cast<double>(squares[w])};
+    if (at.rows == 0) continue;
+    const double shift = shift_of(at.column + w);
+    if (IsSound(at.rows, sum[w], squares[w], careful)) {
+      total[w] = AroundShift(shift, at.rows, own[w], sum[w], squares[w]);
       continue;
     }
     for (int row = 0; row < at.rows; ++row) {
-      const double d = static_cast<double>(LoadOne<E>(x, at.element + row * at.stride + w)) -
-                       static_cast<double>(shift[w]);
+      const double d = static_cast<double>(LoadOne<E>(x, at.element + row * at.stride + w)) - shift;
       total[w].sum += d;
       total[w].squares = MultiplyAdd(d, d, total[w].squares);
     }
   }
   MergeColumns(cut, at, total, reinterpret_cast<ShiftedSums*>(shared),
                [&](int64_t unit, int64_t column, const ShiftedSums& sums) {
-                 const T of_unit = AsShift<T>(LoadOne<E>(x, at.FirstElement(cut, column)));
                  partials[at.split * cut.units() + unit] = FromShiftedSums(
                      static_cast<double>((at.last - at.first) * at.ColumnsOfChannel(cut, column)),
-                     static_cast<double>(of_unit), sums);
+                     shift_of(column), sums);
                });
 }
 
