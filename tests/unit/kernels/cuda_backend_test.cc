@@ -598,6 +598,26 @@ TEST(CudaBackend, HoldsASetThatJustFits) {
   }
 }
 
+// Whole octets of rows, and tiles that a channel has several columns in, are merged by channel.
+TEST(CudaBackend, TakesRowsOfFewChannelsTogether) {
+  Machine machine;
+  for (const int64_t channels : {1, 3, 4, 6, 7}) {
+    for (const int64_t positions : {8, 100, 768, 4096}) {
+      for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+        const NormProblem problem{.batch = 2,
+                                  .channels = channels,
+                                  .positions = positions,
+                                  .format = MemoryFormat::kChannelsLast,
+                                  .dtype = dtype};
+        SCOPED_TRACE(Describe(problem));
+        EXPECT_TRUE(cuda::PlanFor(problem, false).columns.folded());
+        ExpectForwardMatches(*machine.backend, problem, {.mean = 30});
+        ExpectBackwardMatches(*machine.backend, problem, {.residual = true, .relu = true});
+      }
+    }
+  }
+}
+
 // As many as there are passes, and what must come between them.
 TEST(CudaBackend, LaunchesFewKernels) {
   const auto of_rows = Reduction::kPerSampleGroup;
