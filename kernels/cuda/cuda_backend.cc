@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/cuda/budgeted_device.h"
@@ -109,19 +111,11 @@ class Layout {
   // that already.
   template <class T>
   void Input(T*& pointer, size_t bytes, bool tensor) {
-    if (pointer == nullptr) return;
-    if (tensor && place_ == Place::kDevice) return Realign(pointer, bytes, true);
-    const size_t offset = in_.Add(pointer, bytes);
-    bindings_.push_back(
-        {[&pointer](std::byte* at) { pointer = reinterpret_cast<T*>(at); }, true, offset});
+    Add(pointer, bytes, tensor, kIn, kRealignedIn);
   }
   template <class T>
   void Output(T*& pointer, size_t bytes, bool tensor) {
-    if (pointer == nullptr) return;
-    if (tensor && place_ == Place::kDevice) return Realign(pointer, bytes, false);
-    const size_t offset = out_.Add(pointer, bytes);
-    bindings_.push_back(
-        {[&pointer](std::byte* at) { pointer = reinterpret_cast<T*>(at); }, false, offset});
+    Add(pointer, bytes, tensor, kOut, kRealignedOut);
   }
 
   // Parameters and statistics: where `block` is on the device, or an input, which stays there
@@ -135,7 +129,7 @@ class Layout {
         used_.push_back(std::move(slot));
         return;
       }
-      missing_.push_back({block, in_.bytes()});
+      missing_.push_back({block, parcels_[kIn].bytes()});
     }
     Input(pointer, block.bytes, false);
   }
@@ -160,63 +154,72 @@ class Layout {
     }
   }
 
-  // Copies what has to lie elsewhere while the kernels run, there and back.
-  Outcome CopyRealigned(Stream& stream, std::byte* memory, bool in) const {
-    for (const Realigned& tensor : realigned_) {
-      if (tensor.is_input != in) continue;
-      std::byte* const copy = memory + in_.bytes() + out_.bytes() + tensor.offset;
-      const Outcome outcome = in ? stream.CopyWithin(copy, tensor.theirs, tensor.bytes)
-                                 : stream.CopyWithin(tensor.theirs, copy, tensor.bytes);
+  // Copies tensors of the device that have to lie elsewhere while the kernels run, there and back.
+  Outcome CopyRealignedIn(Stream& stream, std::byte* memory) const {
+    return ForEachRealigned(kRealignedIn, memory, [&](void* theirs, void* copy, size_t bytes) {
+      return stream.CopyWithin(copy, theirs, bytes);
+    });
+  }
+  Outcome CopyRealignedOut(Stream& stream, std::byte* memory) const {
+    return ForEachRealigned(kRealignedOut, memory, [&](void* theirs, void* copy, size_t bytes) {
+      return stream.CopyWithin(theirs, copy, bytes);
+    });
+  }
+
+  size_t bytes(size_t scratch) const { return OffsetOf(kScratch) + scratch; }
+  const Parcel& in() const { return parcels_[kIn]; }
+  const Parcel& out() const { return parcels_[kOut]; }
+  std::byte* OutAt(std::byte* memory) const { return memory + OffsetOf(kOut); }
+
+  // Sets the pointers to their places in `memory`; answers where scratch begins.
+  std::byte* Bind(std::byte* memory) const {
+    for (const Binding& binding : bindings_) {
+      binding.set(memory + OffsetOf(binding.part) + binding.offset);
+    }
+    return memory + OffsetOf(kScratch);
+  }
+
+ private:
+  // What lies one behind the other: what the host sends and gets, tensors of the device that
+  // are copied there and from there, and scratch.
+  enum Part : uint8_t { kIn, kOut, kRealignedIn, kRealignedOut, kScratch };
+  struct Binding {
+    std::function<void(std::byte*)> set;
+    Part part;
+    size_t offset;
+  };
+
+  size_t OffsetOf(Part part) const {
+    size_t offset = 0;
+    for (int before = kIn; before < part; ++before) offset += parcels_[before].bytes();
+    return offset;
+  }
+
+  template <class T>
+  void Add(T*& pointer, size_t bytes, bool tensor, Part of_host, Part of_device) {
+    if (pointer == nullptr) return;
+    const bool is_there = tensor && place_ == Place::kDevice;
+    // The kernels load 16 bytes at a time, octets to the end. Bytes of a mask may lie anywhere.
+    const bool lies_well =
+        std::is_same_v<std::remove_const_t<T>, uint8_t> ||
+        (reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && bytes % octet_bytes_ == 0);
+    if (is_there && lies_well) return;
+    const Part part = is_there ? of_device : of_host;
+    const size_t offset = parcels_[part].Add(pointer, bytes);
+    bindings_.push_back(
+        {[&pointer](std::byte* at) { pointer = reinterpret_cast<T*>(at); }, part, offset});
+  }
+
+  template <class Copy>
+  Outcome ForEachRealigned(Part part, std::byte* memory, Copy copy) const {
+    for (const Parcel::Segment& segment : parcels_[part].segments()) {
+      const Outcome outcome =
+          copy(segment.host, memory + OffsetOf(part) + segment.offset, segment.bytes);
       if (outcome != Outcome::kOk) return outcome;
     }
     return Outcome::kOk;
   }
 
-  size_t bytes(size_t scratch) const {
-    return in_.bytes() + out_.bytes() + realigned_bytes_ + scratch;
-  }
-  const Parcel& in() const { return in_; }
-  const Parcel& out() const { return out_; }
-  std::byte* OutAt(std::byte* memory) const { return memory + in_.bytes(); }
-
-  // Sets the pointers to their places in `memory`; answers where scratch begins.
-  std::byte* Bind(std::byte* memory) const {
-    for (const Binding& binding : bindings_) {
-      binding.set(memory + binding.offset + (binding.is_input ? 0 : in_.bytes()));
-    }
-    for (const Realigned& tensor : realigned_) {
-      tensor.set(memory + in_.bytes() + out_.bytes() + tensor.offset);
-    }
-    return memory + in_.bytes() + out_.bytes() + realigned_bytes_;
-  }
-
- private:
-  // The kernels load 16 bytes at a time, octets to the end: what does not begin or end so is
-  // copied to where it does. Bytes of a mask may lie anywhere.
-  template <class T>
-  void Realign(T*& pointer, size_t bytes, bool is_input) {
-    const auto at = reinterpret_cast<uintptr_t>(pointer);
-    if (std::is_same_v<std::remove_const_t<T>, uint8_t>) return;
-    if (at % 16 == 0 && bytes % octet_bytes_ == 0) return;
-    realigned_.push_back(
-        {[&pointer](std::byte* copy) { pointer = reinterpret_cast<T*>(copy); },
-         static_cast<std::byte*>(const_cast<void*>(static_cast<const void*>(pointer))), bytes,
-         realigned_bytes_, is_input});
-    realigned_bytes_ += (bytes + 255) / 256 * 256;
-  }
-
-  struct Binding {
-    std::function<void(std::byte*)> set;
-    bool is_input;
-    size_t offset;
-  };
-  struct Realigned {
-    std::function<void(std::byte*)> set;
-    std::byte* theirs;
-    size_t bytes;
-    size_t offset;
-    bool is_input;
-  };
   struct Missing {
     Block block;
     size_t offset;  // of the copy that travels
@@ -227,11 +230,8 @@ class Layout {
   const size_t octet_bytes_;
   std::vector<std::shared_ptr<const Slot>> used_;
   std::vector<Missing> missing_;
-  Parcel in_;
-  Parcel out_;
+  Parcel parcels_[kScratch];
   std::vector<Binding> bindings_;
-  std::vector<Realigned> realigned_;
-  size_t realigned_bytes_ = 0;
 };
 
 void ZeroDoubles(double* values, int64_t count) {
@@ -444,9 +444,9 @@ class CudaBackend final : public Backend {
       work.scratch = layout.Bind(memory);
       Outcome outcome = lane.In(layout.in(), memory, stop);
       if (outcome == Outcome::kOk) outcome = layout.KeepMissing(lane.stream(), memory);
-      if (outcome == Outcome::kOk) outcome = layout.CopyRealigned(lane.stream(), memory, true);
+      if (outcome == Outcome::kOk) outcome = layout.CopyRealignedIn(lane.stream(), memory);
       if (outcome == Outcome::kOk) outcome = compute(lane);
-      if (outcome == Outcome::kOk) outcome = layout.CopyRealigned(lane.stream(), memory, false);
+      if (outcome == Outcome::kOk) outcome = layout.CopyRealignedOut(lane.stream(), memory);
       if (outcome != Outcome::kOk) return outcome;
       return lane.Out(layout.out(), layout.OutAt(memory), stop);
     });

@@ -12,8 +12,8 @@
 
 namespace normd::cuda {
 
-// Host memory that travels to or from device memory: segments that lie one behind the
-// other on the device, so that many small ones are one copy.
+// Memory of the host, or of the device elsewhere, that travels to or from a lane's: segments
+// that lie one behind the other there, so that many small ones of the host are one copy.
 class Parcel {
  public:
   struct Segment {
@@ -22,7 +22,7 @@ class Parcel {
     size_t offset;
   };
 
-  // Its offset from the parcel's begin on the device: a multiple of 256.
+  // Its offset from the parcel's begin in the lane's memory: a multiple of 256.
   size_t Add(const void* host, size_t bytes) {
     const size_t offset = bytes_;
     segments_.push_back({const_cast<void*>(host), bytes, offset});
