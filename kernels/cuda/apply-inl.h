@@ -333,7 +333,7 @@ NORMD_KERNEL void ApplyColumns(Op op, NormProblem problem, Columns cut, bool row
                                const SetCoefficients<typename Op::T>* sets) {
   using E = typename Op::Element;
   using Coefficients = typename Op::Coefficients;
-  constexpr int kBatch = std::max(1, BatchFor<E>(2 * Op::kTensors));
+  constexpr int kBatch = BatchFor<E>(2 * Op::kTensors);
   NORMD_SHARED(shared);
   AwaitKernelBefore();
   const ColumnPlace at(cut, gridDim.x - 1 - blockIdx.x);

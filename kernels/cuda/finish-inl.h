@@ -32,18 +32,16 @@ NORMD_DEVICE void MergeInto(SpreadSums& total, const SpreadSums& other) {
   total.squares += other.squares;
 }
 
-// `writes`: the moments too.
+// Writes the moments of a set, and answers its coefficients.
 template <class T>
-NORMD_DEVICE void FinishSet(const NormProblem& problem, const PartialMoments& partial, int64_t set,
-                            bool writes, const Moments& moments, SetCoefficients<T>* coefficients) {
-  const SetMoments of_set = CenteredAsAsked(problem, partial);
-  if (writes) {
-    moments.mean[set] = of_set.mean;
-    moments.m2[set] = of_set.m2;
-  }
-  *coefficients = ToCoefficients<T>(
-      SetConstants(problem, of_set.mean, of_set.m2 / static_cast<double>(problem.set_size()),
-                   /*of_batch=*/true));
+NORMD_DEVICE SetCoefficients<T> FinishSet(const NormProblem& problem, const PartialMoments& total,
+                                          int64_t set, const Moments& moments) {
+  const SetMoments of_set = CenteredAsAsked(problem, total);
+  moments.mean[set] = of_set.mean;
+  moments.m2[set] = of_set.m2;
+  return ToCoefficients<T>(SetConstants(problem, of_set.mean,
+                                        of_set.m2 / static_cast<double>(problem.set_size()),
+                                        /*of_batch=*/true));
 }
 
 // What is known of channels that are sets is applied to their coefficients once, and need not
@@ -94,6 +92,7 @@ struct PartialSums {
   NORMD_DEVICE int64_t UnitOf(int64_t set, int64_t k) const {
     return unit_step == 1 ? set * units_per_set + k : set + k * unit_step;
   }
+  NORMD_DEVICE int64_t OfEachSet() const { return units_per_set * splits; }
   // The k-th of a set: of unit k % units_per_set.
   NORMD_DEVICE V OfSet(int64_t set, int64_t k) const {
     if (units_per_set == 1) return At(set, k);
@@ -156,17 +155,6 @@ NORMD_DEVICE void ForPartials(int64_t count, int64_t first, int64_t step, One on
   for (; k < count; k += step) add(one(k), k);
 }
 
-// The moments of a set whose partial sums one(k) are, for k below `count`, by threads that
-// take k = first, first + step, ...; merge(sums) over these.
-template <class One, class Merge>
-NORMD_DEVICE PartialMoments MomentsOfSet(int64_t count, int first, int step, One one, Merge merge) {
-  const double shift = count > 0 ? AsShift(one(0).mean) : 0;
-  SpreadSums sums;
-  ForPartials(count, first, step, one,
-              [&](const PartialMoments& part, int64_t) { sums.Add(part, shift); });
-  return merge(sums).Around(shift);
-}
-
 // Block (sets). Shared: SpreadSums a thread.
 template <class T>
 NORMD_KERNEL void FinishMoments(NormProblem problem, Finishing how,
@@ -176,14 +164,18 @@ NORMD_KERNEL void FinishMoments(NormProblem problem, Finishing how,
   AwaitKernelBefore();
   const Finisher at(how);
   const bool any = at.index < problem.num_sets();
-  const PartialMoments total = MomentsOfSet(
-      any ? partials.units_per_set * partials.splits : 0, at.first, at.step,
-      [&](int64_t k) { return partials.OfSet(at.index, k); },
-      [&](const SpreadSums& sums) { return at.Merge(sums, shared); });
+  const auto one = [&](int64_t k) { return partials.OfSet(at.index, k); };
+  SpreadSums sums;
+  double shift = 0;
+  if (any) {
+    shift = AsShift(one(0).mean);
+    ForPartials(partials.OfEachSet(), at.first, at.step, one,
+                [&](const PartialMoments& part, int64_t) { sums.Add(part, shift); });
+  }
+  sums = at.Merge(sums, shared);
   if (any && at.first == 0) {
-    SetCoefficients<T> coefficients;
-    FinishSet(problem, total, at.index, true, moments, &coefficients);
-    sets[at.index] = affine.AppliedTo(coefficients, at.index);
+    sets[at.index] =
+        affine.AppliedTo(FinishSet<T>(problem, sums.Around(shift), at.index, moments), at.index);
   }
 }
 
@@ -206,28 +198,6 @@ NORMD_DEVICE void AddToSet(const NormProblem& problem, const SetConstants& const
   const double w = weight == nullptr ? 1 : static_cast<double>(weight[unit % problem.channels]);
   total.dy += w * sums.dy;
   total.dy_d += w * GradWeight(constants, sums);
-}
-
-// The sums of a set: of g, and of g * x^. one(k) are those of a part of unit set *
-// units_per_set + k % units_per_set.
-template <class T, class One, class Merge>
-NORMD_DEVICE GradientSums GradientOfSet(const NormProblem& problem, const SetConstants& constants,
-                                        int64_t set, int64_t units_per_set, int64_t count,
-                                        const T* weight, int first, int step, One one,
-                                        Merge merge) {
-  GradientSums total;
-  ForPartials(count, first, step, one, [&](const GradientSums& sums, int64_t k) {
-    if (units_per_set == 1) {
-      MergeInto(total, sums);
-    } else {
-      AddToSet(problem, constants, set * units_per_set + k % units_per_set, weight, sums, total);
-    }
-  });
-  total = merge(total);
-  if (units_per_set != 1) return total;
-  GradientSums of_unit;
-  AddToSet(problem, constants, set, weight, total, of_unit);
-  return of_unit;
 }
 
 template <class T>
@@ -262,12 +232,28 @@ NORMD_KERNEL void FinishSets(NormProblem problem, Finishing how, Statistics stat
   const bool any = at.index < problem.num_sets();
   const int64_t set = any ? at.index : 0;
   const SetConstants constants(problem, statistics, set, /*of_batch=*/true);
-  const GradientSums total = GradientOfSet(
-      problem, constants, set, partials.units_per_set,
-      any ? partials.units_per_set * partials.splits : 0, weight, at.first, at.step,
-      [&](int64_t k) { return partials.OfSet(set, k); },
-      [&](const GradientSums& sums) { return at.Merge(sums, shared); });
-  if (any && at.first == 0) FinishGradient(problem, constants, total, sets + set);
+  const bool one_unit = partials.units_per_set == 1;  // then converted once
+  GradientSums total;
+  if (any) {
+    ForPartials(
+        partials.OfEachSet(), at.first, at.step, [&](int64_t k) { return partials.OfSet(set, k); },
+        [&](const GradientSums& sums, int64_t k) {
+          if (one_unit) {
+            MergeInto(total, sums);
+          } else {
+            AddToSet(problem, constants, partials.UnitOf(set, k % partials.units_per_set), weight,
+                     sums, total);
+          }
+        });
+  }
+  total = at.Merge(total, shared);
+  if (!any || at.first != 0) return;
+  GradientSums of_set = total;
+  if (one_unit) {
+    of_set = {};
+    AddToSet(problem, constants, set, weight, total, of_set);
+  }
+  FinishGradient(problem, constants, of_set, sets + set);
 }
 
 // Block (channels): the gradients of its parameters. Shared: GradientSums a thread.

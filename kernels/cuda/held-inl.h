@@ -30,24 +30,18 @@ struct HeldPlace {
   NORMD_DEVICE bool IsFirst() const { return thread == 0; }
 
   // The set's first.
-  NORMD_DEVICE int64_t Channel(const NormProblem& problem) const {
+  NORMD_DEVICE int64_t Channel(const Held& held, const NormProblem& problem) const {
     if (problem.reduction == Reduction::kPerChannel) return set;
     if (problem.groups == 1) return 0;
     int64_t group;
     Divide(set, problem.groups, group);
-    return group * (problem.channels / problem.groups);
+    return group * held.unit_channels;
   }
 
   int group, thread;
   int64_t set;
   int slots;  // none past the last set
 };
-
-// A place that is known to be all of its octet.
-template <bool kWhole>
-NORMD_DEVICE Walk::Place WholeIf(const Walk::Place& at) {
-  return kWhole ? Walk::Place{at.i, 0, kOctet} : at;
-}
 
 // Shared memory of both: a sum a thread; and of each set of the block what it comes to, and
 // what follows from that.
@@ -125,16 +119,16 @@ void HeldForward(ForwardOp<E> op, NormProblem problem, Held held, double inverse
     auto& of_set = memory.sets[group];
     const double mean = of_set.sums.sum * inverse;
     const double m2 = MultiplyAdd(-of_set.sums.sum, mean, of_set.sums.squares);
-    FinishSet(problem,
-              {static_cast<double>(problem.set_size()), static_cast<double>(of_set.shift) + mean,
-               m2 < 0 ? 0 : m2},
-              set, true, moments, &of_set.coefficients);
+    of_set.coefficients = FinishSet<T>(problem,
+                                       {static_cast<double>(problem.set_size()),
+                                        static_cast<double>(of_set.shift) + mean, m2 < 0 ? 0 : m2},
+                                       set, moments);
   });
   __syncthreads();
   const SetCoefficients<T> coefficients = memory.sets[place.group].coefficients;
   if (op.y == nullptr || place.slots == 0) return;
   const ApplyToUnit<ForwardOp<E>> apply(op, coefficients, problem.positions, begin,
-                                        place.Channel(problem), held.unit_channels);
+                                        place.Channel(held, problem), held.unit_channels);
 #pragma unroll
   for (int k = 0; k < kOctets; ++k) {
     const Walk::Place at = place.template Octet<kRow>(held, k);
@@ -178,7 +172,7 @@ void HeldBackward(BackwardOp<E> op, NormProblem problem, Held held, Statistics s
       if (!at.empty()) own.Add(pair[k], WholeIf<kRow>(at), shift, nullptr);
     } else if (!at.empty()) {
       const Eight<T> weight =
-          LoadEight(op.weight, at.i - begin + place.Channel(problem), at.low, at.high, T{1});
+          LoadEight(op.weight, at.i - begin + place.Channel(held, problem), at.low, at.high, T{1});
       own.Add(pair[k], WholeIf<kRow>(at), shift, &weight);
     }
   }
@@ -207,7 +201,7 @@ void HeldBackward(BackwardOp<E> op, NormProblem problem, Held held, Statistics s
   if (place.slots == 0) return;
   const SetCoefficients<T> coefficients = memory.sets[place.group].coefficients;
   const ApplyToUnit<BackwardOp<E>> apply(op, coefficients, problem.positions, begin,
-                                         place.Channel(problem), held.unit_channels);
+                                         place.Channel(held, problem), held.unit_channels);
 #pragma unroll
   for (int k = 0; k < kOctets; ++k) {
     const Walk::Place at = place.template Octet<kRow>(held, k);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/held-inl.h"
@@ -99,9 +98,8 @@ class Passes {
     }
     MomentsOfSets(problem, work.x, plan, scratch.sums);
     const Finishing how(partials.unit_by_unit, plan.units_per_set * plan.splits);
-    launch_(FinishMoments<T>, CeilDiv(problem.num_sets(), how.across), 1, how.kThreads,
-            how.kThreads * sizeof(SpreadSums), problem, how, partials, work.moments, affine,
-            scratch.sets);
+    LaunchFinish<SpreadSums>(FinishMoments<T>, problem.num_sets(), how, problem, how, partials,
+                             work.moments, affine, scratch.sets);
     Apply(apply, problem, 0, scratch.sets);
   }
 
@@ -129,9 +127,9 @@ class Passes {
                                      SetCoefficients<T>* sets) {
       const int64_t samples = partials.units / problem.channels;
       const Finishing how(partials.unit_by_unit && samples == 1, samples * partials.splits);
-      launch_(FinishChannels<T>, CeilDiv(problem.channels, how.across), 1, how.kThreads,
-              how.kThreads * sizeof(GradientSums), problem, how, args.statistics,
-              args.statistics_of_batch, partials, plans.rows, gradients, weight, sets);
+      LaunchFinish<GradientSums>(FinishChannels<T>, problem.channels, how, problem, how,
+                                 args.statistics, args.statistics_of_batch, partials, plans.rows,
+                                 gradients, weight, sets);
     };
     if (plans.rows) {
       Prepare(problem, args.statistics, args.statistics_of_batch, {}, scratch.sets);
@@ -184,9 +182,9 @@ class Passes {
       // Where channels are the sets, one kernel finishes both.
       if (sets_wanted && !per_channel) {
         const Finishing how(sums.unit_by_unit, sums.units_per_set * sums.splits);
-        launch_(FinishSets<T>, CeilDiv(problem.num_sets(), how.across), 1, how.kThreads,
-                how.kThreads * sizeof(GradientSums), problem, how, args.statistics, sums,
-                plans.rows_are_sets ? nullptr : weight, scratch.sets);
+        LaunchFinish<GradientSums>(FinishSets<T>, problem.num_sets(), how, problem, how,
+                                   args.statistics, sums, plans.rows_are_sets ? nullptr : weight,
+                                   scratch.sets);
       }
       if (of_units || (sets_wanted && per_channel)) {
         finish_channels(sums, sets_wanted && per_channel ? scratch.sets : nullptr);
@@ -261,6 +259,14 @@ class Passes {
     constexpr int kThreadsOfBlock = 64;
     launch_(PrepareSets<T>, CeilDiv(problem.num_sets(), kThreadsOfBlock), 1, kThreadsOfBlock, 0,
             problem, statistics, of_batch, affine, sets);
+  }
+
+  // A kernel that finishes `count` sets or channels, merging values V.
+  template <class V, class Kernel, class... Arguments>
+  void LaunchFinish(Kernel kernel, int64_t count, const Finishing& how,
+                    const Arguments&... arguments) const {
+    launch_(kernel, CeilDiv(count, how.across), 1, how.kThreads, how.kThreads * sizeof(V),
+            arguments...);
   }
 
   // Shared memory of a block that merges columns.

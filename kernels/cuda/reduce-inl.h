@@ -50,15 +50,21 @@ NORMD_DEVICE void MergeInto(GradientSums& total, const GradientSums& other) {
 
 constexpr int kWarp = 32;
 
+// Of each warp's lanes those whose number differs by a multiple of `stride`, merged pairwise.
+template <class V>
+NORMD_DEVICE void MergeLanes(int stride, V& value) {
+  for (int lanes = kWarp / 2; lanes >= stride; lanes /= 2) {
+    MergeInto(value, FromOtherLane(value, lanes));
+  }
+}
+
 // Of each `threads` neighbours of the block, all values of those whose number differs by a
 // multiple of `stride`, merged in a fixed order. `threads` is a multiple of a warp, and stride
 // a power of two up to a warp. `shared` has room for a value a thread of the block.
 // `kAnew`: whether nobody reads `shared` any more.
 template <bool kAnew = false, class V>
 NORMD_DEVICE V MergeOver(int threads, int stride, V value, V* shared) {
-  for (int lanes = kWarp / 2; lanes >= stride; lanes /= 2) {
-    MergeInto(value, FromOtherLane(value, lanes));
-  }
+  MergeLanes(stride, value);
   if (threads == kWarp) return value;
   const int thread = static_cast<int>(threadIdx.x);
   const int warps = threads / kWarp;
@@ -298,32 +304,51 @@ struct Part {
   int64_t unit, first, last;
 };
 
+// A place that is known to be all of its octet.
+template <bool kWhole>
+NORMD_DEVICE Walk::Place WholeIf(const Walk::Place& at) {
+  return kWhole ? Walk::Place{at.i, 0, kOctet} : at;
+}
+
+// Calls use(k, value, place, last) for this thread's slots, of which value is what load(i)
+// answers for the octet at i, and nothing in particular where the place is empty; several are
+// loaded before the first is used, as in ForEachFetched(). `last`: of kSlotsInBlock, or of all.
+// `kWhole`: all runs are of whole octets.
+template <int kBatch, bool kWhole, class Load, class Use>
+NORMD_DEVICE void ForEachSlot(const Part& part, Load load, Use use) {
+  struct Slot {
+    decltype(load(0)) value;
+    Walk::Place at;
+  };
+  Walk walk = part.WalkOf(threadIdx.x, blockDim.x);
+  const int slots = part.SlotsOf(threadIdx.x, blockDim.x);
+  ForEachFetched<kBatch>(
+      slots,
+      [&](int) {
+        Slot slot;
+        slot.at = WholeIf<kWhole>(walk.Here());
+        walk.Next();
+        if (!slot.at.empty()) slot.value = load(slot.at.i);
+        return slot;
+      },
+      [&](int k, const Slot& slot) {
+        use(k, slot.value, WholeIf<kWhole>(slot.at),
+            k % kSlotsInBlock == kSlotsInBlock - 1 || k == slots - 1);
+      });
+}
+
 // The sums of this thread's slots of x around `shift`. Those whose sums are not sound are
 // loaded and summed again, in double. `kWhole`: all runs are of whole octets.
 template <class E, bool kWhole>
 NORMD_DEVICE ShiftedSums SumsAround(const void* x, typename E::Compute shift, const Part& part,
                                     bool careful) {
-  struct Slot {
-    Octet<E> octet;
-    Walk::Place at;
-  };
   ShiftedSums total;
   SlotSums<E> sums;
-  Walk walk = part.WalkOf(threadIdx.x, blockDim.x);
-  const int slots = part.SlotsOf(threadIdx.x, blockDim.x);
-  ForEachFetched<std::max(1, BatchFor<E>(2))>(
-      slots,
-      [&](int) {
-        Slot slot;
-        slot.at = walk.Here();
-        if (kWhole) slot.at = {slot.at.i, 0, kOctet};
-        walk.Next();
-        if (!slot.at.empty()) slot.octet = LoadOctet<E>(x, slot.at.i);
-        return slot;
-      },
-      [&](int k, const Slot& slot) {
-        sums.Add(slot.octet, kWhole ? Walk::Place{0, 0, kOctet} : slot.at);
-        if (k % kSlotsInBlock != kSlotsInBlock - 1 && k != slots - 1) return;
+  ForEachSlot<BatchFor<E>(2), kWhole>(
+      part, [&](int64_t i) { return LoadOctet<E>(x, i); },
+      [&](int k, const Octet<E>& octet, const Walk::Place& place, bool last) {
+        sums.Add(octet, place);
+        if (!last) return;
         if (sums.IsSound(careful)) {
           MergeInto(total, AroundShift(shift, sums.count, sums.own, sums.sum, sums.squares));
         } else {
@@ -442,9 +467,7 @@ NORMD_DEVICE void MergeColumns(const Columns& cut, const ColumnPlace& at, V (&va
   const int columns = across * kWidth;
 #pragma unroll
   for (int w = 0; w < kWidth; ++w) {
-    for (int lanes = kWarp / 2; lanes >= across; lanes /= 2) {
-      MergeInto(values[w], FromOtherLane(values[w], lanes));
-    }
+    MergeLanes(across, values[w]);
     if (thread % kWarp < across) {
       shared[thread / kWarp * columns + w * across + thread % kWarp] = values[w];
     }
@@ -483,7 +506,7 @@ void MomentsOfColumns(const void* x, Columns cut, bool careful, PartialMoments* 
   T own[kWidth] = {};
   T sum[kWidth] = {};
   T squares[kWidth] = {};
-  ForEachFetched<std::max(1, BatchFor<E>(2))>(
+  ForEachFetched<BatchFor<E>(2)>(
       at.rows, [&](int row) { return Values::Load(x, at.element + row * at.stride); },
       [&](int row, const Values& values) {
 #pragma unroll
@@ -601,37 +624,22 @@ NORMD_DEVICE GradientSums SumsOfSlots(const GradientTensors<E>& tensors, const P
                                       typename E::Compute shift, const typename E::Compute* weight,
                                       int64_t groups) {
   using T = typename E::Compute;
-  struct Slot {
-    typename GradientTensors<E>::Pair pair;
-    Walk::Place at;
-  };
   const Runs& runs = part.runs;
   // Weight of element i: weight[i - weights_before].
   const int64_t weights_before =
       weight == nullptr ? 0 : part.unit * runs.length - part.unit % groups * runs.length;
   GradientSums total;
   PairSums<E> sums;
-  Walk walk = part.WalkOf(threadIdx.x, blockDim.x);
-  const int slots = part.SlotsOf(threadIdx.x, blockDim.x);
-  ForEachFetched<std::max(1, BatchFor<E>(4))>(
-      slots,
-      [&](int) {
-        Slot slot;
-        slot.at = walk.Here();
-        if (kWhole) slot.at = {slot.at.i, 0, kOctet};
-        walk.Next();
-        if (!slot.at.empty()) slot.pair = tensors.Load(slot.at.i);
-        return slot;
-      },
-      [&](int k, const Slot& slot) {
-        const Walk::Place at = kWhole ? Walk::Place{slot.at.i, 0, kOctet} : slot.at;
+  ForEachSlot<BatchFor<E>(4), kWhole>(
+      part, [&](int64_t i) { return tensors.Load(i); },
+      [&](int, const typename GradientTensors<E>::Pair& pair, const Walk::Place& at, bool last) {
         if (weight == nullptr) {
-          sums.Add(slot.pair, at, shift, nullptr);
+          sums.Add(pair, at, shift, nullptr);
         } else if (!at.empty()) {
           const Eight<T> of_octet = LoadEight(weight, at.i - weights_before, at.low, at.high, T{1});
-          sums.Add(slot.pair, at, shift, &of_octet);
+          sums.Add(pair, at, shift, &of_octet);
         }
-        if (k % kSlotsInBlock != kSlotsInBlock - 1 && k != slots - 1) return;
+        if (!last) return;
         total.dy += static_cast<double>(sums.dy);
         total.dy_d += static_cast<double>(sums.dy_d);
         sums = {};
@@ -677,7 +685,7 @@ NORMD_KERNEL void SumsOfColumns(GradientTensors<E> tensors, Columns cut, int64_t
   }
   T dy[kWidth] = {};
   T dy_d[kWidth] = {};
-  ForEachFetched<std::max(1, BatchFor<E>(4))>(
+  ForEachFetched<BatchFor<E>(4)>(
       at.rows,
       [&](int row) {
         const int64_t i = at.element + row * at.stride;
