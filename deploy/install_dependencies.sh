@@ -7,8 +7,8 @@ set -euo pipefail
 declare -A PACKAGES=(
   [build]="g++ cmake ninja-build ccache pkg-config
     libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc libabsl-dev libspdlog-dev
-    libhwy-dev libtbb-dev libsqlite3-dev nlohmann-json3-dev libcli11-dev libssl-dev libgtest-dev libgmock-dev"
-  [run]="libgrpc++1.51 libprotobuf32 libabsl20220623 libspdlog1.10 libhwy1 libtbb12 libsqlite3-0 libssl3"
+    libhwy-dev libsqlite3-dev nlohmann-json3-dev libcli11-dev libssl-dev libgtest-dev libgmock-dev"
+  [run]="libgrpc++1.51 libprotobuf32 libabsl20220623 libspdlog1.10 libhwy1 libsqlite3-0 libssl3"
   [demo]="python3 python3-numpy python3-pil"
   [python]="python3 python3-numpy python3-grpcio python3-protobuf"
   [test]="openssl clang-14 clang-format-14 clang-tidy-14 libclang-rt-14-dev

@@ -7,6 +7,13 @@
 
 namespace normd {
 
+// The order in which each thread takes its tasks, as far as it can be had.
+enum class Walk { kForward, kBackward };
+
+// Whose help a loop is worth: that of threads that are awake and have nothing to do, or also
+// the time that it takes to wake others.
+enum class Help { kAwake, kAll };
+
 // Thread-safe: several calls may be under way and share the threads.
 class Executor {
  public:
@@ -17,15 +24,17 @@ class Executor {
 
   // Runs task(0) .. task(count - 1), each once, in any order and on any thread,
   // the caller's included; returns when all are done. Tasks do not throw.
-  virtual void ParallelFor(int64_t count, const std::function<void(int64_t)>& task) = 0;
+  virtual void ParallelFor(int64_t count, const std::function<void(int64_t)>& task,
+                           Walk walk = Walk::kForward, Help help = Help::kAll) = 0;
 };
 
 // Runs everything on the caller's thread.
 class SerialExecutor final : public Executor {
  public:
   int concurrency() const override { return 1; }
-  void ParallelFor(int64_t count, const std::function<void(int64_t)>& task) override {
-    for (int64_t i = 0; i < count; ++i) task(i);
+  void ParallelFor(int64_t count, const std::function<void(int64_t)>& task,
+                   Walk walk = Walk::kForward, Help = Help::kAll) override {
+    for (int64_t i = 0; i < count; ++i) task(walk == Walk::kForward ? i : count - 1 - i);
   }
 };
 

@@ -9,7 +9,7 @@
 
 #include "absl/strings/str_join.h"
 #include "absl/synchronization/mutex.h"
-#include "kernels/tbb_executor.h"
+#include "kernels/thread_pool.h"
 #include "server/config.h"
 #include "server/log.h"
 #include "server/server.h"

@@ -18,7 +18,7 @@
 #include "grpcpp/impl/server_builder_option.h"
 #include "grpcpp/resource_quota.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "kernels/tbb_executor.h"
+#include "kernels/thread_pool.h"
 #include "server/admission/admission_queue.h"
 #include "server/admission/call_gate.h"
 #include "server/admission/concurrency_limit.h"
@@ -415,7 +415,7 @@ class ServerImpl final : public Server {
   MemoryBudget memory_;
   // Its turns are run by the executor, whose destructor runs the last.
   AdmissionQueue admission_;
-  TbbExecutor executor_;
+  ThreadPool executor_;
   // What the health service says, while there is one.
   absl::Mutex health_mutex_;
   bool changes_taken_ ABSL_GUARDED_BY(health_mutex_) = true;

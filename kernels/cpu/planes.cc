@@ -142,7 +142,7 @@ const void* At(const NormProblem& problem, const void* data, int64_t element) {
 // Walks them where nothing is to be summed first.
 template <class Visit>
 Outcome InOrder(const Stretch& stretch, int64_t bytes, const Context& context, Visit visit) {
-  const int64_t parts = std::max<int64_t>(1, bytes / (2 * kChunkBytes));
+  const int64_t parts = std::max<int64_t>(1, bytes / kSmallestUnitBytes);
   const int64_t period = stretch.planes * stretch.plane;
   return RunParts(parts, bytes, context, [&](int64_t part) {
     const Range range = Part(stretch.size, parts, part, 64);

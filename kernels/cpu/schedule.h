@@ -18,9 +18,10 @@
 
 namespace normd::cpu {
 
-// A call whose tensors are smaller than this is done by the thread that asked:
-// waking another would take longer.
-inline constexpr int64_t kBytesWorthThreads = int64_t{1} << 20;
+// A call whose tensors are smaller than this is done by the thread that asked; threads that
+// sleep are not woken before kBytesWorthWaking: it would take longer than the work.
+inline constexpr int64_t kBytesWorthThreads = int64_t{1} << 18;
+inline constexpr int64_t kBytesWorthWaking = int64_t{1} << 20;
 
 struct Cut {
   int64_t units;
@@ -38,6 +39,7 @@ template <class Job>
 Outcome Run(Job& job, const Cut& cut, const Context& context) {
   SerialExecutor serial;
   Executor& executor = cut.bytes < kBytesWorthThreads ? serial : context.executor;
+  const Help help = cut.bytes < kBytesWorthWaking ? Help::kAwake : Help::kAll;
   std::atomic<bool> stopped = false;
   const auto go_on = [&] {
     if (!context.stop.stop_requested()) return true;
@@ -47,12 +49,13 @@ Outcome Run(Job& job, const Cut& cut, const Context& context) {
   const auto reduce = [&](int64_t unit, int64_t chunk) {
     if (go_on()) job.Reduce(unit, chunk);
   };
-  // Last chunk first: that is what the cache still holds of a unit larger than it.
   const auto apply = [&](int64_t unit, int64_t chunk) {
     if (!go_on()) return;
-    job.Apply(unit, job.reduces() ? cut.chunks - 1 - chunk : chunk);
+    job.Apply(unit, chunk);
     FlushStreams();
   };
+  // Last chunk first: that is what a cache still holds of a unit larger than it.
+  const Walk walk = job.reduces() ? Walk::kBackward : Walk::kForward;
 
   if (executor.concurrency() == 1 || cut.chunks == 1 || cut.units >= 4 * executor.concurrency()) {
     // A thread does a unit from beginning to end while it lies in its cache.
@@ -63,19 +66,22 @@ Outcome Run(Job& job, const Cut& cut, const Context& context) {
       if (stopped.load(std::memory_order_relaxed)) return;
       job.Finish(unit);
       if (job.applies()) {
-        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) apply(unit, chunk);
+        serial.ParallelFor(
+            cut.chunks, [&](int64_t chunk) { apply(unit, chunk); }, walk);
       }
     });
   } else {
     // Few large units: all threads work on one.
     for (int64_t unit = 0; unit < cut.units; ++unit) {
       if (job.reduces()) {
-        executor.ParallelFor(cut.chunks, [&](int64_t chunk) { reduce(unit, chunk); });
+        executor.ParallelFor(
+            cut.chunks, [&](int64_t chunk) { reduce(unit, chunk); }, Walk::kForward, help);
       }
       if (stopped.load(std::memory_order_relaxed)) break;
       job.Finish(unit);
       if (job.applies()) {
-        executor.ParallelFor(cut.chunks, [&](int64_t chunk) { apply(unit, chunk); });
+        executor.ParallelFor(
+            cut.chunks, [&](int64_t chunk) { apply(unit, chunk); }, walk);
       }
     }
   }

@@ -10,7 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "kernels/backend.h"
-#include "kernels/tbb_executor.h"
+#include "kernels/thread_pool.h"
 #include "server/admission/admission_queue.h"
 #include "server/admission/call_gate.h"
 #include "server/admission/memory_budget.h"
@@ -41,7 +41,7 @@ struct Core {
   Limits limits;
   std::string durability;  // as --durability says it
   absl::Time start_time;
-  TbbExecutor* executor = nullptr;
+  ThreadPool* executor = nullptr;
   Backend* backend = nullptr;
   std::string backend_reason;  // why not cuda, where that was for normd to choose
   BufferPool* pool = nullptr;

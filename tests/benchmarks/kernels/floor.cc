@@ -9,7 +9,7 @@
 
 #include "kernels/cpu/cache.h"
 #include "kernels/dtype.h"
-#include "kernels/tbb_executor.h"
+#include "kernels/thread_pool.h"
 #include "tests/benchmarks/kernels/contender.h"
 
 #if defined(__x86_64__)
@@ -131,7 +131,7 @@ class Passes : public Contender {
     }
   }
 
-  TbbExecutor executor_;
+  ThreadPool executor_;
   int threads_;
   int64_t element_bytes_, bytes_;
   int inputs_, outputs_;

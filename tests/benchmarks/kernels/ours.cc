@@ -2,7 +2,7 @@
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/kernels.h"
-#include "kernels/tbb_executor.h"
+#include "kernels/thread_pool.h"
 #include "tests/benchmarks/kernels/contender.h"
 
 namespace normd {
@@ -86,7 +86,7 @@ class Ours final : public Contender {
  private:
   const BenchCase bench_;
   const NormProblem problem_;
-  TbbExecutor executor_;
+  ThreadPool executor_;
   std::unique_ptr<Backend> backend_;
   std::vector<double> weight_, bias_, grad_weight_, grad_bias_;
   std::vector<float> weight_float_, bias_float_;

@@ -7,7 +7,7 @@
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/kernels.h"
-#include "kernels/tbb_executor.h"
+#include "kernels/thread_pool.h"
 #endif
 #if NORMD_HAS_EMULATED_GPU
 #include "tests/unit/kernels/emulated_device.h"
@@ -47,7 +47,7 @@ std::vector<std::string> BackendNames() {
 
 struct BackendTest::Threads {
 #if NORMD_HAS_CPU_BACKEND
-  TbbExecutor executor{2};
+  ThreadPool executor{2};
 #endif
 };
 

@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/cpu/cpu_backend.h"
-#include "kernels/tbb_executor.h"
+#include "kernels/thread_pool.h"
 #include "tests/unit/kernels/problem_cases.h"
 
 namespace normd {
@@ -36,7 +36,7 @@ TEST(CpuBackend, IsDeterministicAcrossThreads) {
     const TestTensor grad(problem.dtype, RandomValues(problem.dtype, problem.size(), 0, 1, 2));
     std::vector<std::vector<double>> answers;
     for (const int threads : {1, 2, 3, 7}) {
-      TbbExecutor executor(threads);
+      ThreadPool executor(threads);
       const auto backend = MakeCpuBackend(executor, {.deterministic = true});
       TestTensor y(problem.dtype, problem.size());
       TestTensor grad_x(problem.dtype, problem.size());

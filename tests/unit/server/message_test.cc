@@ -13,7 +13,7 @@
 
 #include <gtest/gtest.h>
 
-#include "kernels/tbb_executor.h"
+#include "kernels/thread_pool.h"
 #include "normd/v1/norm_service.pb.h"
 
 namespace normd {
@@ -57,7 +57,7 @@ ForwardRequest Request(size_t tensor_bytes) {
 absl::Status Parse(grpc::ByteBuffer& message, Payload& payload, BufferPool& pool) {
   const TensorField field{ForwardRequest::kInputFieldNumber, &payload};
   ForwardRequest header;
-  TbbExecutor executor(2);
+  ThreadPool executor(2);
   return ParseMessage(message, {&field, 1}, pool, executor, header);
 }
 
