@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <deque>
 #include <fstream>
 #include <latch>
 #include <limits>
 #include <mutex>
+#include <semaphore>
 #include <string>
 #include <thread>
 #include <utility>
@@ -20,10 +20,11 @@
 namespace normd {
 namespace {
 
-// How long a thread without work stays awake. Waking one that sleeps costs its caller 5 us
-// and comes 30 to 60 us late, which is as long as a MiB takes; a call that normalizes after
-// one that sums, or the next of a client's calls, comes sooner than this.
-constexpr std::chrono::microseconds kAwake{100};
+// How long a thread stays awake after a loop. Waking one that sleeps costs its caller 5 us and
+// comes 30 to 60 us late, which is as long as a MiB takes; the loop that normalizes comes
+// sooner after the one that sums, or the same caller's next call. Longer, it would be in the
+// way of the threads that receive and send.
+constexpr std::chrono::microseconds kAwake{30};
 
 constexpr int64_t kWakes = 2;  // by one thread
 constexpr int64_t kCacheLine = 64;
@@ -169,8 +170,9 @@ class ThreadPool::Impl {
     {
       std::lock_guard lock(mutex_);
       stopping_ = true;
+      for (Bed* bed : asleep_) bed->release();
+      asleep_.clear();
     }
-    wake_.notify_all();
     for (std::thread& worker : workers_) worker.join();
   }
 
@@ -199,68 +201,86 @@ class ThreadPool::Impl {
   }
 
  private:
+  using Bed = std::binary_semaphore;  // where a thread sleeps
+
   int64_t tasks() const { return static_cast<int64_t>(tasks_.size()); }
 
   // There is work for `wanted` threads. Those that are awake and without any see it; for the
   // rest some are woken, which wake more.
   void Announce(std::unique_lock<std::mutex>& lock, int64_t wanted) {
     announced_.fetch_add(1, std::memory_order_relaxed);
-    const int64_t wakes = std::min({wanted - awake_, asleep_, kWakes});
+    for (int64_t i = 0; i < std::min(wanted - awake_, kWakes) && !asleep_.empty(); ++i) {
+      asleep_.back()->release();
+      asleep_.pop_back();
+    }
     lock.unlock();
-    for (int64_t i = 0; i < wakes; ++i) wake_.notify_one();
   }
 
   void Work() {
     std::unique_lock lock(mutex_);
+    Bed bed{0};
+    bool looped = false;  // then another loop may follow soon
     for (;;) {
-      if (RunOne(lock)) continue;
-      if (stopping_) return;
-      const uint64_t seen = announced_.load(std::memory_order_relaxed);
-      ++awake_;
-      lock.unlock();
-      AwaitAwake(kAwake, [&] { return announced_.load(std::memory_order_relaxed) != seen; });
-      lock.lock();
-      --awake_;
-      if (RunOne(lock)) continue;
-      if (stopping_) return;
-      ++asleep_;
-      wake_.wait(lock);
-      --asleep_;
+      if (RunTask(lock)) {
+        looped = false;
+      } else if (HelpLoop(lock)) {
+        looped = true;
+      } else if (stopping_) {
+        return;
+      } else if (looped) {
+        StayAwake(lock);
+        looped = false;
+      } else {
+        asleep_.push_back(&bed);
+        lock.unlock();
+        bed.acquire();
+        lock.lock();
+      }
     }
   }
 
-  // Whether there was something to do, which is then done.
-  bool RunOne(std::unique_lock<std::mutex>& lock) {
-    if (!tasks_.empty()) {
-      const std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      Announce(lock, tasks());
-      task();
-      lock.lock();
-      return true;
-    }
-    for (const std::shared_ptr<Loop>& each : loops_) {
-      size_t own;
-      if (!each->Join(own)) continue;
-      const std::shared_ptr<Loop> loop = each;
-      Announce(lock, loop->wanted());
-      loop->Work(own);
-      lock.lock();
-      std::erase(loops_, loop);
-      return true;
-    }
-    return false;
+  void StayAwake(std::unique_lock<std::mutex>& lock) {
+    const uint64_t seen = announced_.load(std::memory_order_relaxed);
+    ++awake_;
+    lock.unlock();
+    AwaitAwake(kAwake, [&] { return announced_.load(std::memory_order_relaxed) != seen; });
+    lock.lock();
+    --awake_;
+  }
+
+  // Whether there was one, which is then done.
+  bool RunTask(std::unique_lock<std::mutex>& lock) {
+    if (tasks_.empty()) return false;
+    const std::function<void()> task = std::move(tasks_.front());
+    tasks_.pop_front();
+    Announce(lock, tasks());
+    task();
+    lock.lock();
+    return true;
+  }
+
+  // Whether there was one, all of whose tasks have then begun.
+  bool HelpLoop(std::unique_lock<std::mutex>& lock) {
+    size_t own = 0;
+    const auto found =
+        std::ranges::find_if(loops_, [&](const auto& loop) { return loop->Join(own); });
+    if (found == loops_.end()) return false;
+    const std::shared_ptr<Loop> loop = *found;
+    Announce(lock, loop->wanted());
+    loop->Work(own);
+    lock.lock();
+    std::erase(loops_, loop);
+    return true;
   }
 
   const int threads_;
   std::mutex mutex_;  // guards what has no own
-  std::condition_variable wake_;
   std::deque<std::function<void()>> tasks_;
   std::vector<std::shared_ptr<Loop>> loops_;  // with tasks that nobody has begun
   std::atomic<uint64_t> announced_ = 0;       // changed under the mutex
   // Threads that wait for work.
   int64_t awake_ = 0;
-  int64_t asleep_ = 0;
+  std::vector<Bed*> asleep_;  // who fell asleep last is woken first: its cache is warm
   bool stopping_ = false;
   std::vector<std::thread> workers_;
 };

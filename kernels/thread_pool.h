@@ -10,9 +10,9 @@
 
 namespace normd {
 
-// An Executor that also runs tasks of their own. Thread-safe. Its threads wait awake for a
-// moment when they run out of work (kAwake), so that the next loop finds them at hand, and
-// give way meanwhile to whoever wants their core; then they sleep.
+// An Executor that also runs tasks of their own. Thread-safe. After a loop its threads stay
+// awake for a moment (kAwake), so that the next finds them at hand, and give way meanwhile to
+// whoever wants their core; then they sleep.
 //
 // Each thread of a loop has a share of neighbouring tasks, the same share in a later loop as
 // long, and helps with the others' when it is done. What is enqueued begins before threads

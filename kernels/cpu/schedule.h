@@ -21,7 +21,7 @@ namespace normd::cpu {
 // A call whose tensors are smaller than this is done by the thread that asked; threads that
 // sleep are not woken before kBytesWorthWaking: it would take longer than the work.
 inline constexpr int64_t kBytesWorthThreads = int64_t{1} << 18;
-inline constexpr int64_t kBytesWorthWaking = int64_t{1} << 20;
+inline constexpr int64_t kBytesWorthWaking = int64_t{1} << 22;
 
 struct Cut {
   int64_t units;
