@@ -1,6 +1,7 @@
 #include "kernels/thread_pool.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -163,7 +164,10 @@ int UsableCores() {
 class ThreadPool::Impl {
  public:
   explicit Impl(int threads) : threads_(threads) {
-    for (int i = 0; i < threads; ++i) workers_.emplace_back([this] { Work(); });
+    for (int i = 0; i < threads; ++i) {
+      Bed& bed = beds_.emplace_back(0);
+      workers_.emplace_back([this, &bed] { Work(bed); });
+    }
   }
 
   ~Impl() {
@@ -209,16 +213,19 @@ class ThreadPool::Impl {
   // rest some are woken, which wake more.
   void Announce(std::unique_lock<std::mutex>& lock, int64_t wanted) {
     announced_.fetch_add(1, std::memory_order_relaxed);
+    std::array<Bed*, kWakes> woken{};
     for (int64_t i = 0; i < std::min(wanted - awake_, kWakes) && !asleep_.empty(); ++i) {
-      asleep_.back()->release();
+      woken[static_cast<size_t>(i)] = asleep_.back();
       asleep_.pop_back();
     }
     lock.unlock();
+    for (Bed* bed : woken) {
+      if (bed != nullptr) bed->release();
+    }
   }
 
-  void Work() {
+  void Work(Bed& bed) {
     std::unique_lock lock(mutex_);
-    Bed bed{0};
     bool looped = false;  // then another loop may follow soon
     for (;;) {
       if (RunTask(lock)) {
@@ -253,7 +260,7 @@ class ThreadPool::Impl {
     if (tasks_.empty()) return false;
     const std::function<void()> task = std::move(tasks_.front());
     tasks_.pop_front();
-    Announce(lock, tasks());
+    tasks_.empty() ? lock.unlock() : Announce(lock, tasks());
     task();
     lock.lock();
     return true;
@@ -266,7 +273,7 @@ class ThreadPool::Impl {
         std::ranges::find_if(loops_, [&](const auto& loop) { return loop->Join(own); });
     if (found == loops_.end()) return false;
     const std::shared_ptr<Loop> loop = *found;
-    Announce(lock, loop->wanted());
+    loop->wanted() == 0 ? lock.unlock() : Announce(lock, loop->wanted());
     loop->Work(own);
     lock.lock();
     std::erase(loops_, loop);
@@ -282,6 +289,7 @@ class ThreadPool::Impl {
   int64_t awake_ = 0;
   std::vector<Bed*> asleep_;  // who fell asleep last is woken first: its cache is warm
   bool stopping_ = false;
+  std::deque<Bed> beds_;  // of each worker
   std::vector<std::thread> workers_;
 };
 
