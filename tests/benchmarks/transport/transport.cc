@@ -29,6 +29,7 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "absl/flags/flag.h"
@@ -48,6 +49,8 @@
 ABSL_FLAG(std::string, normd, "build/release/bin/normd", "The server to measure");
 ABSL_FLAG(bool, quick, false, "A telling part, in under a minute");
 ABSL_FLAG(std::string, only, "", "Cases whose names have this in them: train_forward/tcp/100MiB");
+ABSL_FLAG(std::vector<std::string>, lanes, {},
+          "Of ours, floor, unary, ordinary, torch; empty: all");
 ABSL_FLAG(std::string, json, "", "File for the rows");
 ABSL_FLAG(std::string, python, "/usr/bin/python3",
           "With grpcio, torch and the stubs on PYTHONPATH");
@@ -92,6 +95,13 @@ class Process {
       if (word == what + ":" && status >> kib) return kib * kKiB;
     }
     return 0;
+  }
+  // Seconds of the cores' time that it has had so far.
+  double CpuSeconds() const {
+    clockid_t clock;
+    timespec time = {};
+    if (clock_getcpuclockid(pid_, &clock) == 0) clock_gettime(clock, &time);
+    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
   }
 
  private:
@@ -345,6 +355,8 @@ struct Lane {
   std::function<std::vector<double>(int in_flight, int count)> send;
   std::vector<double> round_ms = {};  // milliseconds a request: the throughput's inverse
   std::vector<double> latencies = {};
+  double server_cpu_s = 0;  // in all rounds
+  int calls = 0;
   int64_t peak_bytes = 0;  // over idle
 
   double ms() const { return Median(round_ms); }
@@ -400,6 +412,12 @@ std::vector<Lane> LanesFor(Contenders& all, const Case& c) {
 
 nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
   std::vector<Lane> lanes = LanesFor(all, c);
+  if (const auto wanted = absl::GetFlag(FLAGS_lanes); !wanted.empty()) {
+    std::erase_if(lanes, [&](const Lane& lane) {
+      return lane.name != "ours" &&
+             std::find(wanted.begin(), wanted.end(), lane.name) == wanted.end();
+    });
+  }
   const int rounds = quick ? 5 : 9;
   const int64_t per_round =
       std::clamp<int64_t>((quick ? 32 : 64) * kMiB / c.bytes, 1, quick ? 300 : 2000);
@@ -410,9 +428,12 @@ nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
   }
   for (int round = 0; round < rounds; ++round) {
     for (Lane& lane : lanes) {
+      const double cpu = lane.contender->process->CpuSeconds();
       const absl::Time start = absl::Now();
       const auto each = lane.send(c.in_flight, count);
       lane.round_ms.push_back(absl::ToDoubleMilliseconds(absl::Now() - start) / count);
+      lane.server_cpu_s += lane.contender->process->CpuSeconds() - cpu;
+      lane.calls += count;
       lane.latencies.insert(lane.latencies.end(), each.begin(), each.end());
     }
     // Whoever goes first in a round has no advantage in the next.
@@ -469,6 +490,7 @@ nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
         {"p99_ms", Percentile(lane.latencies, 0.99)},
         {"bytes_per_second", static_cast<double>(c.bytes) * 1e3 / lane.ms()},
         {"requests_per_second", 1e3 / lane.ms()},
+        {"server_cpu_ms", 1e3 * lane.server_cpu_s / lane.calls},
         {"peak_bytes_over_idle", lane.peak_bytes},
         {"round_ms", lane.round_ms}};
   }
