@@ -44,11 +44,51 @@ class EchoCall final : public grpc::ServerGenericBidiReactor {
   grpc::ByteBuffer response_;
 };
 
+// Returns each message as it has come, while the next is received.
+class ChunksCall final : public grpc::ServerGenericBidiReactor {
+ public:
+  ChunksCall() { StartRead(&arriving_); }
+  void OnReadDone(bool ok) override {
+    Note([this, ok] { (ok ? arrived_ : ended_) = true; });
+  }
+  // Where a write fails, the next read does, too.
+  void OnWriteDone(bool) override {
+    Note([this] { writing_ = false; });
+  }
+  void OnDone() override { delete this; }
+
+ private:
+  template <class What>
+  void Note(What what) {
+    bool goes_on = false, ends = false;
+    {
+      const std::scoped_lock lock(mutex_);
+      what();
+      if (writing_) return;
+      goes_on = arrived_;
+      ends = !arrived_ && ended_;
+      if (goes_on) leaving_.Swap(&arriving_);
+      writing_ = goes_on;
+      arrived_ = false;
+    }
+    if (ends) return Finish(grpc::Status::OK);
+    if (!goes_on) return;
+    StartWrite(&leaving_);
+    StartRead(&arriving_);
+  }
+
+  std::mutex mutex_;
+  bool arrived_ = false, writing_ = false, ended_ = false;
+  grpc::ByteBuffer arriving_;
+  grpc::ByteBuffer leaving_;
+};
+
 class Echo final : public grpc::CallbackGenericService {
   grpc::ServerGenericBidiReactor* CreateReactor(
       grpc::GenericCallbackServerContext* context) override {
     uint64_t size = 0;
     const std::string method = context->method();
+    if (method == kEchoChunks) return new ChunksCall;
     (void)absl::SimpleAtoi(method.substr(method.rfind('/') + 1), &size);
     return new EchoCall(bytes_, size);
   }

@@ -1,13 +1,15 @@
 // What the service adds to the wire: normd's Forward and Backward, unary over TCP and a Unix
 // socket and as streams, beside
 //
-//   echo      a bare gRPC server that takes the same request bytes as a ByteBuffer and
-//             answers as many bytes as normd does, with the same settings: the floor
+//   floor     a bare gRPC server that takes the same request bytes as a ByteBuffer and
+//             answers as many bytes as normd does, with the same settings; for a stream, one
+//             that returns each chunk as it has come
+//   unary     the floor of the unary call, beside a stream of the same tensor
 //   ordinary  the service as most would write it (servers.h)
 //   torch     the service in Python, with torch.nn.functional.batch_norm (torch_server.py)
 //
-// All are processes of their own; rounds are interleaved, and medians compared. A stream's
-// floor is the unary echo of the same tensor.
+// All are processes of their own; rounds are interleaved, and medians compared. What the
+// floor takes of a peer's time is shown too: nobody who moves these bytes gets past that.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -27,6 +29,7 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "absl/flags/flag.h"
@@ -46,6 +49,8 @@
 ABSL_FLAG(std::string, normd, "build/release/bin/normd", "The server to measure");
 ABSL_FLAG(bool, quick, false, "A telling part, in under a minute");
 ABSL_FLAG(std::string, only, "", "Cases whose names have this in them: train_forward/tcp/100MiB");
+ABSL_FLAG(std::vector<std::string>, lanes, {},
+          "Of ours, floor, unary, ordinary, torch; empty: all");
 ABSL_FLAG(std::string, json, "", "File for the rows");
 ABSL_FLAG(std::string, python, "/usr/bin/python3",
           "With grpcio, torch and the stubs on PYTHONPATH");
@@ -90,6 +95,13 @@ class Process {
       if (word == what + ":" && status >> kib) return kib * kKiB;
     }
     return 0;
+  }
+  // Seconds of the cores' time that it has had so far.
+  double CpuSeconds() const {
+    clockid_t clock;
+    timespec time = {};
+    if (clock_getcpuclockid(pid_, &clock) == 0) clock_gettime(clock, &time);
+    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
   }
 
  private:
@@ -181,14 +193,14 @@ std::vector<grpc::ByteBuffer> StreamMessages(const normd::v1::ForwardRequest& he
   return messages;
 }
 
-// One ForwardStream whose answer is read and dropped. Deletes itself after `done`.
+// One stream whose answer is read and dropped. Deletes itself after `done`.
 class StreamCall final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer> {
  public:
-  StreamCall(grpc::GenericStub& stub, const std::vector<grpc::ByteBuffer>& messages,
+  StreamCall(grpc::GenericStub& stub, const std::string& method,
+             const std::vector<grpc::ByteBuffer>& messages,
              std::function<void(const grpc::Status&)> done)
       : messages_(messages), done_(std::move(done)) {
-    stub.PrepareBidiStreamingCall(&context_, "/normd.v1.NormService/ForwardStream",
-                                  grpc::StubOptions(), this);
+    stub.PrepareBidiStreamingCall(&context_, method, grpc::StubOptions(), this);
     StartRead(&answer_);
     OnWriteDone(true);
     StartCall();
@@ -217,7 +229,7 @@ class StreamCall final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
 };
 
 // As Send does, streams of these messages.
-std::vector<double> SendStreams(grpc::GenericStub& stub,
+std::vector<double> SendStreams(grpc::GenericStub& stub, const std::string& method,
                                 const std::vector<grpc::ByteBuffer>& messages, int in_flight,
                                 int count) {
   std::vector<double> latencies(static_cast<size_t>(count));
@@ -227,8 +239,8 @@ std::vector<double> SendStreams(grpc::GenericStub& stub,
     const int i = next.fetch_add(1);
     if (i >= count) return (void)chains.DecrementCount();
     const absl::Time start = absl::Now();
-    new StreamCall(stub, messages, [&, i, start](const grpc::Status& status) {
-      CheckOk(status, "ForwardStream");
+    new StreamCall(stub, method, messages, [&, i, start](const grpc::Status& status) {
+      CheckOk(status, method);
       latencies[static_cast<size_t>(i)] = absl::ToDoubleMilliseconds(absl::Now() - start);
       step();
     });
@@ -237,6 +249,10 @@ std::vector<double> SendStreams(grpc::GenericStub& stub,
   chains.Wait();
   return latencies;
 }
+
+// One of the table.
+constexpr char kRow[] =
+    "%-30s %9s %9s %9s %7s %8s  %6s %6s %8s %6s  %6s %8s %6s  %6s %6s %6s %6s\n";
 
 // --- cases -----------------------------------------------------------------
 
@@ -334,59 +350,74 @@ std::vector<grpc::ByteBuffer> StreamOf(const Case& c) {
 
 // One contender in one case: what it is sent, and how it fared.
 struct Lane {
+  std::string name;  // ours, floor, unary, ordinary, torch
   Contender* contender;
   std::function<std::vector<double>(int in_flight, int count)> send;
   std::vector<double> round_ms = {};  // milliseconds a request: the throughput's inverse
   std::vector<double> latencies = {};
+  double server_cpu_s = 0;  // in all rounds
+  int calls = 0;
   int64_t peak_bytes = 0;  // over idle
 
   double ms() const { return Median(round_ms); }
 };
 
-// Ours first, then the floor where there is one, then the peers.
+// Ours, then the floor where there is one, then the peers.
 std::vector<Lane> LanesFor(Contenders& all, const Case& c) {
   std::vector<Lane> lanes;
-  const auto unary = [&](Contender& contender, grpc::GenericStub& stub, std::string method,
-                         const grpc::ByteBuffer& request) {
-    lanes.push_back({&contender, [&stub, method, request](int in_flight, int count) {
+  const auto unary = [&](const std::string& name, Contender& contender, grpc::GenericStub& stub,
+                         std::string method, const grpc::ByteBuffer& request) {
+    lanes.push_back({name, &contender, [&stub, method, request](int in_flight, int count) {
                        int64_t response_bytes = 0;
                        return Send(stub, method, request, in_flight, count, &response_bytes);
                      }});
   };
   if (c.transport == "stream") {
-    lanes.push_back(
-        {&all.ours, [&stub = *all.ours.tcp, messages = StreamOf(c)](int in_flight, int count) {
-           return SendStreams(stub, messages, in_flight, count);
-         }});
+    const auto stream = [&](const std::string& name, Contender& contender, std::string method) {
+      lanes.push_back(
+          {name, &contender,
+           [&stub = *contender.tcp, method, messages = StreamOf(c)](int in_flight, int count) {
+             return SendStreams(stub, method, messages, in_flight, count);
+           }});
+    };
+    stream("ours", all.ours, "/normd.v1.NormService/ForwardStream");
+    stream("floor", all.echo, kEchoChunks);
     if (c.bytes > 100 * kMiB) return lanes;
   }
   const auto [method, request] = Request(c);
   const bool unix_socket = c.transport == "unix";
   grpc::GenericStub& ours = unix_socket ? *all.ours.unix_socket : *all.ours.tcp;
-  int64_t response_bytes = 0;
-  Send(ours, method, request, 1, 1, &response_bytes);
+  int64_t response_bytes = c.bytes;
+  if (c.transport != "stream") Send(ours, method, request, 1, 1, &response_bytes);
   if (c.transport == "shared" || c.transport == "copied") {
     SharedMemoryCalls& calls = c.transport == "shared" ? *all.shared : *all.copied;
     normd::v1::Tensor tensor;
     FillTensor(c.bytes, tensor);
     calls.Put(tensor, c.in_flight);
-    lanes.push_back({&all.ours, [&calls, c](int in_flight, int count) {
+    lanes.push_back({"ours", &all.ours, [&calls, c](int in_flight, int count) {
                        return calls.Send(InstanceFor(c), c.op, std::max(in_flight, count));
                      }});
   } else if (c.transport != "stream") {
-    unary(all.ours, ours, method, request);
+    unary("ours", all.ours, ours, method, request);
   }
-  unary(all.echo, unix_socket ? *all.echo.unix_socket : *all.echo.tcp,
-        absl::StrCat("/echo/", response_bytes), request);
+  unary(c.transport == "stream" ? "unary" : "floor", all.echo,
+        unix_socket ? *all.echo.unix_socket : *all.echo.tcp, absl::StrCat("/echo/", response_bytes),
+        request);
   if (c.transport == "tcp") {
-    unary(all.ordinary, *all.ordinary.tcp, method, request);
-    if (all.torch.process != nullptr) unary(all.torch, *all.torch.tcp, method, request);
+    unary("ordinary", all.ordinary, *all.ordinary.tcp, method, request);
+    if (all.torch.process != nullptr) unary("torch", all.torch, *all.torch.tcp, method, request);
   }
   return lanes;
 }
 
 nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
   std::vector<Lane> lanes = LanesFor(all, c);
+  if (const auto wanted = absl::GetFlag(FLAGS_lanes); !wanted.empty()) {
+    std::erase_if(lanes, [&](const Lane& lane) {
+      return lane.name != "ours" &&
+             std::find(wanted.begin(), wanted.end(), lane.name) == wanted.end();
+    });
+  }
   const int rounds = quick ? 5 : 9;
   const int64_t per_round =
       std::clamp<int64_t>((quick ? 32 : 64) * kMiB / c.bytes, 1, quick ? 300 : 2000);
@@ -397,17 +428,20 @@ nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
   }
   for (int round = 0; round < rounds; ++round) {
     for (Lane& lane : lanes) {
+      const double cpu = lane.contender->process->CpuSeconds();
       const absl::Time start = absl::Now();
       const auto each = lane.send(c.in_flight, count);
       lane.round_ms.push_back(absl::ToDoubleMilliseconds(absl::Now() - start) / count);
+      lane.server_cpu_s += lane.contender->process->CpuSeconds() - cpu;
+      lane.calls += count;
       lane.latencies.insert(lane.latencies.end(), each.begin(), each.end());
     }
     // Whoever goes first in a round has no advantage in the next.
     std::reverse(lanes.begin(), lanes.end());
   }
-  const auto find = [&](const Contender& contender) -> Lane* {
+  const auto find = [&](const char* name) -> Lane* {
     for (Lane& lane : lanes) {
-      if (lane.contender == &contender) return &lane;
+      if (lane.name == name) return &lane;
     }
     return nullptr;
   };
@@ -415,21 +449,26 @@ nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
     lane.peak_bytes = lane.contender->process->Memory("VmHWM") - lane.contender->idle_bytes;
   }
 
-  const Lane& ours = *find(all.ours);
+  const Lane& ours = *find("ours");
+  const Lane* floor = find("floor");
   const std::string name = NameOf(c);
-  const auto ratio = [&](const Contender& contender) {
-    const Lane* lane = find(contender);
-    return lane == nullptr ? std::string("-") : absl::StrFormat("%.2f", lane->ms() / ours.ms());
+  const auto over = [&](const char* peer, const Lane* lane) {
+    const Lane* other = find(peer);
+    return other == nullptr || lane == nullptr ? std::string("-")
+                                               : absl::StrFormat("%.2f", other->ms() / lane->ms());
   };
-  const auto peak = [&](const Contender& contender) {
-    const Lane* lane = find(contender);
+  const auto peak = [&](const char* who) {
+    const Lane* lane = find(who);
     return lane == nullptr ? std::string("-") : absl::StrCat(lane->peak_bytes / kMiB);
   };
-  absl::PrintF("%-30s %9.3f %9.3f %9.3f %7.2f %8.0f %6s %9s %6s %6s %6s %6s %6s\n", name, ours.ms(),
-               Percentile(ours.latencies, 0.5), Percentile(ours.latencies, 0.99),
-               static_cast<double>(c.bytes) / 1e6 / ours.ms(), 1000 / ours.ms(), ratio(all.echo),
-               ratio(all.ordinary), ratio(all.torch), peak(all.ours), peak(all.echo),
-               peak(all.ordinary), peak(all.torch));
+  absl::PrintF(kRow, name, absl::StrFormat("%.3f", ours.ms()),
+               absl::StrFormat("%.3f", Percentile(ours.latencies, 0.5)),
+               absl::StrFormat("%.3f", Percentile(ours.latencies, 0.99)),
+               absl::StrFormat("%.2f", static_cast<double>(c.bytes) / 1e6 / ours.ms()),
+               absl::StrFormat("%.0f", 1000 / ours.ms()), over("floor", &ours),
+               over("unary", &ours), over("ordinary", &ours), over("torch", &ours),
+               over("unary", floor), over("ordinary", floor), over("torch", floor), peak("ours"),
+               peak("floor"), peak("ordinary"), peak("torch"));
   std::fflush(stdout);
 
   nlohmann::json row = {{"suite", "transport"},  {"case", name},
@@ -437,22 +476,23 @@ nlohmann::json Run(Contenders& all, const Case& c, bool quick) {
                         {"floor_ms", nullptr},   {"floor_ratio", nullptr},
                         {"peer_ratio", nullptr}, {"details", nlohmann::json::object()}};
   for (const Lane& lane : lanes) {
-    const std::string& who = lane.contender->name;
     const double lane_ratio = lane.ms() / ours.ms();
-    if (who == "echo") {
+    if (lane.name == "floor") {
       row["floor_ms"] = lane.ms();
       row["floor_ratio"] = lane_ratio;
-    } else if (who != "ours") {
-      row["peers"][who] = lane.ms();
+    } else if (lane.name != "ours") {
+      row["peers"][lane.name] = lane.ms();
       nlohmann::json& best = row["peer_ratio"];
       best = best.is_null() ? lane_ratio : std::min(best.get<double>(), lane_ratio);
     }
-    row["details"][who] = {{"p50_ms", Percentile(lane.latencies, 0.5)},
-                           {"p99_ms", Percentile(lane.latencies, 0.99)},
-                           {"bytes_per_second", static_cast<double>(c.bytes) * 1e3 / lane.ms()},
-                           {"requests_per_second", 1e3 / lane.ms()},
-                           {"peak_bytes_over_idle", lane.peak_bytes},
-                           {"round_ms", lane.round_ms}};
+    row["details"][lane.name] = {
+        {"p50_ms", Percentile(lane.latencies, 0.5)},
+        {"p99_ms", Percentile(lane.latencies, 0.99)},
+        {"bytes_per_second", static_cast<double>(c.bytes) * 1e3 / lane.ms()},
+        {"requests_per_second", 1e3 / lane.ms()},
+        {"server_cpu_ms", 1e3 * lane.server_cpu_s / lane.calls},
+        {"peak_bytes_over_idle", lane.peak_bytes},
+        {"round_ms", lane.round_ms}};
   }
   return row;
 }
@@ -550,10 +590,10 @@ int main(int argc, char** argv) {
   nlohmann::json rows = nlohmann::json::array();
   {
     Contenders all = Start(directory);
-    absl::PrintF("%-30s %9s %9s %9s %7s %8s %6s %9s %6s %27s\n", "", "ours", "ours", "ours", "ours",
-                 "ours", "time over ours'", "", "", "peak MiB over idle");
-    absl::PrintF("%-30s %9s %9s %9s %7s %8s %6s %9s %6s %6s %6s %6s %6s\n", "case", "ms", "p50 ms",
-                 "p99 ms", "GB/s", "req/s", "echo", "ordinary", "torch", "ours", "echo", "ordin.",
+    absl::PrintF(kRow, "", "ours", "ours", "ours", "ours", "ours", "over", "ours", "", "", "over",
+                 "floor", "", "peak", "MiB", "over", "idle");
+    absl::PrintF(kRow, "case", "ms", "p50 ms", "p99 ms", "GB/s", "req/s", "floor", "unary",
+                 "ordinary", "torch", "unary", "ordinary", "torch", "ours", "floor", "ordin.",
                  "torch");
     for (const Case& c : CasesFor(quick)) {
       const bool wanted = NameOf(c).find(absl::GetFlag(FLAGS_only)) != std::string::npos;
