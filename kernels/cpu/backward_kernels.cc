@@ -8,6 +8,7 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/backward-inl.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/row_gradients-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
@@ -16,11 +17,10 @@ template <class E>
 inline constexpr BackwardKernels kBackwardKernels = {
     .sums_of_runs = SumsOfRuns<E>,
     .sums_of_columns = SumsOfColumns<E>,
-    .sums_of_rows = SumsOfRows<E>,
     .add_up = AddUp<E>,
     .gradient_of_planes = GradientOfPlanes<E>,
     .gradient_of_columns = GradientOfColumns<E>,
-    .gradient_of_rows = GradientOfRows<E>,
+    .backward_rows = BackwardRows<E>,
 };
 
 const BackwardKernels* BackwardTable(DType dtype) {

@@ -6,6 +6,7 @@
 #ifndef NORMD_KERNELS_CPU_CALL_H_
 #define NORMD_KERNELS_CPU_CALL_H_
 
+#include <cmath>
 #include <stop_token>
 
 #include "kernels/backend.h"
@@ -110,7 +111,12 @@ Outcome BackwardByRows(const BackwardCall& call, const Context& context);
 SetMoments ExactMomentsOf(const NormProblem& problem, const void* x, int64_t set);
 
 // Whether fast sums may be trusted; if not, ExactMomentsOf().
-bool AreSound(const NormProblem& problem, double m2);
+inline bool AreSound(const NormProblem& problem, double m2) {
+  if (!std::isfinite(m2)) return false;
+  // Squares below float32's range matter only if eps does not hide them.
+  return problem.eps > 1e-20 || problem.dtype == DType::kFloat64 ||
+         m2 > 1e-30 * static_cast<double>(problem.set_size());
+}
 
 }  // namespace normd::cpu
 

@@ -81,6 +81,20 @@ HWY_INLINE void FetchAhead(const E* from) {
   __builtin_prefetch(from, /*rw=*/0, /*locality=*/2);  // into L2
 }
 
+// Halves as they are stored, and the vector they stand for.
+template <class E, class D>
+HWY_INLINE hn::Vec<D> FromRaw(D d, hn::Vec<hn::Rebind<uint16_t, D>> bits) {
+  const hn::Rebind<uint32_t, D> du32;
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du32, bits)));
+  } else if constexpr (kNativeFloat16) {
+    const hn::Rebind<hwy::float16_t, D> df16;
+    return hn::PromoteTo(d, hn::BitCast(df16, bits));
+  } else {
+    return FloatFromHalfBits(du32, hn::PromoteTo(du32, bits));
+  }
+}
+
 // Lanes(d) elements; `from` needs an element's alignment only.
 template <class D, class E>
 HWY_INLINE hn::Vec<D> LoadElements(D d, const E* from) {
@@ -88,16 +102,7 @@ HWY_INLINE hn::Vec<D> LoadElements(D d, const E* from) {
     return hn::LoadU(d, from);
   } else {
     const hn::Rebind<uint16_t, D> du16;
-    const hn::Rebind<uint32_t, D> du32;
-    const auto bits = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(from));
-    if constexpr (std::is_same_v<E, BFloat16>) {
-      return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du32, bits)));
-    } else if constexpr (kNativeFloat16) {
-      const hn::Rebind<hwy::float16_t, D> df16;
-      return hn::PromoteTo(d, hn::BitCast(df16, bits));
-    } else {
-      return FloatFromHalfBits(du32, hn::PromoteTo(du32, bits));
-    }
+    return FromRaw<E>(d, hn::LoadU(du16, reinterpret_cast<const uint16_t*>(from)));
   }
 }
 
@@ -115,6 +120,20 @@ HWY_INLINE hn::Vec<hn::Rebind<uint32_t, D>> RoundedToBFloat16(D, hn::Vec<D> v) {
   const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du32, 1));
   return hn::Add(hn::Add(bits, hn::Set(du32, 0x7fff)), odd);
 #endif
+}
+
+template <class E, class D>
+HWY_INLINE hn::Vec<hn::Rebind<uint16_t, D>> ToRaw(D d, hn::Vec<D> v) {
+  const hn::Rebind<uint16_t, D> du16;
+  const hn::Rebind<uint32_t, D> du32;
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    return hn::TruncateTo(du16, hn::ShiftRight<16>(RoundedToBFloat16(d, v)));
+  } else if constexpr (kNativeFloat16) {
+    const hn::Rebind<hwy::float16_t, D> df16;
+    return hn::BitCast(du16, hn::DemoteTo(df16, v));
+  } else {
+    return hn::TruncateTo(du16, HalfBitsFromFloat(du32, v));
+  }
 }
 
 // Past the cache if `stream`: `to` is then aligned to what a vector stores.
@@ -135,17 +154,7 @@ HWY_INLINE void StoreElements(D d, hn::Vec<D> v, E* to, bool stream) {
     StoreRaw(d, v, to, stream);
   } else {
     const hn::Rebind<uint16_t, D> du16;
-    const hn::Rebind<uint32_t, D> du32;
-    uint16_t* raw = reinterpret_cast<uint16_t*>(to);
-    if constexpr (std::is_same_v<E, BFloat16>) {
-      StoreRaw(du16, hn::TruncateTo(du16, hn::ShiftRight<16>(RoundedToBFloat16(d, v))), raw,
-               stream);
-    } else if constexpr (kNativeFloat16) {
-      const hn::Rebind<hwy::float16_t, D> df16;
-      StoreRaw(du16, hn::BitCast(du16, hn::DemoteTo(df16, v)), raw, stream);
-    } else {
-      StoreRaw(du16, hn::TruncateTo(du16, HalfBitsFromFloat(du32, v)), raw, stream);
-    }
+    StoreRaw(du16, ToRaw<E>(d, v), reinterpret_cast<uint16_t*>(to), stream);
   }
 }
 
@@ -247,22 +256,42 @@ HWY_INLINE void StorePairValues(D d, const Pair<D>& values, hn::TFromD<D>* to) {
 // Whether a pair may be streamed there.
 template <class D, class E>
 HWY_INLINE bool IsAlignedForPair(D d, const E* to) {
-  return reinterpret_cast<uintptr_t>(to) % (2 * hn::Lanes(d) * sizeof(E)) == 0;
+  const uintptr_t vectors = kPairsInterleave<E> ? 2 : 1;
+  return reinterpret_cast<uintptr_t>(to) % (vectors * hn::Lanes(d) * sizeof(E)) == 0;
 }
 
-// The `n` elements at `from`, n < Lanes(d), and zeros.
+// The `n` elements at `from`, n <= Lanes(d), and zeros.
 template <class D, class E>
 HWY_INLINE hn::Vec<D> LoadPartial(D d, const E* from, size_t n) {
+#if HWY_TARGET == HWY_AVX3  // where what a mask leaves out is not touched
+  if constexpr (sizeof(E) == sizeof(hn::TFromD<D>)) {
+    return hn::MaskedLoad(hn::FirstN(d, n), d, from);
+  } else {
+    const hn::Rebind<uint16_t, D> du16;
+    return FromRaw<E>(
+        d, hn::MaskedLoad(hn::FirstN(du16, n), du16, reinterpret_cast<const uint16_t*>(from)));
+  }
+#else
   HWY_ALIGN E buffer[kMaxLanes] = {};
   std::memcpy(buffer, from, n * sizeof(E));
   return LoadElements(d, buffer);
+#endif
 }
 
 template <class D, class E>
 HWY_INLINE void StorePartial(D d, hn::Vec<D> v, E* to, size_t n) {
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (sizeof(E) == sizeof(hn::TFromD<D>)) {
+    hn::BlendedStore(v, hn::FirstN(d, n), d, to);
+  } else {
+    const hn::Rebind<uint16_t, D> du16;
+    hn::BlendedStore(ToRaw<E>(d, v), hn::FirstN(du16, n), du16, reinterpret_cast<uint16_t*>(to));
+  }
+#else
   HWY_ALIGN E buffer[kMaxLanes];
   StoreElements(d, v, buffer, /*stream=*/false);
   std::memcpy(to, buffer, n * sizeof(E));
+#endif
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

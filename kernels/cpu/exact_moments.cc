@@ -36,13 +36,6 @@ void ForEachOf(const NormProblem& problem, const void* x, int64_t set, Visit vis
 
 }  // namespace
 
-bool AreSound(const NormProblem& problem, double m2) {
-  if (!std::isfinite(m2)) return false;
-  // Squares below float32's range matter only if eps does not hide them.
-  const double var = m2 / static_cast<double>(problem.set_size());
-  return var > 1e-30 || problem.eps > 1e-20 || problem.dtype == DType::kFloat64;
-}
-
 SetMoments ExactMomentsOf(const NormProblem& problem, const void* x, int64_t set) {
   double mean = 0;
   if (problem.center) {

@@ -9,6 +9,7 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/moments-inl.h"
 #include "kernels/cpu/normalize-inl.h"
+#include "kernels/cpu/rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
@@ -20,7 +21,8 @@ inline constexpr ForwardKernels kForwardKernels = {
     .normalize_planes = NormalizePlanes<E>,
     .normalize_columns = NormalizeColumns<E>,
     .in_pairs = kPairsInterleave<E> ? RowInPairs<E> : nullptr,
-    .normalize_rows = NormalizeRows<E>,
+    .constants_of_rows = ConstantsOfRows<E>,
+    .forward_rows = ForwardRows<E>,
 };
 
 const ForwardKernels* ForwardTable(DType dtype) {

@@ -56,32 +56,48 @@ struct Planes {
   int64_t skip;         // elements of that plane before `begin`
 };
 
-// One row of a LayerNorm: scalars of the row, arrays along it.
-//   forward    y  = (d * invstd + lost) * weight + bias,   lost = (shift - mean) * invstd
-//   backward   dx = dy * (weight * invstd) + (d * slope + offset)
-// and, in backward, grad_weight += dy * (d * invstd + lost), grad_bias += dy.
-struct Row {
-  int64_t begin;
-  int64_t count;
-  double shift = 0;
-  double invstd = 1;
-  double lost = 0;
-  double slope = 0;
-  double offset = 0;
-  const void* weight = nullptr;  // arrays of `count`
+// What lies along the rows of a LayerNorm: arrays of a sample's elements, which its rows take in
+// turn.
+struct AlongRows {
+  int64_t length = 0;      // of a row
+  int64_t parameters = 0;  // of the arrays: a row or several
+  const void* weight = nullptr;
   const void* bias = nullptr;
   void* grad_weight = nullptr;  // both or none
   void* grad_bias = nullptr;
-  bool constant = false;  // constant statistics: dx = dy * (weight * invstd)
   bool in_pairs = false;  // the arrays are in the order of in_pairs()
+  bool constant = false;  // constant statistics: dx = dy * (weight * invstd)
+  bool center = true;     // as in NormProblem
 };
 
-// Rows that a forward computes side by side, so that weight and bias are loaded once for all
-// of them. One where stores bypass the cache, two streams of which are slower than one, unless
-// halves keep the processor busier than memory.
-constexpr int64_t RowsSideBySide(bool stream, int64_t element_bytes) {
-  return stream && element_bytes > 2 ? 1 : 2;
-}
+// What rows are normalized by, arrays with a value a row.
+//   forward    y  = (d * invstd + lost) * weight + bias,   lost = (shift - mean) * invstd
+//   backward   dx = dy * (weight * invstd) + (d * slope + offset)
+// and, in backward, grad_weight += dy * (d * invstd + lost), grad_bias += dy.
+struct RowConstants {
+  void* shift = nullptr;
+  void* invstd = nullptr;
+  void* lost = nullptr;
+  void* slope = nullptr;  // these two: backward only
+  void* offset = nullptr;
+};
+
+// Neighbouring rows.
+inline constexpr int64_t kMostRows = 64;
+struct Rows {
+  int64_t begin = 0;      // of the first, in the tensors
+  int64_t parameter = 0;  // of the first, in the arrays along rows
+  int64_t count = 0;      // kMostRows or fewer
+  RowConstants constants = {};
+};
+
+// A value a row. The variance is m2 / elements.
+struct RowStatistics {
+  const double* mean;  // null: 0
+  const double* m2;
+  double elements;
+  double eps;
+};
 
 struct ForwardTensors {
   const void* x = nullptr;
@@ -119,9 +135,11 @@ struct ForwardKernels {
                             const Coefficients& coefficients);
   // Writes an array along a row in the order in which rows are computed. Null: as it is.
   void (*in_pairs)(const void* values, int64_t count, void* to);
-  // A tile of columns of all rows after the other, so that their weight and bias stay in
-  // the nearest cache.
-  void (*normalize_rows)(const ForwardTensors& tensors, const Row* rows, int64_t count);
+  void (*constants_of_rows)(const RowStatistics& statistics, int64_t count, const RowConstants& to);
+  // Writes rows, and in the same loop finds the moments of the next ones; of either there may be
+  // none.
+  void (*forward_rows)(const ForwardTensors& tensors, const AlongRows& along, const Rows& now,
+                       const Rows& next, double* mean, double* m2);
 };
 
 struct BackwardKernels {
@@ -132,9 +150,6 @@ struct BackwardKernels {
   // Added to sums of each column; `scratch`: 2 * columns values.
   void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                           const void* shift, void* scratch, double* dy, double* dy_d);
-  // Of each row, of dy * weight; adds to the rows' grad_weight and grad_bias, if wanted.
-  void (*sums_of_rows)(const BackwardTensors& tensors, const Row* rows, int64_t count,
-                       GradientSums* sums);
   // Adds each of `parts` arrays, `stride` apart, to an array of totals, which is not in pairs.
   void (*add_up)(const void* parts_data, int64_t parts, int64_t stride, int64_t count,
                  bool in_pairs, double* total);
@@ -142,8 +157,11 @@ struct BackwardKernels {
                              const Coefficients& coefficients);
   void (*gradient_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                               const Coefficients& coefficients);
-  // As normalize_rows().
-  void (*gradient_of_rows)(const BackwardTensors& tensors, const Row* rows, int64_t count);
+  // Writes the gradients of rows, and in the same loop takes the sums of the next ones, adding to
+  // the gradients along rows, if wanted; of either there may be none. `statistics`: of the next.
+  // Fills in the next ones' constants.
+  void (*backward_rows)(const BackwardTensors& tensors, const AlongRows& along, const Rows& now,
+                        const Rows& next, const RowStatistics& statistics);
 };
 
 // Of this machine's best instruction set.

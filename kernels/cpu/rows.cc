@@ -2,13 +2,16 @@
 // each of its elements. A row is read from memory once: it is still in the cache when it
 // is written.
 //
-// A unit is some rows, taken some at a time: those are summed, then written, while the next
-// ones are fetched. The gradients of weight and bias are summed in floats over a unit, then
+// Rows are taken some at a time: while these are written, the next ones are summed. A thread
+// goes on so through all units that it does one after the other.
+//
+// A unit is some rows. The gradients of weight and bias are summed in floats over a unit, then
 // in doubles over the units in their order.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <stop_token>
 #include <utility>
 #include <vector>
 
@@ -20,10 +23,14 @@
 namespace normd::cpu {
 namespace {
 
-constexpr int64_t kUnitBytes = int64_t{1} << 18;
-constexpr int64_t kMostTogether = 8;
-// Of weight and bias, which stay in L1 beside a row.
+constexpr int64_t kUnitBytes = int64_t{1} << 18;  // of a forward
+// Of rows that are taken together: these and the next ones stay in L1.
+constexpr int64_t kTogetherBytes = int64_t{1} << 14;
+// Where their parameters outgrow L1, so many rows share them.
 constexpr int64_t kNearBytes = int64_t{1} << 14;
+constexpr int64_t kFewestSharing = 8;
+// Whose statistics are a vector.
+constexpr int64_t kRowsAtOnce = 8;
 constexpr int64_t kShortestAheadBytes = int64_t{1} << 13;
 // Of a unit of a backward: in so few floats lose little, in so many the units' sums are a
 // small part of the data.
@@ -40,12 +47,9 @@ struct Geometry {
     parameters = problem.channels * inner;
   }
 
-  void CutForForward(bool stream) {
+  void CutForForward() {
     unit_rows = std::clamp<int64_t>(kUnitBytes / row_bytes(), 1, rows);
-    // Rows whose parameters outgrow L1 share them. Of others no more than are computed side
-    // by side: the sooner a row is written, the nearer it is.
-    const int64_t parameter_bytes = 2 * length * std::max<int64_t>(4, element_bytes);
-    Take(parameter_bytes > kNearBytes ? kMostTogether : RowsSideBySide(stream, element_bytes), 1);
+    Take(1);
   }
 
   // A parameter's gradient gets a value from each sample.
@@ -54,13 +58,13 @@ struct Geometry {
     unit_rows = rows_of_sample *
                 std::min(samples, std::clamp((samples + kUnitsTogether - 1) / kUnitsTogether,
                                              kFewestSamples, kMostSamples));
-    Take(2, 2);  // those side by side
+    Take(2);
   }
 
   int64_t row_bytes() const { return length * element_bytes; }
   int64_t units() const { return (rows + unit_rows - 1) / unit_rows; }
-  int64_t FirstRow(int64_t unit) const { return unit * unit_rows; }
-  int64_t LastRow(int64_t unit) const { return std::min(rows, (unit + 1) * unit_rows); }
+  // Of the unit, or after the last of all.
+  int64_t FirstRow(int64_t unit) const { return std::min(rows, unit * unit_rows); }
   // Where a row's parameters begin: groups take turns.
   int64_t ParameterOf(int64_t row) const { return row * length % parameters; }
 
@@ -68,18 +72,50 @@ struct Geometry {
   int64_t inner;       // elements with the same weight
   int64_t parameters;  // elements of one sample
   int64_t unit_rows = 1;
-  int64_t together = 1;  // rows that are summed before the first of them is written
+  int64_t together = 1;  // rows that are summed while the ones before are written
   int64_t ahead = 0;     // as in ForwardTensors
 
  private:
-  // `most` rows together, or as many as the L2 holds beside the next ones; of `inputs` tensors.
-  // These are fetched, or later ones if rows are short.
-  void Take(int64_t most, int64_t inputs) {
-    const int64_t cached = LargestReadTwice() / (inputs * row_bytes());
+  // Rows are of `inputs` tensors.
+  void Take(int64_t inputs) {
+    const int64_t bytes = inputs * row_bytes();
+    const int64_t cached = LargestReadTwice() / bytes;
     if (cached == 0) return;
-    together = std::clamp<int64_t>(cached / 2, 1, most);
-    ahead = std::max(together, (kShortestAheadBytes + row_bytes() - 1) / row_bytes()) * length;
+    const int64_t parameter_bytes = 2 * length * std::max<int64_t>(4, element_bytes);
+    const int64_t sharing = parameter_bytes > kNearBytes ? kFewestSharing : 1;
+    together = std::min({cached, kMostRows, std::max(sharing, kTogetherBytes / bytes)});
+    if (together > kRowsAtOnce) together -= together % kRowsAtOnce;
+    ahead = std::max<int64_t>(1, (kShortestAheadBytes + row_bytes() - 1) / row_bytes()) * length;
   }
+};
+
+// Units that a thread takes one after the other, without a break.
+struct Span {
+  int64_t begin;
+  int64_t end;
+};
+
+// Calls apply(span) for spans that together are all units, and that end early where the caller
+// asked to stop. `bytes`: of all tensors.
+template <class ApplySpan>
+Outcome RunSpans(int64_t units, int64_t bytes, const Context& context, const ApplySpan& apply) {
+  const int64_t threads = bytes < kBytesWorthThreads ? 1 : context.executor.concurrency();
+  const int64_t spans = threads == 1 ? 1 : std::min(units, 4 * threads);
+  const Outcome outcome = RunParts(spans, bytes, context, [&](int64_t i) {
+    apply(Span{units * i / spans, units * (i + 1) / spans});
+  });
+  return context.stop.stop_requested() ? Outcome::kStopped : outcome;
+}
+
+// RowConstants of kMostRows rows.
+class ConstantsOfMostRows {
+ public:
+  operator RowConstants() {  // NOLINT
+    return {values_[0], values_[1], values_[2], values_[3], values_[4]};
+  }
+
+ private:
+  alignas(64) double values_[5][kMostRows];
 };
 
 // Weight or bias of each element of a sample, in the computing type: the caller's
@@ -94,12 +130,12 @@ class Expanded {
     if (data == nullptr || geometry.inner != 1) {
       const Parameter values(problem.dtype, data, otherwise);
       memory_ = Scratch(bytes);
-      for (int64_t i = 0; i < geometry.parameters; ++i) {
-        const double value = values[i / geometry.inner];
+      const int64_t inner = geometry.inner;
+      for (int64_t c = 0; c < geometry.parameters / inner; ++c) {
         if (width_ == 8) {
-          memory_.Get<double>()[i] = value;
+          std::fill_n(memory_.Get<double>() + c * inner, inner, values[c]);
         } else {
-          memory_.Get<float>()[i] = static_cast<float>(value);
+          std::fill_n(memory_.Get<float>() + c * inner, inner, static_cast<float>(values[c]));
         }
       }
       data_ = memory_.Get();
@@ -121,16 +157,10 @@ class Expanded {
   Scratch memory_;
 };
 
-// `count` elements of a row of `set`, with the weight and bias that begin there.
-Row RowOf(const SetConstants& set, int64_t begin, int64_t count, const void* weight,
-          const void* bias = nullptr) {
-  return {.begin = begin,
-          .count = count,
-          .shift = set.shift,
-          .invstd = set.invstd,
-          .lost = -set.residual * set.invstd,
-          .weight = weight,
-          .bias = bias};
+// From `row` on.
+RowStatistics StatisticsOf(const NormProblem& problem, const Statistics& statistics, int64_t row) {
+  const bool has_mean = problem.center && statistics.mean != nullptr;
+  return {has_mean ? statistics.mean + row : nullptr, statistics.var + row, 1, problem.eps};
 }
 
 class ForwardJob {
@@ -144,47 +174,68 @@ class ForwardJob {
         in_pairs_(call.tensors().relu || call.epilogue.residual != nullptr ? nullptr
                                                                            : kernels_.in_pairs),
         weight_(problem_, geometry_, call.affine.weight, 1, in_pairs_),
-        bias_(problem_, geometry_, call.affine.bias, 0, in_pairs_) {
+        bias_(problem_, geometry_, call.affine.bias, 0, in_pairs_),
+        along_{.length = geometry_.length,
+               .parameters = geometry_.parameters,
+               .weight = weight_.From(0),
+               .bias = bias_.From(0),
+               .in_pairs = in_pairs_ != nullptr,
+               .center = problem_.center} {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
-    geometry_.CutForForward(tensors_.stream);
+    geometry_.CutForForward();
     tensors_.ahead = geometry_.ahead;
   }
 
   Outcome Execute(const Context& context) {
-    return RunParts(geometry_.units(), bytes_, context, [this](int64_t unit) { Apply(unit); });
+    return RunSpans(geometry_.units(), bytes_, context,
+                    [&](const Span& units) { Apply(units, context.stop); });
   }
 
  private:
-  void Apply(int64_t unit) {
-    Row rows[kMostTogether];
-    const int64_t last = geometry_.LastRow(unit);
-    for (int64_t first = geometry_.FirstRow(unit); first < last; first += geometry_.together) {
-      const int64_t count = std::min(geometry_.together, last - first);
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t parameter = geometry_.ParameterOf(first + r);
-        rows[r] = RowOf(ConstantsOf(first + r), (first + r) * geometry_.length, geometry_.length,
-                        weight_.From(parameter), bias_.From(parameter));
-        rows[r].in_pairs = in_pairs_ != nullptr;
+  void Apply(const Span& units, const std::stop_token& stop) {
+    ConstantsOfMostRows constants[2];
+    const int64_t last = geometry_.FirstRow(units.end);
+    Rows now;
+    for (int64_t first = geometry_.FirstRow(units.begin), turn = 0; !stop.stop_requested();
+         ++turn) {
+      const Rows next{.begin = first * geometry_.length,
+                      .parameter = geometry_.ParameterOf(first),
+                      .count = std::min(geometry_.together, last - first),
+                      .constants = constants[turn % 2]};
+      if (call_.by_batch()) {
+        kernels_.forward_rows(tensors_, along_, now, next, call_.moments.mean + first,
+                              call_.moments.m2 + first);
+        CheckMoments(first, next.count);
+      } else if (now.count != 0) {
+        kernels_.forward_rows(tensors_, along_, now, {}, nullptr, nullptr);
       }
-      if (call_.y != nullptr) kernels_.normalize_rows(tensors_, rows, count);
+      if (next.count == 0) break;
+      first += next.count;
+      if (call_.y == nullptr) continue;
+      kernels_.constants_of_rows(StatisticsFrom(first - next.count), next.count, next.constants);
+      now = next;
     }
   }
 
-  SetConstants ConstantsOf(int64_t row) {
-    if (!call_.by_batch()) {
-      return SetConstants(problem_, call_.statistics, row, /*of_batch=*/false);
+  void CheckMoments(int64_t first, int64_t count) {
+    for (int64_t row = first; row < first + count; ++row) {
+      double& mean = call_.moments.mean[row];
+      double& m2 = call_.moments.m2[row];
+      SetMoments moments =
+          CenteredAsAsked(problem_, {static_cast<double>(geometry_.length), mean, m2});
+      if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, row);
+      mean = moments.mean;
+      m2 = moments.m2;
     }
-    const void* begin =
-        static_cast<const char*>(call_.x) + row * geometry_.length * geometry_.element_bytes;
-    PartialMoments of_row;
-    kernels_.moments_of_runs(begin, 1, {1, geometry_.length, 0}, &of_row);
-    SetMoments moments = CenteredAsAsked(problem_, of_row);
-    if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, row);
-    call_.moments.mean[row] = moments.mean;
-    call_.moments.m2[row] = moments.m2;
-    return SetConstants(problem_, moments.mean,
-                        moments.m2 / static_cast<double>(problem_.set_size()), /*of_batch=*/true);
+  }
+
+  RowStatistics StatisticsFrom(int64_t row) const {
+    if (call_.by_batch()) {
+      return {call_.moments.mean + row, call_.moments.m2 + row,
+              static_cast<double>(geometry_.length), problem_.eps};
+    }
+    return StatisticsOf(problem_, call_.statistics, row);
   }
 
   const ForwardCall& call_;
@@ -194,6 +245,7 @@ class ForwardJob {
   const decltype(ForwardKernels::in_pairs) in_pairs_;
   const Expanded weight_;
   const Expanded bias_;
+  const AlongRows along_;
   ForwardTensors tensors_;
   int64_t bytes_;
 };
@@ -225,8 +277,8 @@ class BackwardJob {
     }
     for (int64_t first = 0; first < geometry_.units(); first += kUnitsTogether) {
       const int64_t count = std::min(kUnitsTogether, geometry_.units() - first);
-      const Outcome outcome =
-          RunParts(count, bytes_, context, [this, first](int64_t i) { Apply(first + i, i); });
+      const Outcome outcome = RunSpans(
+          count, bytes_, context, [&](const Span& units) { Apply(first, units, context.stop); });
       if (outcome != Outcome::kOk) return outcome;
       if (wants_parameters()) AddUp(count);
     }
@@ -235,42 +287,42 @@ class BackwardJob {
   }
 
  private:
-  // Its sums for weight and bias become the `place`-th.
-  void Apply(int64_t unit, int64_t place) {
-    const auto sums_from = [&](int64_t i) {
-      return sums_.Get(static_cast<size_t>((place * sums() + i) * width()));
+  // `units` after the `first`: their sums for weight and bias have these places.
+  void Apply(int64_t first_unit, const Span& units, const std::stop_token& stop) {
+    AlongRows along{.length = geometry_.length,
+                    .parameters = geometry_.parameters,
+                    .weight = weight_.From(0),
+                    .in_pairs = in_pairs_ != nullptr,
+                    .constant = !args_.statistics_of_batch,
+                    .center = problem_.center};
+    ConstantsOfMostRows constants[2];
+    Rows now;
+    int64_t turn = 0;
+    const auto go_on = [&](const Rows& next, int64_t row) {
+      kernels_.backward_rows(tensors_, along, now, next,
+                             StatisticsOf(problem_, args_.statistics, row));
+      if (call_.wants_elements()) now = next;
     };
-    if (wants_parameters()) std::memset(sums_from(0), 0, static_cast<size_t>(sums() * width()));
-    Row rows[kMostTogether];
-    std::vector<SetConstants> sets;
-    sets.reserve(kMostTogether);
-    GradientSums of_rows[kMostTogether];
-    const int64_t last = geometry_.LastRow(unit);
-    for (int64_t first = geometry_.FirstRow(unit); first < last; first += geometry_.together) {
-      const int64_t count = std::min(geometry_.together, last - first);
-      sets.clear();
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t parameter = geometry_.ParameterOf(first + r);
-        sets.emplace_back(problem_, args_.statistics, first + r, args_.statistics_of_batch);
-        rows[r] = RowOf(sets.back(), (first + r) * geometry_.length, geometry_.length,
-                        weight_.From(parameter));
-        rows[r].in_pairs = in_pairs_ != nullptr;
-        rows[r].constant = !args_.statistics_of_batch;
-        if (wants_parameters()) {
-          rows[r].grad_weight = sums_from(parameter);
-          rows[r].grad_bias = sums_from(geometry_.parameters + parameter);
-        }
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+      if (wants_parameters()) {
+        std::byte* const sums =
+            sums_.Get<std::byte>(static_cast<size_t>(unit * this->sums() * width()));
+        std::memset(sums, 0, static_cast<size_t>(this->sums() * width()));
+        along.grad_weight = sums;
+        along.grad_bias = sums + geometry_.parameters * width();
       }
-      if (call_.wants_sums()) kernels_.sums_of_rows(tensors_, rows, count, of_rows);
-      if (!call_.wants_elements()) continue;
-      for (int64_t r = 0; r < count && args_.statistics_of_batch; ++r) {
-        const SetConstants& set = sets[static_cast<size_t>(r)];
-        const SetGradient gradient(problem_, set, of_rows[r].dy, GradWeight(set, of_rows[r]));
-        rows[r].slope = gradient.slope;
-        rows[r].offset = gradient.offset;
+      const int64_t last = geometry_.FirstRow(first_unit + unit + 1);
+      for (int64_t row = geometry_.FirstRow(first_unit + unit); row < last;
+           row += geometry_.together) {
+        if (stop.stop_requested()) return;
+        go_on({.begin = row * geometry_.length,
+               .parameter = geometry_.ParameterOf(row),
+               .count = std::min(geometry_.together, last - row),
+               .constants = constants[turn++ % 2]},
+              row);
       }
-      kernels_.gradient_of_rows(tensors_, rows, count);
     }
+    go_on({}, 0);
   }
 
   void AddUp(int64_t units) {
@@ -304,6 +356,11 @@ class BackwardJob {
   void Write(const double* totals, T* to) const {
     if (to == nullptr) return;
     const int64_t inner = geometry_.inner;
+    if (inner == 1) {
+      std::transform(totals, totals + geometry_.parameters, to,
+                     [](double total) { return static_cast<T>(total); });
+      return;
+    }
     for (int64_t c = 0; c < problem_.channels; ++c) {
       double sum = totals[c * inner];
       for (int64_t i = 1; i < inner; ++i) sum += totals[c * inner + i];
@@ -344,9 +401,15 @@ Outcome RangeByRows(const RangeCall& call, const Context& context) {
     const int64_t begin = std::max(first, row * geometry.length);
     const int64_t end = std::min(last, (row + 1) * geometry.length);
     const int64_t parameter = geometry.ParameterOf(row) + begin - row * geometry.length;
-    const Row of_row = RowOf(call.ConstantsOf(row), begin - first, end - begin,
-                             weight.From(parameter), bias.From(parameter));
-    kernels.normalize_rows(tensors, &of_row, 1);
+    ConstantsOfMostRows constants;
+    kernels.constants_of_rows(StatisticsOf(call.problem, call.args.statistics, row), 1, constants);
+    kernels.forward_rows(tensors,
+                         {.length = end - begin,
+                          .parameters = end - begin,
+                          .weight = weight.From(parameter),
+                          .bias = bias.From(parameter)},
+                         {.begin = begin - first, .count = 1, .constants = constants}, {}, nullptr,
+                         nullptr);
   });
 }
 

@@ -147,12 +147,13 @@ template <class T>
 struct RowCoefficients {
   static constexpr bool kIsArrays = false;
 
-  explicit RowCoefficients(const Row& row)
-      : shift(static_cast<T>(row.shift)),
-        invstd(static_cast<T>(row.invstd)),
-        lost(static_cast<T>(row.lost)),
-        weight(static_cast<const T*>(row.weight)),
-        bias(static_cast<const T*>(row.bias)) {}
+  // Those of the r-th of `rows`, whose own begin at `parameter` in the arrays along rows.
+  RowCoefficients(const AlongRows& along, const Rows& rows, int64_t r, int64_t parameter)
+      : shift(static_cast<const T*>(rows.constants.shift)[r]),
+        invstd(static_cast<const T*>(rows.constants.invstd)[r]),
+        lost(static_cast<const T*>(rows.constants.lost)[r]),
+        weight(static_cast<const T*>(along.weight) + parameter),
+        bias(static_cast<const T*>(along.bias) + parameter) {}
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> Make(D d, hn::Vec<D> w, hn::Vec<D> b) const {

@@ -37,6 +37,11 @@ TEST_P(Conformance, NormalizesByBatchWithoutAffine) { Check({.affine = false}, t
 TEST_P(Conformance, NormalizesInPlace) { Check({.in_place = true}, true, 3); }
 TEST_P(Conformance, NormalizesByStatistics) { Check({.by_batch = false}, true, 1); }
 TEST_P(Conformance, NormalizesFarFromZero) { Check({.mean = 300, .deviation = 2}, true, 3); }
+// About two deviations from it: some rows are shifted, others are not.
+TEST_P(Conformance, NormalizesBothNearAndFarFromZero) {
+  Check({.mean = 4.6, .deviation = 2}, true, 3);
+  Check({.mean = 4.6, .deviation = 2}, false, 3);
+}
 TEST_P(Conformance, AddsAResidual) { Check({.residual = true}, true, 3); }
 TEST_P(Conformance, AppliesReluAndWritesItsMask) {
   Check({.residual = true, .relu = true, .in_place = true}, true, 2);

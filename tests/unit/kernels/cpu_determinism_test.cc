@@ -29,6 +29,11 @@ TEST(CpuBackend, IsDeterministicAcrossThreads) {
        .reduction = Reduction::kPerSampleGroup,
        .format = MemoryFormat::kChannelsLast},
       {.batch = 900, .channels = 769, .positions = 1, .reduction = Reduction::kPerSampleGroup},
+      {.batch = 9000,
+       .channels = 100,
+       .positions = 1,
+       .reduction = Reduction::kPerSampleGroup,
+       .dtype = DType::kBFloat16},
   };
   for (const NormProblem& problem : problems) {
     SCOPED_TRACE(Describe(problem));

@@ -1,0 +1,374 @@
+// Rows, backward: the sums of some rows are taken while the gradients of those before are written,
+// as in rows-inl.h.
+#if defined(NORMD_KERNELS_CPU_ROW_GRADIENTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMD_KERNELS_CPU_ROW_GRADIENTS_INL_H_
+#undef NORMD_KERNELS_CPU_ROW_GRADIENTS_INL_H_
+#else
+#define NORMD_KERNELS_CPU_ROW_GRADIENTS_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/backward-inl.h"
+#include "kernels/cpu/elements-inl.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/moments-inl.h"
+#include "kernels/cpu/rows-inl.h"
+#include "kernels/cpu/sums-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normd::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// A row as both steps of its backward read it. Pairs, but for a mask: its bits follow elements
+// one after the other.
+template <class E, bool kMasked, bool kShifted>
+class RowInput {
+ public:
+  using T = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  RowInput(const BackwardTensors& tensors, int64_t begin, T shift)
+      : input_(tensors),
+        begin_(begin),
+        ahead_(begin + tensors.ahead),
+        shift_(hn::Set(D(), shift)) {}
+
+  HWY_INLINE Pair<D> GradY(int64_t j) const {
+    const int64_t i = begin_ + j;
+    if constexpr (!kMasked) return LoadPair(D(), input_.grad_y + i);
+    return {input_.GradY(i), input_.GradY(i + static_cast<int64_t>(hn::Lanes(D())))};
+  }
+  // x - shift.
+  HWY_INLINE Pair<D> Deviation(int64_t j) const {
+    const D d;
+    const E* from = input_.x + begin_ + j;
+    Pair<D> x;
+    if constexpr (kMasked) {
+      x = {LoadElements(d, from), LoadElements(d, from + hn::Lanes(d))};
+    } else {
+      x = LoadPair(d, from);
+    }
+    return {Shifted(x.a), Shifted(x.b)};
+  }
+  HWY_INLINE V PartialGradY(int64_t j, size_t n) const {
+    return input_.PartialGradY(begin_ + j, n);
+  }
+  HWY_INLINE V PartialDeviation(int64_t j, size_t n) const {
+    return Shifted(input_.PartialX(begin_ + j, n));
+  }
+  HWY_INLINE void Fetch(int64_t j) const {
+    FetchPairAhead(D(), input_.grad_y + ahead_ + j);
+    FetchPairAhead(D(), input_.x + ahead_ + j);
+  }
+
+ private:
+  HWY_INLINE V Shifted(V x) const {
+    if constexpr (kShifted) return hn::Sub(x, shift_);
+    return x;
+  }
+
+  GradientInput<E, kMasked> input_;
+  int64_t begin_, ahead_;
+  V shift_;
+};
+
+// The sums over a tile of a row, of dy * weight, and (kParameters) what it adds to those along
+// rows, grad_weight and grad_bias.
+template <class E, bool kMasked, bool kShifted, bool kParameters>
+class TileGradients {
+ public:
+  using T = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  // The row begins at `begin`, what lies along it at `parameter`.
+  TileGradients(const BackwardTensors& tensors, int64_t begin, const AlongRows& along,
+                int64_t parameter, const RowConstants& of, int64_t row)
+      : input_(tensors, begin, static_cast<const T*>(of.shift)[row]),
+        weight_(static_cast<const T*>(along.weight) + parameter),
+        grad_weight_(static_cast<T*>(along.grad_weight) + (kParameters ? parameter : 0)),
+        grad_bias_(static_cast<T*>(along.grad_bias) + (kParameters ? parameter : 0)),
+        invstd_(hn::Set(D(), static_cast<const T*>(of.invstd)[row])),
+        lost_(hn::Set(D(), static_cast<const T*>(of.lost)[row])) {}
+
+  struct Along {
+    Pair<D> grad_weight, grad_bias;
+  };
+  HWY_INLINE Along Two(int64_t j) {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    input_.Fetch(j);
+    const Pair<D> dy = input_.GradY(j), deviation = input_.Deviation(j);
+    Weighted(dy.a, deviation.a, hn::LoadU(d, weight_ + j), dy_a_, dy_d_a_);
+    Weighted(dy.b, deviation.b, hn::LoadU(d, weight_ + j + lanes), dy_b_, dy_d_b_);
+    Along along{dy, dy};
+    if constexpr (kParameters) {
+      along.grad_weight = {WithWeight(dy.a, deviation.a, hn::LoadU(d, grad_weight_ + j)),
+                           WithWeight(dy.b, deviation.b, hn::LoadU(d, grad_weight_ + j + lanes))};
+      along.grad_bias = {hn::Add(hn::LoadU(d, grad_bias_ + j), dy.a),
+                         hn::Add(hn::LoadU(d, grad_bias_ + j + lanes), dy.b)};
+    }
+    return along;
+  }
+  HWY_INLINE void Store(int64_t j, const Along& along) const {
+    if constexpr (kParameters) {
+      const D d;
+      const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+      hn::StoreU(along.grad_weight.a, d, grad_weight_ + j);
+      hn::StoreU(along.grad_weight.b, d, grad_weight_ + j + lanes);
+      hn::StoreU(along.grad_bias.a, d, grad_bias_ + j);
+      hn::StoreU(along.grad_bias.b, d, grad_bias_ + j + lanes);
+    }
+  }
+  HWY_INLINE void Part(int64_t j, size_t n) {
+    const D d;
+    const V dy = input_.PartialGradY(j, n), deviation = input_.PartialDeviation(j, n);
+    Weighted(dy, deviation, LoadPartial(d, weight_ + j, n), dy_a_, dy_d_a_);
+    if constexpr (kParameters) {
+      StorePartial(d, WithWeight(dy, deviation, LoadPartial(d, grad_weight_ + j, n)),
+                   grad_weight_ + j, n);
+      StorePartial(d, hn::Add(LoadPartial(d, grad_bias_ + j, n), dy), grad_bias_ + j, n);
+    }
+  }
+
+  // Of dy * weight, and of that times x - shift.
+  HWY_INLINE hn::Vec<WideTag> Dy() const { return Doubles(D(), hn::Add(dy_a_, dy_b_)); }
+  HWY_INLINE hn::Vec<WideTag> DyD() const { return Doubles(D(), hn::Add(dy_d_a_, dy_d_b_)); }
+
+ private:
+  static HWY_INLINE void Weighted(V dy, V deviation, V weight, V& sum, V& product) {
+    const V weighted = hn::Mul(dy, weight);
+    sum = hn::Add(sum, weighted);
+    product = hn::MulAdd(weighted, deviation, product);
+  }
+  HWY_INLINE V WithWeight(V dy, V deviation, V sum) const {
+    return hn::MulAdd(dy, hn::MulAdd(deviation, invstd_, lost_), sum);
+  }
+
+  const RowInput<E, kMasked, kShifted> input_;
+  const T* const weight_;
+  T* const grad_weight_;
+  T* const grad_bias_;
+  const V invstd_, lost_;
+  V dy_a_ = hn::Zero(D()), dy_b_ = dy_a_, dy_d_a_ = dy_a_, dy_d_b_ = dy_a_;
+};
+
+// Writes the gradients of a row. kPlain: that of x is all that is wanted, and the statistics are
+// not constant; then kStream says whether to write past the cache.
+template <class E, bool kMasked, bool kShifted, bool kPlain, bool kStream>
+class WriteGradients {
+ public:
+  using T = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  WriteGradients(const BackwardTensors& tensors, int64_t begin, const AlongRows& along,
+                 int64_t parameter, const RowConstants& of, int64_t row)
+      : input_(tensors, begin, static_cast<const T*>(of.shift)[row]),
+        grad_x_(tensors.grad_x == nullptr ? nullptr : static_cast<E*>(tensors.grad_x) + begin),
+        grad_residual_(tensors.grad_residual == nullptr
+                           ? nullptr
+                           : static_cast<E*>(tensors.grad_residual) + begin),
+        wants_x_(tensors.grad_x != nullptr),
+        wants_residual_(tensors.grad_residual != nullptr),
+        constant_(along.constant),
+        stream_(tensors.stream && IsAlignedForPair(D(), grad_x_) &&
+                IsAlignedForPair(D(), grad_residual_)),
+        weight_(static_cast<const T*>(along.weight) + parameter),
+        invstd_(hn::Set(D(), static_cast<const T*>(of.invstd)[row])),
+        slope_(hn::Set(D(), static_cast<const T*>(of.slope)[row])),
+        offset_(hn::Set(D(), static_cast<const T*>(of.offset)[row])) {}
+
+  struct Gradients {
+    Pair<D> dx, dy;
+  };
+  HWY_INLINE Gradients Two(int64_t j) const {
+    const D d;
+    const Pair<D> dy = input_.GradY(j);
+    if (!kPlain && !wants_x_) return {dy, dy};
+    const Pair<D> deviation = kPlain || !constant_ ? input_.Deviation(j) : dy;
+    return {{Dx(dy.a, deviation.a, hn::LoadU(d, weight_ + j)),
+             Dx(dy.b, deviation.b, hn::LoadU(d, weight_ + j + hn::Lanes(d)))},
+            dy};
+  }
+  HWY_INLINE void Store(int64_t j, const Gradients& of) const {
+    if (kPlain || wants_x_) StoreOne(of.dx, grad_x_ + j);
+    if (!kPlain && wants_residual_) StoreOne(of.dy, grad_residual_ + j);
+  }
+  HWY_INLINE void Part(int64_t j, size_t n) const {
+    const D d;
+    const V dy = input_.PartialGradY(j, n);
+    if (kPlain || wants_x_) {
+      const V deviation = kPlain || !constant_ ? input_.PartialDeviation(j, n) : dy;
+      const V dx = Dx(dy, deviation, LoadPartial(d, weight_ + j, n));
+      if (kStream && n == hn::Lanes(d)) {
+        StoreElements(d, dx, grad_x_ + j, kStream);
+      } else {
+        StorePartial(d, dx, grad_x_ + j, n);
+      }
+    }
+    if (!kPlain && wants_residual_) StorePartial(d, dy, grad_residual_ + j, n);
+  }
+
+ private:
+  HWY_INLINE V Dx(V dy, V deviation, V weight) const {
+    const V scale = hn::Mul(weight, invstd_);
+    if (!kPlain && constant_) return hn::Mul(dy, scale);
+    return hn::MulAdd(dy, scale, hn::MulAdd(deviation, slope_, offset_));
+  }
+  HWY_INLINE void StoreOne(const Pair<D>& v, E* to) const {
+    const bool stream = kPlain ? kStream : stream_;
+    if constexpr (kMasked) {
+      StoreTwo(D(), v.a, v.b, to, stream);
+    } else {
+      StorePair(D(), v, to, stream);
+    }
+  }
+
+  const RowInput<E, kMasked, kShifted> input_;
+  E* const grad_x_;
+  E* const grad_residual_;
+  const bool wants_x_, wants_residual_, constant_, stream_;
+  const T* const weight_;
+  const V invstd_, slope_, offset_;
+};
+
+// The part of the gradients that all elements of a row share, as SetGradient.
+template <class E>
+HWY_INLINE void SharedGradients(const RowStatistics& statistics, const AlongRows& along,
+                                int64_t count, const SumsInLanes<2>& sums, const RowConstants& to) {
+  using T = ComputeType<E>;
+  const WideTag d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  HWY_ALIGN double dy[kMostRows + kMaxWideLanes], dy_d[kMostRows + kMaxWideLanes];
+  for (int64_t row = 0; row < count; row += lanes) {
+    hn::Store(sums.Totals(row, 0), d, dy + row);
+    hn::Store(sums.Totals(row, 1), d, dy_d + row);
+  }
+  ForEachWide(count, [&](auto wide, int64_t row) NORMD_INLINE_LAMBDA {
+    const auto inverse = hn::Set(wide, 1 / static_cast<double>(along.length));
+    const auto c = ConstantsAt<E>(wide, statistics, row);
+    const auto sum_g = hn::LoadU(wide, dy + row);
+    const auto sum_gx =
+        hn::Mul(hn::Sub(hn::LoadU(wide, dy_d + row), hn::Mul(c.residual, sum_g)), c.invstd);
+    const auto slope = hn::Neg(hn::Mul(hn::Mul(c.invstd, c.invstd), hn::Mul(sum_gx, inverse)));
+    auto offset = hn::Neg(hn::Mul(c.residual, slope));
+    if (along.center) offset = hn::Sub(offset, hn::Mul(c.invstd, hn::Mul(sum_g, inverse)));
+    StoreDoubles(wide, slope, static_cast<T*>(to.slope) + row);
+    StoreDoubles(wide, offset, static_cast<T*>(to.offset) + row);
+  });
+}
+
+template <class E, bool kMasked, bool kShifted, bool kParameters, bool kPlain, bool kStream>
+HWY_INLINE void WriteAndSumGradients(const BackwardTensors& tensors, const AlongRows& along,
+                                     const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
+  const Tag<E> d;
+  const int64_t both = std::min(now.count, next.count);
+  ForEachTile(d, along.length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
+    Parameter parameter_now(along, now), parameter_next(along, next);
+    const auto write_of = [&](int64_t r) NORMD_INLINE_LAMBDA {
+      return WriteGradients<E, kMasked, kShifted, kPlain, kStream>(
+          tensors, now.begin + r * along.length, along, parameter_now.Next(), now.constants, r);
+    };
+    const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
+      TileGradients<E, kMasked, kShifted, kParameters> tile(
+          tensors, next.begin + r * along.length, along, parameter_next.Next(), next.constants, r);
+      OverColumns(d, begin, end, tile, write);
+      sums.Add(r, 0, tile.Dy(), begin == 0);
+      sums.Add(r, 1, tile.DyD(), begin == 0);
+    };
+    for (int64_t r = 0; r < both; ++r) sum_up(r, write_of(r));
+    for (int64_t r = both; r < next.count; ++r) sum_up(r, Nothing());
+    for (int64_t r = both; r < now.count; ++r) {
+      Nothing nothing;
+      OverColumns(d, begin, end, nothing, write_of(r));
+    }
+  });
+}
+
+template <class E>
+void BackwardRows(const BackwardTensors& tensors, const AlongRows& along, const Rows& now,
+                  const Rows& next, const RowStatistics& statistics) {
+  const Tag<E> d;
+  ConstantsOfRows<E>(statistics, next.count, next.constants);
+  SumsInLanes<2> sums;
+  const bool plain =
+      tensors.grad_x != nullptr && tensors.grad_residual == nullptr && !along.constant;
+  const E* const to = static_cast<const E*>(tensors.grad_x) + now.begin;
+  const bool stream =
+      tensors.stream && IsAlignedForPair(d, to) && IsAlignedForPair(d, to + along.length);
+  const auto run = [&]<bool kMasked, bool kShifted, bool kPlain, bool kStream>()
+                       NORMD_INLINE_LAMBDA {
+                         if (along.grad_weight != nullptr) {
+                           WriteAndSumGradients<E, kMasked, kShifted, true, kPlain, kStream>(
+                               tensors, along, now, next, sums);
+                         } else {
+                           WriteAndSumGradients<E, kMasked, kShifted, false, kPlain, kStream>(
+                               tensors, along, now, next, sums);
+                         }
+                       };
+  if (tensors.relu_mask != nullptr) {
+    run.template operator()<true, true, false, false>();
+  } else if (!plain) {
+    run.template operator()<false, true, false, false>();
+  } else if (AreShifted<E>(now) || AreShifted<E>(next)) {
+    stream ? run.template operator()<false, true, true, true>()
+           : run.template operator()<false, true, true, false>();
+  } else {
+    constexpr bool kShifted = kAlwaysShifts<E>;
+    stream ? run.template operator()<false, kShifted, true, true>()
+           : run.template operator()<false, kShifted, true, false>();
+  }
+  SharedGradients<E>(statistics, along, next.count, sums, next.constants);
+}
+
+template <class E>
+void AddUp(const void* data, int64_t parts, int64_t stride, int64_t count, bool in_pairs,
+           double* HWY_RESTRICT total) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const hn::ScalableTag<double> wide;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const T* HWY_RESTRICT from = static_cast<const T*>(data);
+  int64_t j = 0;
+  if constexpr (kPairsInterleave<E>) {
+    const int64_t half = lanes / 2;
+    for (; in_pairs && j + 2 * lanes <= count; j += 2 * lanes) {
+      hn::Vec<decltype(wide)> a0, b0, a1, b1;
+      hn::LoadInterleaved2(wide, total + j, a0, b0);
+      hn::LoadInterleaved2(wide, total + j + lanes, a1, b1);
+      for (int64_t part = 0; part < parts; ++part) {
+        const T* at = from + part * stride + j;
+        a0 = hn::Add(a0, LoadDoubles(wide, at));
+        a1 = hn::Add(a1, LoadDoubles(wide, at + half));
+        b0 = hn::Add(b0, LoadDoubles(wide, at + lanes));
+        b1 = hn::Add(b1, LoadDoubles(wide, at + lanes + half));
+      }
+      hn::StoreInterleaved2(a0, b0, wide, total + j);
+      hn::StoreInterleaved2(a1, b1, wide, total + j + lanes);
+    }
+  }
+  const int64_t step = static_cast<int64_t>(hn::Lanes(wide));
+  for (; j + step <= count; j += step) {
+    auto sum = hn::LoadU(wide, total + j);
+    for (int64_t part = 0; part < parts; ++part) {
+      sum = hn::Add(sum, LoadDoubles(wide, from + part * stride + j));
+    }
+    hn::StoreU(sum, wide, total + j);
+  }
+  for (; j < count; ++j) {
+    for (int64_t part = 0; part < parts; ++part) {
+      total[j] += static_cast<double>(from[part * stride + j]);
+    }
+  }
+}
+
+}  // namespace normd::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

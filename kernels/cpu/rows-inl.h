@@ -1,0 +1,450 @@
+// Rows, forward: sets that are contiguous, with a weight and a bias for each of their elements.
+// While some rows are written, the next ones are summed in the same loop, so that memory is
+// read and written at once and at an even pace, as in a copy.
+#if defined(NORMD_KERNELS_CPU_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMD_KERNELS_CPU_ROWS_INL_H_
+#undef NORMD_KERNELS_CPU_ROWS_INL_H_
+#else
+#define NORMD_KERNELS_CPU_ROWS_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstdint>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/elements-inl.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/moments-inl.h"
+#include "kernels/cpu/normalize-inl.h"
+#include "kernels/cpu/sums-inl.h"
+#include "kernels/cpu/walk-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normd::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using WideTag = hn::ScalableTag<double>;
+inline constexpr size_t kMaxWideLanes = 8;
+
+template <class E>
+void RowInPairs(const void* values, int64_t count, void* to) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const T* from = static_cast<const T*>(values);
+  T* out = static_cast<T*>(to);
+  int64_t j = 0;
+  for (; j + 2 * lanes <= count; j += 2 * lanes) {
+    const Pair<Tag<E>> pair = LoadPairValues<E>(d, from + j);
+    hn::StoreU(pair.a, d, out + j);
+    hn::StoreU(pair.b, d, out + j + lanes);
+  }
+  std::copy(from + j, from + count, out + j);
+}
+
+// What is done to the columns of one row and to those of another, side by side:
+//   Two(j)             to a pair from column j on; what comes of it is stored by
+//   Store(j, result)   after all loads of these columns: one that follows a store to the same
+//                      place of another page waits for it
+//   Part(j, n)         to n columns, Lanes() or fewer
+struct Nothing {
+  HWY_INLINE int Two(int64_t) { return 0; }
+  HWY_INLINE void Store(int64_t, int) {}
+  HWY_INLINE void Part(int64_t, size_t) {}
+};
+template <class D, class Sum, class Write>
+HWY_INLINE void OverColumns(D d, int64_t j, int64_t end, Sum& sum, Write write) {
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  for (; j + 2 * lanes <= end; j += 2 * lanes) {
+    const auto summed = sum.Two(j);
+    const auto written = write.Two(j);
+    sum.Store(j, summed);
+    write.Store(j, written);
+  }
+  for (; j < end; j += lanes) {
+    const size_t n = static_cast<size_t>(std::min(lanes, end - j));
+    sum.Part(j, n);
+    write.Part(j, n);
+  }
+}
+
+// Calls run(begin, end) for tiles of columns: whole pairs, and so small that what lies along rows
+// stays in L1 while all of them pass.
+template <class D, class Run>
+HWY_INLINE void ForEachTile(D d, int64_t length, Run run) {
+  const int64_t tile = 64 * static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t begin = 0; begin < length; begin += tile) run(begin, std::min(begin + tile, length));
+}
+
+// Where each row's own begin in the arrays along rows.
+class Parameter {
+ public:
+  Parameter(const AlongRows& along, const Rows& rows)
+      : length_(along.length), end_(along.parameters), at_(rows.parameter) {}
+  HWY_INLINE int64_t Next() {
+    const int64_t at = at_;
+    at_ += length_;
+    if (at_ >= end_) at_ = 0;
+    return at;
+  }
+
+ private:
+  const int64_t length_, end_;
+  int64_t at_;
+};
+
+// Sums of rows, a vector of doubles each until they are added up for several rows at once.
+template <int kKinds>
+class SumsInLanes {
+ public:
+  using V = hn::Vec<WideTag>;
+
+  // Adds to a row's sums, or begins them.
+  HWY_INLINE void Add(int64_t row, int kind, V v, bool begin) {
+    double* at = At(row, kind);
+    hn::Store(begin ? v : hn::Add(hn::Load(WideTag(), at), v), WideTag(), at);
+  }
+  // Of rows [row, row + Lanes()).
+  HWY_INLINE V Totals(int64_t row, int kind) const {
+    return TotalsOf<hn::MaxLanes(WideTag())>(row, kind);
+  }
+
+ private:
+  template <size_t kRows>
+  HWY_INLINE V TotalsOf(int64_t row, int kind) const {
+    const WideTag d;
+    if constexpr (kRows == 1) {
+      return hn::Load(d, At(row, kind));
+    } else {
+#if HWY_TARGET != HWY_SCALAR
+      const V a = TotalsOf<kRows / 2>(row, kind);
+      const V b = TotalsOf<kRows / 2>(row + static_cast<int64_t>(kRows / 2), kind);
+      return hn::Add(hn::ConcatEven(d, b, a), hn::ConcatOdd(d, b, a));
+#endif
+    }
+  }
+  HWY_INLINE double* At(int64_t row, int kind) {
+    return values_ + (row * kKinds + kind) * static_cast<int64_t>(hn::Lanes(WideTag()));
+  }
+  HWY_INLINE const double* At(int64_t row, int kind) const {
+    return const_cast<SumsInLanes*>(this)->At(row, kind);
+  }
+
+  HWY_ALIGN double values_[(kMostRows + kMaxWideLanes) * kKinds * kMaxWideLanes];
+};
+
+// Whether x - shift is computed though all shifts are 0: where that is not worth code of its own.
+// Halves keep the processor busier than memory.
+template <class E>
+inline constexpr bool kAlwaysShifts = sizeof(E) != 2;
+
+// Sums of a tile of a row, and of squares; of x - shift if kShifted.
+template <class E, bool kShifted>
+class TileMoments {
+ public:
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  // `x`: the row's.
+  TileMoments(const E* x, ComputeType<E> shift, int64_t ahead)
+      : x_(x), ahead_(ahead), shift_(hn::Set(D(), shift)) {}
+
+  HWY_INLINE int Two(int64_t j) {
+    const D d;
+    FetchPairAhead(d, x_ + j + ahead_);
+    const Pair<D> x = LoadPair(d, x_ + j);
+    Collect(Shifted(x.a), sum_a_, square_a_);
+    Collect(Shifted(x.b), sum_b_, square_b_);
+    return 0;
+  }
+  HWY_INLINE void Store(int64_t, int) {}
+  HWY_INLINE void Part(int64_t j, size_t n) {
+    const D d;
+    V x = LoadPartial(d, x_ + j, n);
+    if constexpr (kShifted) x = hn::IfThenElseZero(hn::FirstN(d, n), Shifted(x));
+    Collect(x, sum_a_, square_a_);
+  }
+
+  HWY_INLINE hn::Vec<WideTag> Sum() const { return Doubles(D(), hn::Add(sum_a_, sum_b_)); }
+  HWY_INLINE hn::Vec<WideTag> Square() const { return Doubles(D(), hn::Add(square_a_, square_b_)); }
+
+ private:
+  HWY_INLINE V Shifted(V x) const {
+    if constexpr (kShifted) return hn::Sub(x, shift_);
+    return x;
+  }
+  static HWY_INLINE void Collect(V deviation, V& sum, V& square) {
+    sum = hn::Add(sum, deviation);
+    square = hn::MulAdd(deviation, deviation, square);
+  }
+
+  const E* x_;
+  int64_t ahead_;
+  V shift_;
+  V sum_a_ = hn::Zero(D()), sum_b_ = sum_a_, square_a_ = sum_a_, square_b_ = sum_a_;
+};
+
+// Of a row far from 0: shifted by its first value, which is at hand at once, and only if that
+// was far off a second time, by the mean.
+template <class E>
+HWY_NOINLINE PartialMoments MomentsOfFarRow(const E* x, int64_t length) {
+  const Tag<E> d;
+  const double elements = static_cast<double>(length);
+  ComputeType<E> shift = ScalarAt(x, 0);
+  double sum = 0, square = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    auto sums = hn::Zero(WideTag()), squares = sums;
+    ForEachTile(d, length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
+      TileMoments<E, true> tile(x, shift, 0);
+      OverColumns(d, begin, end, tile, Nothing());
+      sums = hn::Add(sums, tile.Sum());
+      squares = hn::Add(squares, tile.Square());
+    });
+    sum = SumOfDoubles(sums);
+    square = SumOfDoubles(squares);
+    if (pass == 1 || !(sum * sum > 0.85 * elements * square)) break;
+    shift = static_cast<ComputeType<E>>(ShiftOfSums(shift, sum, square, elements));
+  }
+  PartialMoments moments;
+  Merge(elements, static_cast<double>(shift), sum, square, moments);
+  return moments;
+}
+
+// From the sums of rows to their moments.
+template <class E>
+HWY_INLINE void MomentsOfSums(const E* x, const AlongRows& along, int64_t count,
+                              const SumsInLanes<2>& sums, double* mean, double* m2) {
+  const WideTag d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t length = along.length;
+  const auto inverse = hn::Set(d, 1 / static_cast<double>(length));
+  for (int64_t row = 0; row < count; row += lanes) {
+    const int64_t rows = std::min(lanes, count - row);
+    const auto sum = sums.Totals(row, 0), square = sums.Totals(row, 1);
+    const auto means = hn::Mul(sum, inverse);
+    // Not Max(): a NaN must stay one.
+    const auto raw = hn::Sub(square, hn::Mul(sum, means));
+    HWY_ALIGN double of_rows[2][kMaxWideLanes];
+    hn::Store(means, d, of_rows[0]);
+    hn::Store(hn::IfThenZeroElse(hn::Lt(raw, hn::Zero(d)), raw), d, of_rows[1]);
+    // More than 2.4 deviations from 0, where that matters.
+    const auto far = hn::Gt(hn::Mul(sum, means), hn::Mul(hn::Set(d, 0.85), square));
+    if (HWY_UNLIKELY(along.center && !hn::AllFalse(d, far))) {
+      HWY_ALIGN double is_far[kMaxWideLanes];
+      hn::Store(hn::IfThenElseZero(far, hn::Set(d, 1.0)), d, is_far);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (is_far[r] == 0) continue;
+        const PartialMoments again = MomentsOfFarRow(x + (row + r) * length, length);
+        of_rows[0][r] = again.mean;
+        of_rows[1][r] = again.m2;
+      }
+    }
+    if (HWY_LIKELY(rows == lanes)) {
+      hn::StoreU(hn::Load(d, of_rows[0]), d, mean + row);
+      hn::StoreU(hn::Load(d, of_rows[1]), d, m2 + row);
+    } else {
+      std::copy_n(of_rows[0], rows, mean + row);
+      std::copy_n(of_rows[1], rows, m2 + row);
+    }
+  }
+}
+
+// Calls run(d, i) for vectors of doubles from each i on, and for single ones at the end.
+template <class Run>
+HWY_INLINE void ForEachWide(int64_t count, Run run) {
+  const WideTag d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) run(d, i);
+  for (; i < count; ++i) run(hn::CappedTag<double, 1>(), i);
+}
+
+// ShiftNear() of each lane, but for what no longer matters: where a variance is 0 or not finite.
+template <class D64>
+HWY_INLINE hn::Vec<D64> ShiftsNearVariance(D64 d, hn::Vec<D64> mean, hn::Vec<D64> var) {
+  const hn::RebindToUnsigned<D64> du;
+  const auto exponent = hn::And(hn::ShiftRight<52>(hn::BitCast(du, var)), hn::Set(du, 0x7ff));
+  const auto half = hn::ShiftRight<1>(hn::Add(exponent, hn::Set(du, 1023)));
+  const auto power = hn::BitCast(d, hn::ShiftLeft<52>(half));
+  const auto large = hn::Mul(power, hn::Set(d, 0x1.8p52 / 8));
+  return hn::Sub(hn::Add(mean, large), large);
+}
+
+// What rows are normalized by, as SetConstants.
+template <class D64>
+struct WideConstants {
+  hn::Vec<D64> shift, residual, invstd;
+};
+template <class E, class D64>
+HWY_INLINE WideConstants<D64> ConstantsAt(D64 d, const RowStatistics& statistics, int64_t row) {
+  const auto one = hn::Set(d, 1.0);
+  const auto mean = statistics.mean == nullptr ? hn::Zero(d) : hn::LoadU(d, statistics.mean + row);
+  // Divided as others do: a part of a tensor is then what it is in the whole.
+  const auto var = hn::Div(hn::LoadU(d, statistics.m2 + row), hn::Set(d, statistics.elements));
+  auto shift = mean;
+  if constexpr (sizeof(ComputeType<E>) == sizeof(float)) {
+    const hn::Rebind<float, D64> df;
+    shift = hn::PromoteTo(d, hn::DemoteTo(df, ShiftsNearVariance(d, mean, var)));
+    // Within two deviations of 0, x itself is as good.
+    if constexpr (!kAlwaysShifts<E>) {
+      const auto near = hn::Le(hn::Mul(mean, mean), hn::Mul(hn::Set(d, 4.0), var));
+      shift = hn::IfThenZeroElse(near, shift);
+    }
+  }
+  const auto residual = hn::IfThenElseZero(hn::IsFinite(shift), hn::Sub(mean, shift));
+  return {shift, residual, hn::Div(one, hn::Sqrt(hn::Add(var, hn::Set(d, statistics.eps))))};
+}
+
+template <class E>
+void ConstantsOfRows(const RowStatistics& statistics, int64_t count, const RowConstants& to) {
+  using T = ComputeType<E>;
+  ForEachWide(count, [&](auto d, int64_t row) NORMD_INLINE_LAMBDA {
+    const auto c = ConstantsAt<E>(d, statistics, row);
+    StoreDoubles(d, c.shift, static_cast<T*>(to.shift) + row);
+    StoreDoubles(d, c.invstd, static_cast<T*>(to.invstd) + row);
+    StoreDoubles(d, hn::Neg(hn::Mul(c.residual, c.invstd)), static_cast<T*>(to.lost) + row);
+  });
+}
+
+// Whether x - shift must be computed.
+template <class E>
+HWY_INLINE bool AreShifted(const Rows& rows) {
+  const auto* shift = static_cast<const ComputeType<E>*>(rows.constants.shift);
+  return kAlwaysShifts<E> ||
+         std::any_of(shift, shift + rows.count, [](auto value) { return value != 0; });
+}
+
+// Writes columns of a row. kStream: past the cache. Order: the element whose pairs' values are put
+// together from weight and bias.
+template <class E, bool kStream, bool kShifted, class Order>
+class WriteRow {
+ public:
+  using T = ComputeType<E>;
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+
+  WriteRow(const E* x, E* y, const T* weight, const T* bias, const RowConstants& of, int64_t row)
+      : x_(x),
+        y_(y),
+        weight_(weight),
+        bias_(bias),
+        shift_(At(of.shift, row)),
+        invstd_(At(of.invstd, row)),
+        lost_(At(of.lost, row)) {}
+
+  HWY_INLINE Pair<D> Two(int64_t j) const {
+    const D d;
+    const Pair<D> weight = LoadPairValues<Order>(d, weight_ + j);
+    const Pair<D> bias = LoadPairValues<Order>(d, bias_ + j);
+    const Pair<D> x = LoadPair(d, x_ + j);
+    return {Y(x.a, weight.a, bias.a), Y(x.b, weight.b, bias.b)};
+  }
+  HWY_INLINE void Store(int64_t j, const Pair<D>& y) const { StorePair(D(), y, y_ + j, kStream); }
+  HWY_INLINE void Part(int64_t j, size_t n) const {
+    const D d;
+    const V y =
+        Y(LoadPartial(d, x_ + j, n), LoadPartial(d, weight_ + j, n), LoadPartial(d, bias_ + j, n));
+    if (kStream && n == hn::Lanes(d)) {
+      StoreElements(d, y, y_ + j, kStream);
+    } else {
+      StorePartial(d, y, y_ + j, n);
+    }
+  }
+
+ private:
+  static HWY_INLINE V At(const void* values, int64_t row) {
+    return hn::Set(D(), static_cast<const T*>(values)[row]);
+  }
+  HWY_INLINE V Y(V x, V weight, V bias) const {
+    if constexpr (kShifted) x = hn::Sub(x, shift_);
+    return hn::MulAdd(hn::MulAdd(x, invstd_, lost_), weight, bias);
+  }
+
+  const E* const x_;
+  E* const y_;
+  const T* const weight_;
+  const T* const bias_;
+  const V shift_, invstd_, lost_;
+};
+
+// With a residual or a ReLU.
+template <class E>
+void WriteRowsFused(const ForwardTensors& tensors, const AlongRows& along, const Rows& rows) {
+  Normalize<E, true> op(tensors);
+  Parameter parameter(along, rows);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    WalkColumns(op, rows.begin + r * along.length, {1, along.length, along.length},
+                RowCoefficients<ComputeType<E>>(along, rows, r, parameter.Next()));
+  }
+}
+
+template <class E, bool kStream, bool kShifted, class Order>
+HWY_INLINE void WriteAndSum(const ForwardTensors& tensors, const AlongRows& along, const Rows& now,
+                            const Rows& next, SumsInLanes<2>& sums) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const int64_t length = along.length, ahead = tensors.ahead;
+  const int64_t both = std::min(now.count, next.count);
+  const E* const x_now = static_cast<const E*>(tensors.x) + now.begin;
+  const E* const x_next = static_cast<const E*>(tensors.x) + next.begin;
+  E* const y = static_cast<E*>(tensors.y) + now.begin;
+  const T* const weight = static_cast<const T*>(along.weight);
+  const T* const bias = static_cast<const T*>(along.bias);
+  ForEachTile(d, length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
+    Parameter parameter(along, now);
+    const auto write_of = [&](int64_t r) NORMD_INLINE_LAMBDA {
+      const int64_t at = parameter.Next();
+      return WriteRow<E, kStream, kShifted, Order>(x_now + r * length, y + r * length, weight + at,
+                                                   bias + at, now.constants, r);
+    };
+    const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
+      const E* const x = x_next + r * length;
+      TileMoments<E, false> tile(x, 0, ahead);
+      OverColumns(d, begin, end, tile, write);
+      sums.Add(r, 0, tile.Sum(), begin == 0);
+      sums.Add(r, 1, tile.Square(), begin == 0);
+    };
+    for (int64_t r = 0; r < both; ++r) sum_up(r, write_of(r));
+    for (int64_t r = both; r < next.count; ++r) sum_up(r, Nothing());
+    for (int64_t r = both; r < now.count; ++r) {
+      Nothing nothing;
+      OverColumns(d, begin, end, nothing, write_of(r));
+    }
+  });
+}
+
+template <class E>
+void ForwardRows(const ForwardTensors& tensors, const AlongRows& along, const Rows& now,
+                 const Rows& next, double* mean, double* m2) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  SumsInLanes<2> sums;
+  Rows written = now;
+  if (tensors.relu || tensors.residual != nullptr) {
+    WriteRowsFused<E>(tensors, along, now);
+    written.count = 0;
+  }
+  const bool stream =
+      tensors.stream && IsAlignedForPair(d, static_cast<const E*>(tensors.y) + now.begin) &&
+      IsAlignedForPair(d, static_cast<const E*>(tensors.y) + now.begin + along.length);
+  const auto run = [&]<bool kShifted>() NORMD_INLINE_LAMBDA {
+    if (kPairsInterleave<E> && !along.in_pairs) {
+      WriteAndSum<E, false, kShifted, E>(tensors, along, written, next, sums);
+    } else if (stream) {
+      WriteAndSum<E, true, kShifted, T>(tensors, along, written, next, sums);
+    } else {
+      WriteAndSum<E, false, kShifted, T>(tensors, along, written, next, sums);
+    }
+  };
+  if (AreShifted<E>(written)) {
+    run.template operator()<true>();
+  } else {
+    run.template operator()<kAlwaysShifts<E>>();
+  }
+  MomentsOfSums(static_cast<const E*>(tensors.x) + next.begin, along, next.count, sums, mean, m2);
+}
+
+}  // namespace normd::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif
