@@ -133,10 +133,16 @@ class SumsInLanes {
   HWY_ALIGN double values_[(kMostRows + kMaxWideLanes) * kKinds * kMaxWideLanes];
 };
 
-// Whether x - shift is computed though all shifts are 0: where that is not worth code of its own.
-// Halves keep the processor busier than memory.
+// Whether x - shift is computed for every row. For halves, which keep the processor busier than
+// memory, only for those far from 0.
 template <class E>
 inline constexpr bool kAlwaysShifts = sizeof(E) != 2;
+
+// By which a row's elements are shifted where they are summed for the first time.
+template <class E>
+HWY_INLINE ComputeType<E> FirstShift(const E* row) {
+  return kAlwaysShifts<E> ? ScalarAt(row, 0) : ComputeType<E>{0};
+}
 
 // Sums of a tile of a row, and of squares; of x - shift if kShifted.
 template <class E, bool kShifted>
@@ -184,8 +190,8 @@ class TileMoments {
   V sum_a_ = hn::Zero(D()), sum_b_ = sum_a_, square_a_ = sum_a_, square_b_ = sum_a_;
 };
 
-// Of a row far from 0: shifted by its first value, which is at hand at once, and only if that
-// was far off a second time, by the mean.
+// Of a row far from its first shift: shifted by its first value, which is at hand at once, and
+// only if that was far off a second time, by the mean.
 template <class E>
 HWY_NOINLINE PartialMoments MomentsOfFarRow(const E* x, int64_t length) {
   const Tag<E> d;
@@ -221,15 +227,18 @@ HWY_INLINE void MomentsOfSums(const E* x, const AlongRows& along, int64_t count,
   for (int64_t row = 0; row < count; row += lanes) {
     const int64_t rows = std::min(lanes, count - row);
     const auto sum = sums.Totals(row, 0), square = sums.Totals(row, 1);
-    const auto means = hn::Mul(sum, inverse);
+    const auto missed = hn::Mul(sum, inverse);
     // Not Max(): a NaN must stay one.
-    const auto raw = hn::Sub(square, hn::Mul(sum, means));
-    HWY_ALIGN double of_rows[2][kMaxWideLanes];
-    hn::Store(means, d, of_rows[0]);
+    const auto raw = hn::Sub(square, hn::Mul(sum, missed));
+    HWY_ALIGN double of_rows[2][kMaxWideLanes] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      of_rows[0][r] = static_cast<double>(FirstShift(x + (row + r) * length));
+    }
+    hn::Store(hn::Add(hn::Load(d, of_rows[0]), missed), d, of_rows[0]);
     hn::Store(hn::IfThenZeroElse(hn::Lt(raw, hn::Zero(d)), raw), d, of_rows[1]);
-    // More than 2.4 deviations from 0, where that matters.
-    const auto far = hn::Gt(hn::Mul(sum, means), hn::Mul(hn::Set(d, 0.85), square));
-    if (HWY_UNLIKELY(along.center && !hn::AllFalse(d, far))) {
+    // More than 2.4 deviations from the shift, where that matters.
+    const auto far = hn::Gt(hn::Mul(sum, missed), hn::Mul(hn::Set(d, 0.85), square));
+    if (HWY_UNLIKELY((along.center || kAlwaysShifts<E>) && !hn::AllFalse(d, far))) {
       HWY_ALIGN double is_far[kMaxWideLanes];
       hn::Store(hn::IfThenElseZero(far, hn::Set(d, 1.0)), d, is_far);
       for (int64_t r = 0; r < rows; ++r) {
@@ -399,7 +408,7 @@ HWY_INLINE void WriteAndSum(const ForwardTensors& tensors, const AlongRows& alon
     };
     const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
       const E* const x = x_next + r * length;
-      TileMoments<E, false> tile(x, 0, ahead);
+      TileMoments<E, kAlwaysShifts<E>> tile(x, FirstShift(x), ahead);
       OverColumns(d, begin, end, tile, write);
       sums.Add(r, 0, tile.Sum(), begin == 0);
       sums.Add(r, 1, tile.Square(), begin == 0);
