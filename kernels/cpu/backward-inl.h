@@ -82,6 +82,10 @@ struct RunSums {
   }
   template <int k>
   HWY_INLINE void AddTwo(int64_t i) {
+    if (ahead != 0) {
+      FetchPairAhead(d, input.grad_y + begin + i + ahead);
+      FetchPairAhead(d, input.x + begin + i + ahead);
+    }
     if constexpr (kPairsInterleave<E> && !kMasked) {
       const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
       const Pair<D> x = LoadPair(d, input.x + begin + i);
@@ -97,6 +101,7 @@ struct RunSums {
     dy.template At<k>() = hn::Add(dy.template At<k>(), gradient);
     dy_d.template At<k>() = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d.template At<k>());
   }
+  HWY_INLINE void Skip(int64_t n) { begin += n; }
   HWY_INLINE void Clear() {
     dy.Clear();
     dy_d.Clear();
@@ -106,6 +111,7 @@ struct RunSums {
   GradientInput<E, kMasked> input;
   V shift;
   int64_t begin = 0;
+  int64_t ahead = 0;
   Accumulators<D> dy;
   Accumulators<D> dy_d;
 };
@@ -126,7 +132,7 @@ GradientSums SumsOfShortRun(const GradientInput<E, kMasked>& input, int64_t begi
 
 template <class E>
 GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
-                       double shift) {
+                       double shift, const Meanwhile& meanwhile) {
   return WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     GradientSums total;
@@ -141,12 +147,13 @@ GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs
     }
     RunSums<E, kMasked> sums(input);
     sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift));
+    sums.ahead = runs.ahead;
     sums.Clear();
     ForEachPiece(
         d, runs,
         [&](int64_t run, int64_t piece, int64_t n) NORMD_INLINE_LAMBDA {
           sums.begin = begin + run * runs.stride + piece;
-          AddRun(d, n, sums);
+          AddRunMeanwhile(d, n, 2 * sizeof(E), sums, meanwhile);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
           total.dy += sums.dy.Total();
@@ -159,10 +166,12 @@ GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs
 
 template <class E>
 void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t sets,
-                        const Runs& runs, const double* shift, GradientSums* totals) {
+                        const Runs& runs, const double* shift, GradientSums* totals,
+                        const Meanwhile& meanwhile) {
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     RunSums<E, kMasked> sums(input);
+    sums.ahead = runs.ahead;
     const auto d = sums.d;
     WaitingSums<Tag<E>, 2> waiting(sets);
     for (int64_t set = 0; set < sets; ++set) totals[set] = {};
@@ -172,7 +181,7 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
           sums.begin = begin + run * runs.stride + set * runs.length;
           sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift[set]));
           sums.Clear();
-          AddRun(d, runs.length, sums);
+          AddRunMeanwhile(d, runs.length, 2 * sizeof(E), sums, meanwhile);
           waiting.Add(set, 0, sums.dy.Sum());
           waiting.Add(set, 1, sums.dy_d.Sum());
         },
@@ -284,17 +293,17 @@ void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets,
 
 template <class E>
 void SumsOfRuns(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
-                const double* shift, GradientSums* sums) {
+                const double* shift, GradientSums* sums, const Meanwhile& meanwhile) {
   if (AreTiny(Tag<E>(), sets, runs)) {
     SumsOfTinySets<E>(tensors, begin, sets, runs, shift, sums);
     return;
   }
   if (AreReadTogether(Tag<E>(), sets, runs)) {
-    SumsOfSetsTogether<E>(tensors, begin, sets, runs, shift, sums);
+    SumsOfSetsTogether<E>(tensors, begin, sets, runs, shift, sums, meanwhile);
     return;
   }
   for (int64_t set = 0; set < sets; ++set) {
-    sums[set] = SumsOfSet<E>(tensors, begin + set * runs.length, runs, shift[set]);
+    sums[set] = SumsOfSet<E>(tensors, begin + set * runs.length, runs, shift[set], meanwhile);
   }
 }
 

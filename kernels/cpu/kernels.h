@@ -10,6 +10,7 @@
 #define NORMD_KERNELS_CPU_KERNELS_H_
 
 #include <cstdint>
+#include <functional>
 
 #include "kernels/dtype.h"
 #include "kernels/moments.h"
@@ -121,10 +122,15 @@ struct BackwardTensors {
   int64_t ahead = 0;
 };
 
+// Called now and then while sums are taken, with the number of elements that were read since: so
+// that memory is written while it is read. May be empty.
+using Meanwhile = std::function<void(int64_t elements)>;
+
 struct ForwardKernels {
   // Of each of `sets` sets whose runs follow each other: set s has the runs that begin
   // s * runs.length further on.
-  void (*moments_of_runs)(const void* x, int64_t sets, const Runs& runs, PartialMoments* moments);
+  void (*moments_of_runs)(const void* x, int64_t sets, const Runs& runs, PartialMoments* moments,
+                          const Meanwhile& meanwhile);
   // Of each column; `scratch`: 3 * columns values.
   void (*moments_of_columns)(const void* x, const Matrix& matrix, void* scratch, double* mean,
                              double* m2);
@@ -146,7 +152,8 @@ struct BackwardKernels {
   // Of each of `sets` sets as above, from element `begin` of the tensors on; `shift`: a
   // value a set.
   void (*sums_of_runs)(const BackwardTensors& tensors, int64_t begin, int64_t sets,
-                       const Runs& runs, const double* shift, GradientSums* sums);
+                       const Runs& runs, const double* shift, GradientSums* sums,
+                       const Meanwhile& meanwhile);
   // Added to sums of each column; `scratch`: 2 * columns values.
   void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                           const void* shift, void* scratch, double* dy, double* dy_d);

@@ -63,6 +63,7 @@ struct MomentSums {
     sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
     square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
   }
+  HWY_INLINE void Skip(int64_t n) { x += n; }
   HWY_INLINE void Clear() {
     sum.Clear();
     square.Clear();
@@ -132,17 +133,17 @@ HWY_INLINE void MergeBlock(double elements, double sum, double square, T& shift,
 // A set that is one block: shifted by its first value, which is at hand at once, and only
 // if that was far off (2.4 deviations) a second time, by the mean.
 template <class E>
-PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead) {
+PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead, const Meanwhile& meanwhile) {
   MomentSums<E> sums;
   ComputeType<E> shift = ScalarAt(x, 0);
-  sums.x = x;
   sums.ahead = ahead;
   const double elements = static_cast<double>(n);
   double sum = 0, square = 0;
   const auto add_up = [&]() NORMD_INLINE_LAMBDA {
+    sums.x = x;
     sums.shift = hn::Set(sums.d, shift);
     sums.Clear();
-    AddRun(sums.d, n, sums);
+    AddRunMeanwhile(sums.d, n, sizeof(E), sums, meanwhile);
     sum = sums.sum.Total();
     square = sums.square.Total();
   };
@@ -157,11 +158,11 @@ PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead) {
 }
 
 template <class E>
-PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs) {
+PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& meanwhile) {
   MomentSums<E> sums;
   const auto d = sums.d;
   if (runs.count == 1 && runs.length <= BlockOf(d)) {
-    return MomentsOfBlock(x, runs.length, runs.ahead);
+    return MomentsOfBlock(x, runs.length, runs.ahead, meanwhile);
   }
   PartialMoments total;
   ComputeType<E> shift = PilotShift(x, runs.length);
@@ -172,7 +173,7 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs) {
       d, runs,
       [&](int64_t run, int64_t begin, int64_t n) NORMD_INLINE_LAMBDA {
         sums.x = x + run * runs.stride + begin;
-        AddRun(d, n, sums);
+        AddRunMeanwhile(d, n, sizeof(E), sums, meanwhile);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
         MergeBlock(static_cast<double>(elements), sums.sum.Total(), sums.square.Total(), shift,
@@ -304,8 +305,10 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
 }
 
 template <class E>
-void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
+void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments,
+                           const Meanwhile& meanwhile) {
   MomentSums<E> sums;
+  sums.ahead = runs.ahead;
   const auto d = sums.d;
   WaitingSums<Tag<E>, 2> waiting(sets);
   std::vector<ComputeType<E>> shift(static_cast<size_t>(sets));
@@ -319,7 +322,7 @@ void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMo
         sums.x = x + run * runs.stride + set * runs.length;
         sums.shift = hn::Set(d, shift[static_cast<size_t>(set)]);
         sums.Clear();
-        AddRun(d, runs.length, sums);
+        AddRunMeanwhile(d, runs.length, sizeof(E), sums, meanwhile);
         waiting.Add(set, 0, sums.sum.Sum());
         waiting.Add(set, 1, sums.square.Sum());
       },
@@ -333,7 +336,8 @@ void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMo
 }
 
 template <class E>
-void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMoments* moments) {
+void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMoments* moments,
+                   const Meanwhile& meanwhile) {
   const E* x = static_cast<const E*>(data);
   const Tag<E> d;
   if (AreTiny(d, sets, runs)) {
@@ -341,12 +345,12 @@ void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMome
     return;
   }
   if (AreReadTogether(d, sets, runs)) {
-    MomentsOfSetsTogether(x, sets, runs, moments);
+    MomentsOfSetsTogether(x, sets, runs, moments, meanwhile);
     return;
   }
   for (int64_t set = 0; set < sets; ++set, x += runs.length) {
     const bool is_short = runs.length < static_cast<int64_t>(hn::Lanes(d));
-    moments[set] = is_short ? MomentsOfShortRuns(x, runs) : MomentsOfLongRuns(x, runs);
+    moments[set] = is_short ? MomentsOfShortRuns(x, runs) : MomentsOfLongRuns(x, runs, meanwhile);
   }
 }
 

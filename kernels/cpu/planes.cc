@@ -8,14 +8,17 @@
 //   per sample group   one run, subs = channels of a group
 //
 // A unit is some neighbouring sets, small enough to be still in the cache when they
-// are read for the second time. While one is written, the next is fetched, so that
-// reads and writes of memory overlap.
+// are read for the second time. Where tensors outgrow the cache, one is written while the
+// next is summed, in turns of 4 KiB, so that memory is read and written at once, as in a copy;
+// else the next is fetched meanwhile.
 //
 // Planes of a few vectors (7x7) are written as columns, one a position, each with its
 // channel's coefficients: a vector then never has to be put together of two planes'.
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "kernels/cpu/call.h"
@@ -31,7 +34,8 @@ constexpr int64_t kChunkBytes = int64_t{1} << 20;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLargestTinyPlane = 64;
 constexpr int64_t kFewestTinyRuns = 4;
-constexpr int64_t kMostRowBytes = 3200;  // of columns whose coefficients stay in L1
+constexpr int64_t kAheadBytes = int64_t{1} << 13;  // within a run
+constexpr int64_t kMostRowBytes = 3200;            // of columns whose coefficients stay in L1
 
 struct Range {
   int64_t begin;
@@ -98,6 +102,14 @@ struct Geometry {
   Range ElementsOf(int64_t chunk) const { return Part(run_length(), pieces, chunk % pieces, 64); }
   int64_t OffsetOf(int64_t run, int64_t set) const { return (run * sets + set) * run_length(); }
 
+  // Whether units are written while others are summed. `stream`: past the cache.
+  bool Overlaps(bool stream) const { return stream && chunks() == 1 && !by_columns; }
+
+  // Where sums come from memory: to the same set's next run, or within the only one.
+  int64_t AheadOfSums() const {
+    return runs > 1 ? sets * run_length() : kAheadBytes / element_bytes;
+  }
+
   // Elements from a unit to the next, if both are small.
   int64_t Ahead(int64_t unit) const {
     return unit + 1 < units && chunks() == 1 ? unit_sets * run_length() : 0;
@@ -134,6 +146,69 @@ struct Geometry {
   int64_t run_chunks = 1, pieces = 1;
   bool by_columns = false;
 };
+
+// A unit's elements, written a piece at a time in the order of memory.
+class Writing {
+ public:
+  Writing() = default;  // nothing
+  template <class Write>
+  Writing(const Geometry& geometry, int64_t unit, Write write)
+      : geometry_(&geometry), write_(std::move(write)), sets_(geometry.SetsOf(unit)) {}
+
+  // Another `elements`, but for a few.
+  void Advance(int64_t elements) {
+    if (geometry_ == nullptr) return;
+    const Geometry& g = *geometry_;
+    for (due_ += elements; due_ >= kGrain && run_ < g.runs;) {
+      const int64_t run_begin = g.OffsetOf(run_, sets_.begin);
+      const int64_t run_size = sets_.size() * g.run_length();
+      const int64_t stop =
+          std::min(run_size, (run_begin + at_ + due_) / kGrain * kGrain - run_begin);
+      write_(Planes{.begin = run_begin + at_,
+                    .count = stop - at_,
+                    .plane_size = g.plane,
+                    .first_plane = sets_.begin * g.subs + at_ / g.plane,
+                    .skip = at_ % g.plane});
+      due_ -= stop - at_;
+      at_ = stop;
+      if (at_ == run_size) {
+        at_ = 0;
+        ++run_;
+      }
+    }
+  }
+  void Finish() {
+    if (geometry_ == nullptr) return;
+    Advance(sets_.size() * geometry_->runs * geometry_->run_length() + kGrain);
+  }
+
+ private:
+  // Pieces end with a cache line, and a byte of the mask.
+  static constexpr int64_t kGrain = 64;
+
+  const Geometry* geometry_ = nullptr;
+  std::function<void(const Planes&)> write_;
+  Range sets_{};
+  int64_t run_ = 0, at_ = 0;  // the next element, within its run
+  int64_t due_ = 0;           // elements asked for and not yet written
+};
+
+// Units one after the other: while one is summed, the one before is written.
+template <class Job>
+Outcome RunOverlapped(Job& job, const Geometry& geometry, int64_t bytes, const Context& context) {
+  return RunSpans(geometry.units, bytes, context, [&](const Span& units) {
+    Writing writing;
+    const Meanwhile meanwhile = [&](int64_t elements) { writing.Advance(elements); };
+    for (int64_t unit = units.begin; unit < units.end; ++unit) {
+      if (context.stop.stop_requested()) return;
+      job.Reduce(unit, 0, meanwhile);
+      writing.Finish();
+      job.Finish(unit);
+      writing = Writing(geometry, unit, [&](const Planes& planes) { job.Write(planes); });
+    }
+    writing.Finish();
+  });
+}
 
 const void* At(const NormProblem& problem, const void* data, int64_t element) {
   return static_cast<const char*>(data) + element * static_cast<int64_t>(SizeOf(problem.dtype));
@@ -175,6 +250,9 @@ class ForwardJob {
 
   Outcome Execute(const Context& context) {
     if (reduces()) partial_.resize(static_cast<size_t>(geometry_.sets * geometry_.chunks()));
+    if (reduces() && applies() && geometry_.Overlaps(tensors_.stream)) {
+      return RunOverlapped(*this, geometry_, bytes_, context);
+    }
     if (reduces() || geometry_.WritesColumnsAtOnce()) {
       return Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
     }
@@ -189,15 +267,17 @@ class ForwardJob {
   bool reduces() const { return call_.by_batch(); }
   bool applies() const { return call_.y != nullptr; }
 
-  void Reduce(int64_t unit, int64_t chunk) {
+  void Reduce(int64_t unit, int64_t chunk, const Meanwhile& meanwhile = {}) {
     const Range sets = geometry_.SetsOf(unit);
     const Range runs = geometry_.RunsOf(chunk);
     const Range elements = geometry_.ElementsOf(chunk);
     // Either one set in many chunks, or some in one: partial_ is in order.
     kernels_.moments_of_runs(
         At(problem_, call_.x, geometry_.OffsetOf(runs.begin, sets.begin) + elements.begin),
-        sets.size(), {runs.size(), elements.size(), geometry_.sets * geometry_.run_length()},
-        partial_.data() + sets.begin * geometry_.chunks() + chunk);
+        sets.size(),
+        {runs.size(), elements.size(), geometry_.sets * geometry_.run_length(),
+         meanwhile ? geometry_.AheadOfSums() : 0},
+        partial_.data() + sets.begin * geometry_.chunks() + chunk, meanwhile);
   }
 
   void Finish(int64_t unit) {
@@ -234,6 +314,7 @@ class ForwardJob {
       kernels_.normalize_planes(tensors, planes, arrays_.From(0));
     });
   }
+  void Write(const Planes& planes) { kernels_.normalize_planes(tensors_, planes, arrays_.From(0)); }
 
  private:
   void SetCoefficients(int64_t set, const SetConstants& constants) {
@@ -284,7 +365,10 @@ class BackwardJob {
       grad_weight_.resize(static_cast<size_t>(geometry_.plane_count()));
       grad_bias_.resize(static_cast<size_t>(geometry_.plane_count()));
     }
-    const Outcome outcome = Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
+    const Outcome outcome =
+        reduces() && applies() && geometry_.Overlaps(tensors_.stream)
+            ? RunOverlapped(*this, geometry_, bytes_, context)
+            : Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
     if (outcome == Outcome::kOk && reduces()) WriteParameterGradients();
     return outcome;
   }
@@ -292,11 +376,12 @@ class BackwardJob {
   bool reduces() const { return call_.wants_sums(); }
   bool applies() const { return call_.wants_elements(); }
 
-  void Reduce(int64_t unit, int64_t chunk) {
+  void Reduce(int64_t unit, int64_t chunk, const Meanwhile& meanwhile = {}) {
     const Range sets = geometry_.SetsOf(unit);
     const Range runs = geometry_.RunsOf(chunk);
     const Range elements = geometry_.ElementsOf(chunk);
-    const Runs of_set{runs.size(), elements.size(), geometry_.sets * geometry_.run_length()};
+    const Runs of_set{runs.size(), elements.size(), geometry_.sets * geometry_.run_length(),
+                      meanwhile ? geometry_.AheadOfSums() : 0};
     std::vector<double> shift;
     for (int64_t set = sets.begin; set < sets.end; ++set) {
       shift.push_back(ConstantsOf(set).shift);
@@ -304,7 +389,7 @@ class BackwardJob {
     if (geometry_.subs == 1) {  // sums_ is in order, as partial_ is above
       kernels_.sums_of_runs(tensors_, geometry_.OffsetOf(runs.begin, sets.begin) + elements.begin,
                             sets.size(), of_set, shift.data(),
-                            sums_.data() + EntryOf(sets.begin, chunk, 0));
+                            sums_.data() + EntryOf(sets.begin, chunk, 0), meanwhile);
       return;
     }
     for (int64_t set = sets.begin; set < sets.end; ++set) {
@@ -312,9 +397,9 @@ class BackwardJob {
         const int64_t sub = begin / geometry_.plane;
         const int64_t end = std::min(elements.end, (sub + 1) * geometry_.plane);
         kernels_.sums_of_runs(tensors_, geometry_.OffsetOf(runs.begin, set) + begin, 1,
-                              {of_set.count, end - begin, of_set.stride},
+                              {of_set.count, end - begin, of_set.stride, of_set.ahead},
                               &shift[static_cast<size_t>(set - sets.begin)],
-                              &sums_[EntryOf(set, chunk, sub)]);
+                              &sums_[EntryOf(set, chunk, sub)], meanwhile);
         begin = end;
       }
     }
@@ -364,6 +449,9 @@ class BackwardJob {
     geometry_.ForEachRange(unit, chunk, [&](const Planes& planes) {
       kernels_.gradient_of_planes(tensors, planes, arrays_.From(0));
     });
+  }
+  void Write(const Planes& planes) {
+    kernels_.gradient_of_planes(apply_tensors_, planes, arrays_.From(0));
   }
 
  private:

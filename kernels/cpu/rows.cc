@@ -89,24 +89,6 @@ struct Geometry {
   }
 };
 
-// Units that a thread takes one after the other, without a break.
-struct Span {
-  int64_t begin;
-  int64_t end;
-};
-
-// Calls apply(span) for spans that together are all units, and that end early where the caller
-// asked to stop. `bytes`: of all tensors.
-template <class ApplySpan>
-Outcome RunSpans(int64_t units, int64_t bytes, const Context& context, const ApplySpan& apply) {
-  const int64_t threads = bytes < kBytesWorthThreads ? 1 : context.executor.concurrency();
-  const int64_t spans = threads == 1 ? 1 : std::min(units, 4 * threads);
-  const Outcome outcome = RunParts(spans, bytes, context, [&](int64_t i) {
-    apply(Span{units * i / spans, units * (i + 1) / spans});
-  });
-  return context.stop.stop_requested() ? Outcome::kStopped : outcome;
-}
-
 // RowConstants of kMostRows rows.
 class ConstantsOfMostRows {
  public:

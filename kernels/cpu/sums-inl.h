@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
@@ -24,6 +25,8 @@ HWY_INLINE int64_t BlockOf(D d) {
 }
 // The same for columns, whose accumulators collect a row each.
 inline constexpr int64_t kBlockRows = 128;
+// Summed between two calls of what is done meanwhile: what the processor can have under way.
+inline constexpr int64_t kBytesMeanwhile = 4096;
 
 // A vector of doubles whose lanes' sum is that of `v`'s. In double: a block's sum in float
 // would be off by more than all the roundings before, and what it is off by counts dy times
@@ -170,6 +173,25 @@ HWY_INLINE void AddRun(D d, int64_t n, Sums& sums) {
   if (i < n) {  // the run's last vector, without the lanes that have been added
     const auto seen = hn::FirstN(d, static_cast<size_t>(lanes - (n - i)));
     sums.template Add<3>(n - lanes, hn::Not(seen));
+  }
+}
+
+// AddRun(), of elements of `element_bytes` in all tensors, and what is done meanwhile. `sums` also
+// has
+//   Skip(n)                what is n elements further on becomes 0
+// The sums are the same to the last bit whether there is something to do or not.
+template <class D, class Sums>
+HWY_INLINE void AddRunMeanwhile(D d, int64_t n, int64_t element_bytes, Sums& sums,
+                                const Meanwhile& meanwhile) {
+  const bool in_steps = static_cast<bool>(meanwhile);
+  const int64_t step = kBytesMeanwhile / element_bytes;  // a multiple of four vectors
+  for (;;) {
+    const int64_t part = in_steps && n >= 2 * step ? step : n;
+    AddRun(d, part, sums);
+    if (in_steps) meanwhile(part);
+    n -= part;
+    if (n == 0) return;
+    sums.Skip(part);
   }
 }
 

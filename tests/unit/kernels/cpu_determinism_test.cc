@@ -45,7 +45,7 @@ TEST(CpuBackend, IsDeterministicAcrossThreads) {
       const auto backend = MakeCpuBackend(executor, {.deterministic = true});
       TestTensor y(problem.dtype, problem.size());
       TestTensor grad_x(problem.dtype, problem.size());
-      TestTensor grad_weight(problem.dtype, problem.channels);
+      TestTensor grad_weight(problem.parameter_dtype(), problem.channels);
       reference::Values mean(problem.num_sets()), m2(problem.num_sets());
       ASSERT_EQ(backend->ForwardByBatch(
                     problem, {.x = x.data(), .y = y.data(), .moments = {mean.data(), m2.data()}},
