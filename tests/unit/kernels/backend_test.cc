@@ -72,6 +72,32 @@ TEST_P(Conformance, TakesLargeSetsAndManyRows) {
   }
 }
 
+// Past a cache of 2 MiB, where planes and rows are written while others are summed.
+TEST_P(Conformance, NormalizesTensorsThatOutgrowTheCache) {
+  if (!is_cpu()) GTEST_SKIP() << "a GPU has no such path";
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (NormProblem problem : {NormProblem{.batch = 3, .channels = 210, .positions = 1003},
+                                NormProblem{.batch = 2, .channels = 63, .positions = 5003},
+                                NormProblem{.batch = 6,
+                                .channels = 24,
+                                .positions = 4999,
+                                .groups = 4,
+                                .reduction = Reduction::kPerSampleGroup},
+                                NormProblem{.batch = 1100,
+                                .channels = 601,
+                                .positions = 1,
+                                .reduction = Reduction::kPerSampleGroup}}) {
+      problem.dtype = dtype;
+      for (const CallOptions& options :
+           {CallOptions{}, CallOptions{.residual = true, .relu = true, .in_place = true}}) {
+        ExpectForwardMatches(*backend_, problem, options);
+        ExpectBackwardMatches(*backend_, problem, options);
+        if (!is_best()) break;
+      }
+    }
+  }
+}
+
 TEST_P(Conformance, RoundsHalvesToNearestEven) {
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     // Statistics 0 and 1 with eps 0: y is x * weight, rounded once.
