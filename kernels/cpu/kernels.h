@@ -125,6 +125,8 @@ struct BackwardTensors {
 // Called now and then while sums are taken, with the number of elements that were read since: so
 // that memory is written while it is read. May be empty.
 using Meanwhile = std::function<void(int64_t elements)>;
+// Read between two calls, where runs are so long: what a processor can have under way.
+inline constexpr int64_t kBytesMeanwhile = 4096;
 
 struct ForwardKernels {
   // Of each of `sets` sets whose runs follow each other: set s has the runs that begin

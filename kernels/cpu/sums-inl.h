@@ -25,8 +25,6 @@ HWY_INLINE int64_t BlockOf(D d) {
 }
 // The same for columns, whose accumulators collect a row each.
 inline constexpr int64_t kBlockRows = 128;
-// Summed between two calls of what is done meanwhile: what the processor can have under way.
-inline constexpr int64_t kBytesMeanwhile = 4096;
 
 // A vector of doubles whose lanes' sum is that of `v`'s. In double: a block's sum in float
 // would be off by more than all the roundings before, and what it is off by counts dy times
