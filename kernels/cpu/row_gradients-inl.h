@@ -264,9 +264,10 @@ HWY_INLINE void SharedGradients(const RowStatistics& statistics, const AlongRows
   });
 }
 
+// Not inlined: all of them in one function are more than a compiler with sanitizers can take.
 template <class E, bool kMasked, bool kShifted, bool kParameters, bool kPlain, bool kStream>
-HWY_INLINE void WriteAndSumGradients(const BackwardTensors& tensors, const AlongRows& along,
-                                     const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
+HWY_NOINLINE void WriteAndSumGradients(const BackwardTensors& tensors, const AlongRows& along,
+                                       const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
   const Tag<E> d;
   const int64_t both = std::min(now.count, next.count);
   ForEachTile(d, along.length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {

@@ -387,9 +387,10 @@ void WriteRowsFused(const ForwardTensors& tensors, const AlongRows& along, const
   }
 }
 
+// Not inlined: all of them in one function are more than a compiler with sanitizers can take.
 template <class E, bool kStream, bool kShifted, class Order>
-HWY_INLINE void WriteAndSum(const ForwardTensors& tensors, const AlongRows& along, const Rows& now,
-                            const Rows& next, SumsInLanes<2>& sums) {
+HWY_NOINLINE void WriteAndSum(const ForwardTensors& tensors, const AlongRows& along,
+                              const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
   using T = ComputeType<E>;
   const Tag<E> d;
   const int64_t length = along.length, ahead = tensors.ahead;
