@@ -237,7 +237,8 @@ HWY_INLINE void MomentsOfSums(const E* x, const AlongRows& along, int64_t count,
     hn::Store(hn::Add(hn::Load(d, of_rows[0]), missed), d, of_rows[0]);
     hn::Store(hn::IfThenZeroElse(hn::Lt(raw, hn::Zero(d)), raw), d, of_rows[1]);
     // More than 2.4 deviations from the shift, where that matters.
-    const auto far = hn::Gt(hn::Mul(sum, missed), hn::Mul(hn::Set(d, 0.85), square));
+    const auto far = hn::And(hn::FirstN(d, static_cast<size_t>(rows)),
+                             hn::Gt(hn::Mul(sum, missed), hn::Mul(hn::Set(d, 0.85), square)));
     if (HWY_UNLIKELY((along.center || kAlwaysShifts<E>)&&!hn::AllFalse(d, far))) {
       HWY_ALIGN double is_far[kMaxWideLanes];
       hn::Store(hn::IfThenElseZero(far, hn::Set(d, 1.0)), d, is_far);
