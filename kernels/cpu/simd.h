@@ -4,6 +4,12 @@
 #ifndef NORMD_KERNELS_CPU_SIMD_H_
 #define NORMD_KERNELS_CPU_SIMD_H_
 
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#define NORMD_NEVER (HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+// The same source takes a compiler ten times as long: AVX-512 and plain C++ are enough.
+#define HWY_DISABLED_TARGETS (NORMD_NEVER | HWY_SSE4 | HWY_AVX2)
+#else
+#define HWY_DISABLED_TARGETS NORMD_NEVER
+#endif
 
 #endif  // NORMD_KERNELS_CPU_SIMD_H_

@@ -4,6 +4,8 @@
 
 #include "kernels/cuda/cuda_backend.h"
 #if NORMD_HAS_CPU_BACKEND
+#include "kernels/cpu/simd.h"
+//
 #include "hwy/targets.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/kernels.h"
@@ -26,7 +28,8 @@ std::vector<std::string> FindBackendNames() {
   hwy::SetSupportedTargetsForTest(0);
   for (const int64_t target : kTargets) {
     // Every Arm machine of 64 bits has NEON: no plain C++ is compiled there.
-    if ((hwy::SupportedTargets() & target) != 0 || (HWY_ARCH_X86 && target == HWY_SCALAR)) {
+    if ((hwy::SupportedTargets() & HWY_TARGETS & target) != 0 ||
+        (HWY_ARCH_X86 && target == HWY_SCALAR)) {
       names.emplace_back(hwy::TargetName(target));
     }
   }
