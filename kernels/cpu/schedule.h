@@ -59,7 +59,7 @@ Outcome Run(Job& job, const Cut& cut, const Context& context) {
 
   if (executor.concurrency() == 1 || cut.chunks == 1 || cut.units >= 4 * executor.concurrency()) {
     // A thread does a unit from beginning to end while it lies in its cache.
-    executor.ParallelFor(cut.units, [&](int64_t unit) {
+    const auto whole_unit = [&](int64_t unit) {
       if (job.reduces()) {
         for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) reduce(unit, chunk);
       }
@@ -69,7 +69,8 @@ Outcome Run(Job& job, const Cut& cut, const Context& context) {
         serial.ParallelFor(
             cut.chunks, [&](int64_t chunk) { apply(unit, chunk); }, walk);
       }
-    });
+    };
+    executor.ParallelFor(cut.units, whole_unit, Walk::kForward, help);
   } else {
     // Few large units: all threads work on one.
     for (int64_t unit = 0; unit < cut.units; ++unit) {
@@ -81,7 +82,7 @@ Outcome Run(Job& job, const Cut& cut, const Context& context) {
       job.Finish(unit);
       if (job.applies()) {
         executor.ParallelFor(
-            cut.chunks, [&](int64_t chunk) { apply(unit, chunk); }, walk);
+            cut.chunks, [&](int64_t chunk) { apply(unit, chunk); }, walk, help);
       }
     }
   }
