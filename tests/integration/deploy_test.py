@@ -78,8 +78,12 @@ class Kubernetes(unittest.TestCase):
             return subprocess.run([NORMCTL, *command[1:]], env=environment(self.env), text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         for name, command in probes.items():
-            done = probe(command)
-            self.assertEqual((done.returncode, done.stdout), (0, "SERVING\n"), name)
+            # Asked again as the kubelet asks: on a busy machine a probe may run out of time.
+            tries = []
+            while len(tries) < 5 and (0, "SERVING\n") not in tries:
+                done = probe(command)
+                tries.append((done.returncode, done.stdout))
+            self.assertIn((0, "SERVING\n"), tries, name)
         server.kill()
         for name, command in probes.items():
             self.assertNotEqual(probe(command).returncode, 0, name)
