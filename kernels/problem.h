@@ -46,6 +46,8 @@ struct NormProblem {
   bool center = true;  // false: mean is taken as 0 and var is the mean square
   double eps = 1e-5;   // 0 or more
 
+  friend bool operator==(const NormProblem&, const NormProblem&) = default;
+
   constexpr int64_t size() const { return batch * channels * positions; }
   constexpr int64_t num_sets() const {
     return reduction == Reduction::kPerChannel ? channels : batch * groups;

@@ -289,10 +289,9 @@ absl::StatusOr<bool> FoldsFirst(Core& core, const Caller& caller, const v1::Forw
       core.backend->name() != "cpu") {
     return false;
   }
-  std::optional<ForwardPieces> unused;
-  const auto way = ForwardPieces::Begin(core, caller, request, spec, unused);
-  if (!way.ok()) return way.status();
-  return *way == ForwardPieces::Way::kAfterStatistics;
+  const auto plan = ForwardPieces::Begin(core, caller, request, spec);
+  if (!plan.ok()) return plan.status();
+  return plan->way == ForwardPieces::Way::kAfterStatistics;
 }
 
 void FoldThenNormalize(Core& core, const Caller& caller, const v1::ForwardRequest& request,
@@ -307,7 +306,7 @@ void FoldThenNormalize(Core& core, const Caller& caller, const v1::ForwardReques
   const auto call =
       std::make_shared<Call>(Call{spec, std::move(tensors), std::move(spare), std::move(done)});
   ForwardPieces::Fold(
-      core, caller, request, call->spec, call->tensors.input.data, stop,
+      core, caller, request, call->spec, call->tensors.input.data, /*arrived=*/nullptr, stop,
       [&core, &caller, &request, call, stop](absl::StatusOr<std::optional<ForwardPieces>> pieces) {
         if (!pieces.ok()) return call->done(pieces.status());
         if (!pieces->has_value()) {

@@ -21,10 +21,9 @@ bool IsPerSample(const Pass& pass) {
 
 }  // namespace
 
-absl::StatusOr<ForwardPieces::Way> ForwardPieces::Begin(Core& core, const Caller& caller,
-                                                        const v1::ForwardRequest& request,
-                                                        const ForwardSpec& spec,
-                                                        std::optional<ForwardPieces>& pieces) {
+absl::StatusOr<ForwardPieces::Plan> ForwardPieces::Begin(Core& core, const Caller& caller,
+                                                         const v1::ForwardRequest& request,
+                                                         const ForwardSpec& spec) {
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return instance.status();
   const Snapshot state = (*instance)->published();
@@ -34,17 +33,22 @@ absl::StatusOr<ForwardPieces::Way> ForwardPieces::Begin(Core& core, const Caller
   if (!pass.ok()) return pass.status();
   absl::Status allowed = CheckMayForward(caller, request, pass->folds);
   if (!allowed.ok()) return allowed;
+  Plan plan{.problem = pass->problem};
   // What a request_id did before is answered by the unary call's way.
   const bool again = (*instance)->Applied(spec.options.request_id).has_value();
-  if (request.save_for_backward() || again) return Way::kWhole;
-  if (pass->folds) return IsPerSample(*pass) ? Way::kWhole : Way::kAfterStatistics;
+  if (request.save_for_backward() || again) return plan;
+  if (pass->folds) {
+    if (!IsPerSample(*pass)) plan.way = Way::kAfterStatistics;
+    return plan;
+  }
   const bool another_version =
       spec.options.expected_version.has_value() && *spec.options.expected_version != state->version;
   const bool as_it_arrives =
       !pass->by_batch || (IsPerSample(*pass) && !request.return_batch_statistics());
-  if (!as_it_arrives || another_version || request.has_residual()) return Way::kWhole;
+  if (!as_it_arrives || another_version || request.has_residual()) return plan;
 
-  ForwardPieces& made = pieces.emplace();
+  plan.way = Way::kAsItArrives;
+  ForwardPieces& made = plan.pieces.emplace();
   made.backend_ = core.backend;
   made.state_ = state;
   made.problem_ = pass->problem;
@@ -61,12 +65,12 @@ absl::StatusOr<ForwardPieces::Way> ForwardPieces::Begin(Core& core, const Caller
   made.header_.set_version(state->version);
   made.header_.set_num_batches_tracked(state->num_batches_tracked);
   *made.header_.mutable_output() = ToProto(spec.input);
-  return Way::kAsItArrives;
+  return plan;
 }
 
 void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequest& request,
-                         const ForwardSpec& spec, const char* input, const std::stop_token& stop,
-                         Done done) {
+                         const ForwardSpec& spec, const char* input, const ArrivingMoments* arrived,
+                         const std::stop_token& stop, Done done) {
   const auto instance = core.registry->Find(request.name());
   if (!instance.ok()) return done(instance.status());
   const Snapshot tip = (*instance)->tip();
@@ -78,7 +82,10 @@ void ForwardPieces::Fold(Core& core, const Caller& caller, const v1::ForwardRequ
   absl::Status allowed = CheckMayForward(caller, request, /*folds=*/true);
   if (!allowed.ok()) return done(std::move(allowed));
 
-  const auto moments = MomentsOf(core, pass->problem, input, Place::kHost, stop);
+  // Another instance of this name may have come meanwhile.
+  const bool are_there = arrived != nullptr && arrived->problem() == pass->problem;
+  const absl::StatusOr<BatchMoments> moments =
+      are_there ? arrived->Get() : MomentsOf(core, pass->problem, input, Place::kHost, stop);
   if (!moments.ok()) return done(moments.status());
 
   ForwardPieces pieces;

@@ -1,5 +1,5 @@
 // ForwardPieces: a Forward whose output is computed piece by piece, in the order of
-// memory, with the same bits as in one.
+// memory; by the same statistics with the same bits as in one.
 #ifndef NORMD_SERVER_SERVICE_FORWARD_PIECES_H_
 #define NORMD_SERVER_SERVICE_FORWARD_PIECES_H_
 
@@ -15,6 +15,7 @@
 #include "kernels/problem.h"
 #include "normd/v1/norm_service.pb.h"
 #include "server/registry/instance.h"
+#include "server/service/arriving_moments.h"
 #include "server/service/core.h"
 #include "server/service/forward.h"
 
@@ -29,20 +30,21 @@ class ForwardPieces {
     kWhole,            // as the unary call does
   };
 
-  // Checks what may be checked without the tensor, and answers the way by the instance as
-  // it is now; where that is kAsItArrives, `pieces` are of it. A request with a residual
-  // needs both tensors, and so is never kAsItArrives.
-  static absl::StatusOr<Way> Begin(Core& core, const Caller& caller,
-                                   const v1::ForwardRequest& request, const ForwardSpec& spec,
-                                   std::optional<ForwardPieces>& pieces);
+  struct Plan;
 
-  // kAfterStatistics: takes the statistics of `input`, folds them in, and calls `done` when
+  // Checks what may be checked without the tensor, and answers the way by the instance as
+  // it is now. A request with a residual needs both tensors, and so is never kAsItArrives.
+  static absl::StatusOr<Plan> Begin(Core& core, const Caller& caller,
+                                    const v1::ForwardRequest& request, const ForwardSpec& spec);
+
+  // kAfterStatistics: folds the statistics of `input` in, and calls `done` when
   // the change is durable. `input` is used until then. Where the mode has changed
-  // meanwhile, `done` gets nothing: the way is another now.
+  // meanwhile, `done` gets nothing: the way is another now. `arrived`: those statistics, if
+  // they were taken already.
   using Done = absl::AnyInvocable<void(absl::StatusOr<std::optional<ForwardPieces>>)>;
   static void Fold(Core& core, const Caller& caller, const v1::ForwardRequest& request,
-                   const ForwardSpec& spec, const char* input, const std::stop_token& stop,
-                   Done done);
+                   const ForwardSpec& spec, const char* input, const ArrivingMoments* arrived,
+                   const std::stop_token& stop, Done done);
 
   // The answer without its tensor's data.
   const v1::ForwardResponse& header() const { return header_; }
@@ -66,6 +68,12 @@ class ForwardPieces {
   std::shared_ptr<const std::vector<double>> var_;
   Lasting lasting_;
   v1::ForwardResponse header_;
+};
+
+struct ForwardPieces::Plan {
+  Way way = Way::kWhole;
+  NormProblem problem;
+  std::optional<ForwardPieces> pieces;  // kAsItArrives
 };
 
 }  // namespace normd

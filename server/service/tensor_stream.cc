@@ -17,6 +17,7 @@
 #include "normd/v1/norm_service.pb.h"
 #include "server/error/error.h"
 #include "server/service/arriving.h"
+#include "server/service/arriving_moments.h"
 #include "server/service/backward.h"
 #include "server/service/forward.h"
 #include "server/service/forward_pieces.h"
@@ -29,6 +30,9 @@ namespace {
 // Bytes of an answer's chunk: few messages, and still in the nearest caches when it is
 // sent.
 constexpr size_t kChunkBytes = size_t{1} << 20;
+
+// The moments of what is no larger are taken when it is there, as the unary call takes them.
+constexpr int64_t kLargestInOne = int64_t{4} << 20;
 
 absl::Status WrongPart(absl::string_view found) {
   return InvalidField("part", found, "one header first, then chunks");
@@ -115,9 +119,13 @@ class ForwardStream {
     auto spec = ToForwardSpec(header);
     if (!spec.ok()) return spec.status();
     spec_ = *std::move(spec);
-    const auto way = ForwardPieces::Begin(core_, caller, header, spec_, pieces_);
-    if (!way.ok()) return way.status();
-    way_ = *way;
+    auto plan = ForwardPieces::Begin(core_, caller, header, spec_);
+    if (!plan.ok()) return plan.status();
+    way_ = plan->way;
+    pieces_ = std::move(plan->pieces);
+    if (way_ == ForwardPieces::Way::kAfterStatistics && spec_.input.bytes() > kLargestInOne) {
+      moments_.emplace(plan->problem);
+    }
     if (way_ == ForwardPieces::Way::kAsItArrives) {
       if (absl::Status begun = input_.tensor.Begin(header.input(), "input"); !begun.ok()) {
         return begun;
@@ -134,7 +142,7 @@ class ForwardStream {
 
   absl::Status Add(const Chunk& chunk, Messages& answers) {
     if (chunk.number() == Request::kResidualChunkFieldNumber) return residual_.Add(core_, chunk);
-    if (way_ != ForwardPieces::Way::kAsItArrives) return input_.Add(core_, chunk);
+    if (way_ != ForwardPieces::Way::kAsItArrives) return Keep(chunk);
     if (absl::Status taken = input_.tensor.Take(chunk.size()); !taken.ok()) return taken;
     for (size_t from = 0; from < chunk.size();) {
       if (piece_.missing() == 0) piece_ = ArrivingBytes(PieceBytes(chunk.size() - from));
@@ -155,7 +163,8 @@ class ForwardStream {
     if (ended.ok()) ended = residual_.tensor.End();
     if (!ended.ok() || way_ == ForwardPieces::Way::kAsItArrives) return done(std::move(ended));
     if (way_ == ForwardPieces::Way::kWhole) return EndWhole(answers, std::move(done));
-    ForwardPieces::Fold(core_, *caller_, header, spec_, input_.bytes.memory().buffer.data(), stop_,
+    ForwardPieces::Fold(core_, *caller_, header, spec_, input_.bytes.memory().buffer.data(),
+                        moments_.has_value() ? &*moments_ : nullptr, stop_,
                         [this, &answers, done = std::move(done)](
                             absl::StatusOr<std::optional<ForwardPieces>> pieces) mutable {
                           if (!pieces.ok()) return done(pieces.status());
@@ -182,6 +191,14 @@ class ForwardStream {
   int64_t received() const { return input_.tensor.received() + residual_.tensor.received(); }
 
  private:
+  // Of a tensor that is kept as a whole.
+  absl::Status Keep(const Chunk& chunk) {
+    absl::Status added = input_.Add(core_, chunk);
+    if (!added.ok() || !moments_.has_value()) return added;
+    return moments_->Take(core_, input_.bytes.memory().buffer.data(),
+                          static_cast<int64_t>(input_.bytes.received() / ElementBytes()), stop_);
+  }
+
   static grpc::ByteBuffer HeaderOf(const v1::ForwardResponse& answer) {
     Response response;
     *response.mutable_header() = answer;
@@ -236,8 +253,9 @@ class ForwardStream {
   ArrivingBytes piece_;    // kAsItArrives: what has come of the next
   WholeTensor input_;      // else its memory, too
   WholeTensor residual_;
-  std::shared_ptr<ClaimedBuffer> kept_;  // kAfterStatistics: the input, becoming the output
-  Leaving leaving_;                      // kWhole
+  std::optional<ArrivingMoments> moments_;  // kAfterStatistics: of a large input
+  std::shared_ptr<ClaimedBuffer> kept_;     // kAfterStatistics: the input, becoming the output
+  Leaving leaving_;                         // kWhole
 };
 
 class BackwardStream {

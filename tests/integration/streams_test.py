@@ -1,4 +1,5 @@
-"""A stream's answer is its unary twin's, byte for byte, however it is cut."""
+"""A stream's answer is its unary twin's, byte for byte, however it is cut; where the statistics
+of a large tensor are taken while it comes, to rounding."""
 
 import os
 import threading
@@ -200,36 +201,88 @@ class EveryLayer(StreamCase):
 
 
 class LargeTensors(StreamCase):
-    """In train mode a large unary call is folded first and normalized where it lies."""
+    """In train mode the statistics of a large stream are taken while it comes; a large unary
+    call is folded first and normalized where it lies."""
 
     FLAGS = ()
-    SHAPE = (33, 64, 64, 64)  # 33 MiB
+    SHAPES = [(33, 64, 64, 64),  # 33 MiB: whole samples are summed at once
+              (3, 300, 57, 41),  # channels of a sample
+              (2, 3, 1031, 733),  # parts of a channel
+              (1, 1, 1, 2000003),
+              (1000003, 3, 1, 1)]
 
-    def test_answer_their_streams_bytes_and_are_counted_once(self):
-        x, residual = self.randn(self.SHAPE), self.randn(self.SHAPE)
-        for fields in ({"return_batch_statistics": True},
-                       {"activation": rpc.ACTIVATION_RELU, "residual": residual}):
-            unary, stream = self.pair(self.SHAPE[1])
-            fields = dict(fields)
-            added = fields.pop("residual", None)
-            request = rpc.ForwardRequest(
-                name=unary.name, input=to_proto(x), mode=TRAIN, request_id=request_id(),
-                residual=None if added is None else to_proto(added), **fields)
-            answer = self.stub.Forward(request)
-            header, y = streams.forward(self.stub, stream.name, x, residual=added, mode=TRAIN,
-                                        **fields)
-            self.assertEqual(raw_bytes(y), raw_bytes(from_proto(answer.output)))
-            answer.output.Clear()
-            header.output.Clear()
-            self.assertEqual(header, answer)
+    def test_answer_what_the_unary_call_does_and_are_counted_once(self):
+        for shape in self.SHAPES:
+            for channels_last in (False, True):
+                for fields in ({}, {"activation": rpc.ACTIVATION_RELU, "residual": True}):
+                    with self.subTest(NORMD_SEED=SEED, shape=shape, channels_last=channels_last,
+                                      fields=fields):
+                        self.compare(shape, channels_last, dict(fields))
 
-            again = self.stub.Forward(request)
-            self.assertTrue(again.replayed)
-            self.assertEqual(raw_bytes(y), raw_bytes(from_proto(again.output)))
-            self.assertEqual(again.num_batches_tracked, 1)
-            self.assertEqual(unary.state_dict().keys(), stream.state_dict().keys())
-            for key, value in unary.state_dict().items():
-                self.assertEqual(raw_bytes(value), raw_bytes(stream.state_dict()[key]), key)
+    def compare(self, shape, channels_last, fields):
+        unary, stream = self.pair(shape[1])
+        x = self.randn(shape) + self.randn((shape[1], 1, 1)) * 3
+        added = self.randn(shape) if fields.pop("residual", False) else None
+        fields.update(mode=TRAIN, return_batch_statistics=True)
+        request = rpc.ForwardRequest(
+            name=unary.name, input=to_proto(x, channels_last), request_id=request_id(),
+            residual=None if added is None else to_proto(added, channels_last), **fields)
+        answer = self.stub.Forward(request)
+        due = from_proto(answer.output)
+        header, y = streams.forward(self.stub, stream.name, x, residual=added, chunk=1 << 18,
+                                    channels_last=channels_last, **fields)
+        self.assertLess((y - due).abs().max().item(), 1e-6)
+        for field in ("mean", "var"):
+            got, wanted = (torch.tensor(list(getattr(each.batch_statistics, field)))
+                           for each in (header, answer))
+            self.assertTrue(torch.allclose(got, wanted, rtol=1e-6, atol=1e-6), field)
+        for each in (header, answer):
+            each.ClearField("output")
+            each.batch_statistics.ClearField("mean")
+            each.batch_statistics.ClearField("var")
+        self.assertEqual(header, answer)
+
+        again = self.stub.Forward(request)
+        self.assertTrue(again.replayed)
+        self.assertEqual(raw_bytes(due), raw_bytes(from_proto(again.output)))
+        self.assertEqual(again.num_batches_tracked, 1)
+        kept = stream.state_dict()
+        for key, value in unary.state_dict().items():
+            self.assertTrue(torch.allclose(value, kept[key], rtol=1e-6, atol=1e-6), key)
+        unary.delete()
+        stream.delete()
+
+    def test_are_exact_where_the_mean_is_far_from_zero_in_every_type(self):
+        for shape in self.SHAPES[1:]:
+            for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+                with self.subTest(NORMD_SEED=SEED, shape=shape, dtype=dtype):
+                    [layer, _] = self.pair(
+                        shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+                    # So that some values differ in their last bits alone.
+                    x = (self.randn(shape, torch.float64) + 100).to(dtype)
+                    header, y = streams.forward(self.stub, layer.name, x, mode=TRAIN,
+                                                chunk=[1 << 20, 999], return_batch_statistics=True,
+                                                channels_last=self.rng.random() < 0.5)
+                    wide = x.double()
+                    due = torch.nn.functional.batch_norm(wide, None, None, training=True)
+                    rounding = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}.get(dtype, 0)
+                    over = (y.double() - due).abs() - due.abs() * rounding * 1.001
+                    self.assertLess(over.max().item(), 1e-5)
+                    mean = torch.tensor(list(header.batch_statistics.mean), dtype=torch.float64)
+                    self.assertLess((mean - wide.mean((0, 2, 3))).abs().max().item(), 1e-6)
+
+    def test_give_the_same_bytes_however_they_are_cut_and_keep_nan_to_its_channel(self):
+        x = self.randn((3, 300, 57, 41))
+        x[1, 7, 5, 5], x[2, 299, 0, 0], x[0, 0, 0, 1] = (float(v) for v in ("nan", "inf", "-inf"))
+        answers = set()
+        for chunk in (4 << 20, 77777, [1, 5 << 20, 12345]):
+            [layer, _] = self.pair(300)
+            header, y = streams.forward(self.stub, layer.name, x, mode=TRAIN, chunk=chunk,
+                                        return_batch_statistics=True)
+            self.assertEqual(y.isnan().any(3).any(2).any(0).nonzero().flatten().tolist(),
+                             [0, 7, 299])
+            answers.add((raw_bytes(y), str(list(header.batch_statistics.mean))))
+        self.assertEqual(len(answers), 1)
 
 
 class BoundedMemory(StreamCase):
