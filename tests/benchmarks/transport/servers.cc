@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -83,12 +84,38 @@ class ChunksCall final : public grpc::ServerGenericBidiReactor {
   grpc::ByteBuffer leaving_;
 };
 
+// Returns the messages, as they came, when the last has come: as who must see them all first.
+class HeldChunksCall final : public grpc::ServerGenericBidiReactor {
+ public:
+  HeldChunksCall() { StartRead(&held_.emplace_back()); }
+  void OnReadDone(bool ok) override {
+    if (ok) return StartRead(&held_.emplace_back());
+    held_.pop_back();
+    WriteNext();
+  }
+  void OnWriteDone(bool ok) override {
+    held_.pop_front();
+    if (!ok) held_.clear();
+    WriteNext();
+  }
+  void OnDone() override { delete this; }
+
+ private:
+  void WriteNext() {
+    if (held_.empty()) return Finish(grpc::Status::OK);
+    StartWrite(&held_.front());
+  }
+
+  std::deque<grpc::ByteBuffer> held_;
+};
+
 class Echo final : public grpc::CallbackGenericService {
   grpc::ServerGenericBidiReactor* CreateReactor(
       grpc::GenericCallbackServerContext* context) override {
     uint64_t size = 0;
     const std::string method = context->method();
     if (method == kEchoChunks) return new ChunksCall;
+    if (method == kEchoHeldChunks) return new HeldChunksCall;
     (void)absl::SimpleAtoi(method.substr(method.rfind('/') + 1), &size);
     return new EchoCall(bytes_, size);
   }

@@ -9,10 +9,12 @@ std::string PortFile(const std::string& directory, const std::string& name);
 std::string SocketAddress(const std::string& directory, const std::string& name);
 
 constexpr char kEchoChunks[] = "/chunks";
+constexpr char kEchoHeldChunks[] = "/held_chunks";
 
 // Serves there until the process is killed; returns its exit code.
 //   echo      the floor: takes any bytes as a ByteBuffer, answers "/echo/N" with N, and
-//             kEchoChunks with each message that comes
+//             kEchoChunks with each message that comes, kEchoHeldChunks with them all when
+//             the last has come
 //   ordinary  the service as most would write it: generated, synchronous, the tensor's
 //             bytes copied into a vector and back, plain loops between
 int Serve(const std::string& name, const std::string& directory);

@@ -3,7 +3,7 @@
 //
 //   floor     a bare gRPC server that takes the same request bytes as a ByteBuffer and
 //             answers as many bytes as normd does, with the same settings; for a stream, one
-//             that returns each chunk as it has come
+//             that returns each chunk as it has come, or, in train mode, when all have
 //   unary     the floor of the unary call, beside a stream of the same tensor
 //   ordinary  the service as most would write it (servers.h)
 //   torch     the service in Python, with torch.nn.functional.batch_norm (torch_server.py)
@@ -381,7 +381,7 @@ std::vector<Lane> LanesFor(Contenders& all, const Case& c) {
            }});
     };
     stream("ours", all.ours, "/normd.v1.NormService/ForwardStream");
-    stream("floor", all.echo, kEchoChunks);
+    stream("floor", all.echo, c.op == "eval" ? kEchoChunks : kEchoHeldChunks);
     if (c.bytes > 100 * kMiB) return lanes;
   }
   const auto [method, request] = Request(c);
