@@ -12,10 +12,11 @@ so that what else runs on the machine counts less; on several it is the clock's.
                  backward       nchw: x, dy -> dx; nhwc: both read once more before
                and, fused, the residual with them. Best of ordinary and non-temporal
                stores, on as many threads.
-  bound_ratio  bound's time / ours, where sums come before the first element written:
-               each set is read, then read again and written, in our order and with our
-               fetching ahead, and nothing is computed. What the cache does not give
-               back of the first reading, no implementation gets.
+  bound_ratio  bound's time / ours: each set is read and summed, then read again, scaled
+               and written, in our order and with our fetching ahead (eval: the second
+               alone). Computed is the least that there is to it, in float32, as if memory
+               were one long vector of the same set: widen, add to a sum and a sum of
+               squares or products; widen, multiply and add, round.
   peer_ratio   best peer's time / ours: above 1, ours is faster. In nchw oneDNN may
                use its own private layout (onednn_blocked).
 """
@@ -210,9 +211,7 @@ def contenders(library, torch, tensors, case, threads):
     for stream in (0, 1):
         found[f"floor{stream}"] = native(
             library.bench_floor(reference, reads, inputs, outputs, stream))
-        if case.operation != "eval":
-            found[f"bound{stream}"] = native(
-                library.bench_bound(reference, inputs, outputs, stream))
+        found[f"bound{stream}"] = native(library.bench_bound(reference, inputs, outputs, stream))
     if hasattr(library, "bench_onednn"):
         for blocked, name in ((0, "onednn"), (1, "onednn_blocked")):
             if blocked and case.layout != "nchw":

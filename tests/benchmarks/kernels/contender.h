@@ -36,7 +36,7 @@ Contender* bench_onednn(const BenchCase* bench, int32_t blocked);
 // `reads` times through memory, then `inputs` read and `outputs` written.
 Contender* bench_floor(const BenchCase* bench, int32_t reads, int32_t inputs, int32_t outputs,
                        int32_t stream);
-// The same, but a set is read once before it is read and written: see floor.cc.
+// With what must be computed, and a set read once before it is read and written: see floor.cc.
 Contender* bench_bound(const BenchCase* bench, int32_t inputs, int32_t outputs, int32_t stream);
 void bench_free(Contender* contender);
 // Seconds that `count` runs take: of the clock, or of this thread's processor time.

@@ -1,7 +1,9 @@
-// The machine's own limit: the same bytes read and written, and nothing computed.
+// The machine's own limits: the same bytes read and written, with nothing computed (Floor), or
+// with the arithmetic that no implementation can leave out (Bound).
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include <hwy/cache_control.h>
@@ -13,9 +15,10 @@
 #include "tests/benchmarks/kernels/contender.h"
 
 #if defined(__x86_64__)
+// GCC 12 takes its own undefined vectors for ours.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
-#define NORMD_WIDE __attribute__((target("avx512f,avx512vl")))
-#define NORMD_MIDDLE __attribute__((target("avx2")))
+#define NORMD_WIDE __attribute__((target("avx512f,avx512vl,avx512bw")))
 #endif
 
 namespace normd {
@@ -62,6 +65,109 @@ NORMD_WIDE void CombineWide(char* to, const char* const* from, int64_t bytes, in
   }
   if (kStream) _mm_sfence();
 }
+
+// Two vectors of float32, of as many elements that are neighbours in memory.
+struct Two {
+  __m512 a, b;
+};
+
+#define NORMD_WIDE_INLINE NORMD_WIDE inline __attribute__((always_inline))
+template <DType type>
+NORMD_WIDE_INLINE Two Load(const char* from) {
+  if constexpr (type == DType::kFloat32) {
+    return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 64)};
+  } else if constexpr (type == DType::kFloat16) {
+    const auto half = [&](int i) NORMD_WIDE {
+      return _mm512_cvtph_ps(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + int64_t{32} * i)));
+    };
+    return {half(0), half(1)};
+  } else {
+    const __m512i words = _mm512_loadu_si512(from);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536)))};
+  }
+}
+
+// To the nearest bfloat16, ties to even, in the upper half of each word; NaN stays one.
+NORMD_WIDE_INLINE __m512i RoundedToUpper(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                               _mm512_set1_epi32(0x7fc00000));
+}
+
+template <bool kStream>
+NORMD_WIDE_INLINE void StoreVector(char* to, __m512i v) {
+  kStream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v) : _mm512_storeu_si512(to, v);
+}
+
+template <DType type, bool kStream>
+NORMD_WIDE_INLINE void Store(char* to, Two v) {
+  if constexpr (type == DType::kFloat32) {
+    StoreVector<kStream>(to, _mm512_castps_si512(v.a));
+    StoreVector<kStream>(to + 64, _mm512_castps_si512(v.b));
+  } else if constexpr (type == DType::kFloat16) {
+    const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
+    StoreVector<kStream>(
+        to, _mm512_inserti64x4(low, _mm512_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT), 1));
+  } else {
+    const __m512i low = _mm512_srli_epi32(RoundedToUpper(v.a), 16);
+    StoreVector<kStream>(to, _mm512_mask_mov_epi16(low, 0xaaaaaaaa, RoundedToUpper(v.b)));
+  }
+}
+
+constexpr int64_t BytesOfTwo(DType type) { return type == DType::kFloat32 ? 128 : 64; }
+
+// The sum of x and of its squares; or of y and of x y.
+template <DType type, bool kProducts>
+NORMD_WIDE void SumWide(const char* x, const char* y, int64_t bytes) {
+  constexpr int64_t kTwo = BytesOfTwo(type);
+  __m512 sum[4] = {}, square[4] = {};
+  const auto add = [&](int64_t i, int k) NORMD_WIDE {
+    const Two v = Load<type>(x + i);
+    const Two w = kProducts ? Load<type>(y + i) : v;
+    sum[k] = _mm512_add_ps(sum[k], w.a);
+    sum[k + 1] = _mm512_add_ps(sum[k + 1], w.b);
+    square[k] = _mm512_fmadd_ps(v.a, w.a, square[k]);
+    square[k + 1] = _mm512_fmadd_ps(v.b, w.b, square[k + 1]);
+  };
+  for (int64_t i = 0; i + 2 * kTwo <= bytes; i += 2 * kTwo) {
+    add(i, 0);
+    add(i + kTwo, 2);
+  }
+  const __m512 all = _mm512_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), sum[2]), sum[3]);
+  const __m512 squares =
+      _mm512_add_ps(_mm512_add_ps(_mm512_add_ps(square[0], square[1]), square[2]), square[3]);
+  alignas(64) uint64_t lanes[8];
+  _mm512_store_ps(lanes, _mm512_add_ps(all, squares));
+  g_sink.store(lanes[0] ^ lanes[7], std::memory_order_relaxed);
+}
+
+enum class Formula { kForward, kForwardAddRelu, kBackward };
+
+// a x + b, max(a x + b + y, 0), or a y + (b x + c).
+template <DType type, Formula formula, bool kStream>
+NORMD_WIDE void WriteWide(char* to, const char* x, const char* y, int64_t bytes, int64_t ahead) {
+  const __m512 a = _mm512_set1_ps(0.75F), b = _mm512_set1_ps(0.25F), c = _mm512_set1_ps(0.125F);
+  for (int64_t i = 0; i + BytesOfTwo(type) <= bytes; i += BytesOfTwo(type)) {
+    for (int64_t line = 0; ahead != 0 && line < BytesOfTwo(type); line += 64) {
+      _mm_prefetch(x + i + line + ahead, _MM_HINT_T1);
+      if (formula != Formula::kForward) _mm_prefetch(y + i + line + ahead, _MM_HINT_T1);
+    }
+    const auto value = [&](__m512 v, __m512 w) NORMD_WIDE {
+      if (formula == Formula::kBackward) return _mm512_fmadd_ps(w, a, _mm512_fmadd_ps(v, b, c));
+      const __m512 normalized = _mm512_fmadd_ps(v, a, b);
+      if (formula == Formula::kForward) return normalized;
+      return _mm512_max_ps(_mm512_add_ps(normalized, w), _mm512_setzero_ps());
+    };
+    const Two v = Load<type>(x + i);
+    const Two w = formula == Formula::kForward ? v : Load<type>(y + i);
+    Store<type, kStream>(to + i, {value(v.a, w.a), value(v.b, w.b)});
+  }
+  if (kStream) _mm_sfence();
+}
 #endif
 
 template <int kInputs>
@@ -88,6 +194,9 @@ bool HasWide() {
   return false;
 #endif
 }
+
+template <DType type>
+using Constant = std::integral_constant<DType, type>;
 
 // The tensors of a case, and passes over them.
 class Passes : public Contender {
@@ -122,10 +231,10 @@ class Passes : public Contender {
     g_sink.store(sum, std::memory_order_relaxed);
   }
 
-  // All outputs from all inputs. A second output costs its writes alone.
-  void Write(int64_t begin, int64_t bytes, int64_t ahead) const {
+  // The outputs from `first` on, from all inputs. A second output costs its writes alone.
+  void Write(int64_t begin, int64_t bytes, int64_t ahead, int first = 0) const {
     const char* from[2] = {from_[0] + begin, inputs_ > 1 ? from_[1] + begin : nullptr};
-    for (int out = 0; out < outputs_; ++out) {
+    for (int out = first; out < outputs_; ++out) {
       const char* source[2] = {from[out == 0 ? 0 : 1], from[1]};
       Combine(to_[out] + begin, source, out == 0 ? inputs_ : 1, bytes, out == 0 ? ahead : 0);
     }
@@ -135,6 +244,9 @@ class Passes : public Contender {
   int threads_;
   int64_t element_bytes_, bytes_;
   int inputs_, outputs_;
+  bool stream_;
+  const char* from_[2];
+  char* to_[2];
 
  private:
   void Combine(char* to, const char* const* from, int inputs, int64_t bytes, int64_t ahead) const {
@@ -153,10 +265,6 @@ class Passes : public Contender {
     (void)ahead;
     inputs == 1 ? CombinePlain<1>(to, from, bytes) : CombinePlain<2>(to, from, bytes);
   }
-
-  bool stream_;
-  const char* from_[2];
-  char* to_[2];
 };
 
 class Floor final : public Passes {
@@ -180,13 +288,18 @@ class Floor final : public Passes {
 };
 
 // As any kernel must that has to know a set's sums before it can write its first element:
-// a piece of the tensors is read, then read again and written, while the next piece is
-// fetched. A piece is some sets that fit the cache together; in NHWC, where all sets end
-// at once, it is all there is, and the second pass walks back from the end.
+// a piece of the tensors is read and summed, then read again, scaled and written, while the next
+// piece is fetched. A piece is some sets that fit the cache together; in NHWC, where all sets end
+// at once, it is all there is, and the second pass walks back from the end. Computed is the
+// least that there is to it in float32, as if memory were one long vector: no sets, no shift, no
+// weights. Eval has nothing to sum.
 class Bound final : public Passes {
  public:
   Bound(const BenchCase& bench, int inputs, int outputs, bool stream)
-      : Passes(bench, inputs, outputs, stream) {
+      : Passes(bench, inputs, outputs, stream),
+        type_(static_cast<DType>(bench.dtype)),
+        backward_(bench.operation == kBackward),
+        sums_(bench.operation != kEval) {
     const int64_t positions = bench.height * bench.width;
     const bool per_channel = bench.layer == kBatchNorm;
     whole_ = bench.channels_last != 0 && per_channel;
@@ -212,11 +325,9 @@ class Bound final : public Passes {
       const int64_t first = unit * unit_sets_;
       const int64_t bytes = std::min(unit_sets_, sets_ - first) * run_bytes_;
       const auto begin = [&](int64_t run) { return (run * sets_ + first) * run_bytes_; };
-      for (int64_t run = 0; run < runs_; ++run) {
-        for (int input = 0; input < inputs_; ++input) Read(input, begin(run), bytes);
-      }
+      for (int64_t run = 0; sums_ && run < runs_; ++run) Sum(begin(run), bytes);
       const bool last = unit + 1 == units;
-      for (int64_t run = 0; run < runs_; ++run) Write(begin(run), bytes, last ? 0 : bytes);
+      for (int64_t run = 0; run < runs_; ++run) Apply(begin(run), bytes, last ? 0 : bytes);
     });
   }
 
@@ -227,15 +338,70 @@ class Bound final : public Passes {
   void RunWhole() {
     const int64_t chunks = (bytes_ + kChunk - 1) / kChunk;
     const auto size = [&](int64_t chunk) { return std::min(kChunk, bytes_ - chunk * kChunk); };
-    executor_.ParallelFor(chunks, [&](int64_t chunk) {
-      for (int input = 0; input < inputs_; ++input) Read(input, chunk * kChunk, size(chunk));
-    });
+    if (sums_) {
+      executor_.ParallelFor(chunks, [&](int64_t chunk) { Sum(chunk * kChunk, size(chunk)); });
+    }
     executor_.ParallelFor(chunks, [&](int64_t i) {
-      const int64_t chunk = chunks - 1 - i;
-      Write(chunk * kChunk, size(chunk), 0);
+      const int64_t chunk = sums_ ? chunks - 1 - i : i;
+      Apply(chunk * kChunk, size(chunk), 0);
     });
   }
 
+  // Calls visit(integral_constant<DType>) where the machine has vectors for it.
+  template <class Visit>
+  bool ForType(Visit visit) const {
+    if (!HasWide()) return false;
+    switch (type_) {
+      case DType::kFloat32: return visit(Constant<DType::kFloat32>()), true;
+      case DType::kFloat16: return visit(Constant<DType::kFloat16>()), true;
+      case DType::kBFloat16: return visit(Constant<DType::kBFloat16>()), true;
+      default: return false;
+    }
+  }
+
+  void Sum(int64_t begin, int64_t bytes) const {
+#if defined(__x86_64__)
+    const bool summed = ForType([&](auto type) {
+      const char* x = from_[0] + begin;
+      backward_ ? SumWide<type, true>(x, from_[1] + begin, bytes)
+                : SumWide<type, false>(x, nullptr, bytes);
+    });
+    if (summed) return;
+#endif
+    for (int input = 0; input < (backward_ ? inputs_ : 1); ++input) Read(input, begin, bytes);
+  }
+
+  void Apply(int64_t begin, int64_t bytes, int64_t ahead) const {
+#if defined(__x86_64__)
+    const bool applied = ForType([&](auto type) {
+      const bool stream = stream_ && reinterpret_cast<uintptr_t>(to_[0] + begin) % 64 == 0;
+      stream ? ApplyWide<type, true>(begin, bytes, ahead)
+             : ApplyWide<type, false>(begin, bytes, ahead);
+    });
+    if (applied && outputs_ > 1) Write(begin, bytes, 0, /*first=*/1);
+    if (applied) return;
+#endif
+    Write(begin, bytes, ahead);
+  }
+
+#if defined(__x86_64__)
+  template <DType type, bool kStream>
+  void ApplyWide(int64_t begin, int64_t bytes, int64_t ahead) const {
+    char* to = to_[0] + begin;
+    const char* x = from_[0] + begin;
+    const char* y = inputs_ > 1 ? from_[1] + begin : nullptr;
+    if (backward_) {
+      WriteWide<type, Formula::kBackward, kStream>(to, x, y, bytes, ahead);
+    } else if (inputs_ > 1) {
+      WriteWide<type, Formula::kForwardAddRelu, kStream>(to, x, y, bytes, ahead);
+    } else {
+      WriteWide<type, Formula::kForward, kStream>(to, x, nullptr, bytes, ahead);
+    }
+  }
+#endif
+
+  DType type_;
+  bool backward_, sums_;
   bool whole_;
   int64_t runs_, sets_, run_bytes_, unit_sets_;
 };
