@@ -434,7 +434,7 @@ class TensorStream final : public grpc::ServerBidiReactor<grpc::ByteBuffer, grpc
       return actions;
     }
     if (!writing_ && !answers_.empty()) {
-      written_ = std::move(answers_.front());
+      written_.Swap(&answers_.front());
       answers_.pop_front();
       sent_ += static_cast<int64_t>(written_.Length());
       writing_ = actions.write = true;
