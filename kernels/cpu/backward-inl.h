@@ -222,8 +222,8 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       auto s = hn::LoadU(d, sum + j), p = hn::LoadU(d, product + j);
       for (int64_t k = 0; k < count; ++k) {
         const int64_t i = begin + (row + k) * matrix.stride + j;
-        FetchAhead(input.grad_y + i + kRowsRead * matrix.stride);
-        FetchAhead(input.x + i + kRowsRead * matrix.stride);
+        FetchNear(input.grad_y + i + kRowsRead * matrix.stride);
+        FetchNear(input.x + i + kRowsRead * matrix.stride);
         const auto g = input.GradY(i);
         s = hn::Add(s, keep(g));
         p = hn::Add(p, keep(hn::Mul(g, hn::Sub(input.X(i), center))));
@@ -237,8 +237,8 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       Pair<D> s = LoadPairValues<E>(d, sum + j), p = LoadPairValues<E>(d, product + j);
       for (int64_t k = 0; k < count; ++k) {
         const int64_t i = begin + (row + k) * matrix.stride + j;
-        FetchAhead(input.grad_y + i + kRowsRead * matrix.stride);
-        FetchAhead(input.x + i + kRowsRead * matrix.stride);
+        FetchNear(input.grad_y + i + kRowsRead * matrix.stride);
+        FetchNear(input.x + i + kRowsRead * matrix.stride);
         const Pair<D> g = LoadPair(d, input.grad_y + i), x = LoadPair(d, input.x + i);
         s = {hn::Add(s.a, g.a), hn::Add(s.b, g.b)};
         // Not fused: as in add().

@@ -80,6 +80,10 @@ template <class E>
 HWY_INLINE void FetchAhead(const E* from) {
   __builtin_prefetch(from, /*rw=*/0, /*locality=*/2);  // into L2
 }
+template <class E>
+HWY_INLINE void FetchNear(const E* from) {
+  __builtin_prefetch(from, /*rw=*/0, /*locality=*/3);  // into L1
+}
 
 // Halves as they are stored, and the vector they stand for.
 template <class E, class D>

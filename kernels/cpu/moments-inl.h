@@ -199,8 +199,8 @@ HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const Compute
   auto s1 = hn::Zero(d), q1 = hn::Zero(d);
   int64_t row = 0;
   for (; row + 2 <= count; row += 2) {
-    FetchAhead(x + (row + kRowsRead) * stride);
-    FetchAhead(x + (row + 1 + kRowsRead) * stride);
+    FetchNear(x + (row + kRowsRead) * stride);
+    FetchNear(x + (row + 1 + kRowsRead) * stride);
     const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
     const auto b = keep(hn::Sub(LoadElements(d, x + (row + 1) * stride), center));
     s0 = hn::Add(s0, a);
@@ -228,7 +228,7 @@ HWY_INLINE void AddRowsOfPairs(const E* x, int64_t count, int64_t stride,
   Pair<D> s0 = LoadPairValues<E>(d, sum), q0 = LoadPairValues<E>(d, square);
   Pair<D> s1{hn::Zero(d), hn::Zero(d)}, q1 = s1;
   const auto add = [&](int64_t row, Pair<D>& s, Pair<D>& q) NORMD_INLINE_LAMBDA {
-    FetchAhead(x + (row + kRowsRead) * stride);
+    FetchNear(x + (row + kRowsRead) * stride);
     const Pair<D> values = LoadPair(d, x + row * stride);
     const auto a = hn::Sub(values.a, center.a), b = hn::Sub(values.b, center.b);
     s = {hn::Add(s.a, a), hn::Add(s.b, b)};
