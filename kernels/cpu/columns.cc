@@ -292,7 +292,7 @@ class BackwardJob {
 
   void Reduce(int64_t unit, int64_t index) {
     const auto chunk = geometry_.ChunkAt(unit, index);
-    double scratch[2 * kTile];
+    double scratch[3 * kTile];
     const void* shift =
         arrays_.At(CoefficientArrays::kShift, unit * geometry_.columns + chunk.first_column);
     double* dy = dy_.data() + chunk.partial;

@@ -235,6 +235,11 @@ HWY_INLINE void FetchPairAhead(D d, const E* from) {
   FetchAhead(from);
   if (sizeof(E) > 2) FetchAhead(from + hn::Lanes(d));
 }
+template <class D, class E>
+HWY_INLINE void FetchPairNear(D d, const E* from) {
+  FetchNear(from);
+  if (sizeof(E) > 2) FetchNear(from + hn::Lanes(d));
+}
 
 // Values of the computing type that belong to the elements of a pair.
 template <class E, class D>
