@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/column_sums-inl.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/moments-inl.h"
@@ -194,18 +195,55 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
   });
 }
 
+// Of columns: dy, and dy * (x - shift).
+template <class E, bool kMasked>
+struct ColumnGradients {
+  using D = Tag<E>;
+  using V = hn::Vec<D>;
+  static constexpr int64_t kInputs = 2;
+  static constexpr bool kInPairs = kPairsInterleave<E> && !kMasked;
+
+  HWY_INLINE void Fetch(int64_t i) const {
+    FetchPairNear(D(), input.grad_y + begin + i);
+    FetchPairNear(D(), input.x + begin + i);
+  }
+  HWY_INLINE void AddTwo(int64_t i, const Pair<D>& shift, Pair<D>& dy, Pair<D>& dy_d) const {
+    const D d;
+    if constexpr (kMasked) {
+      const auto all = [](V v) { return v; };
+      Add(i, shift.a, all, dy.a, dy_d.a);
+      Add(i + static_cast<int64_t>(hn::Lanes(d)), shift.b, all, dy.b, dy_d.b);
+    } else {
+      const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
+      const Pair<D> x = LoadPair(d, input.x + begin + i);
+      Collect(gradient.a, hn::Sub(x.a, shift.a), dy.a, dy_d.a);
+      Collect(gradient.b, hn::Sub(x.b, shift.b), dy.b, dy_d.b);
+    }
+  }
+  template <class Keep>
+  HWY_INLINE void Add(int64_t i, V shift, Keep keep, V& dy, V& dy_d) const {
+    Collect(keep(input.GradY(begin + i)), keep(hn::Sub(input.X(begin + i), shift)), dy, dy_d);
+  }
+  static HWY_INLINE void Collect(V gradient, V deviation, V& dy, V& dy_d) {
+    dy = hn::Add(dy, gradient);
+    dy_d = hn::MulAdd(gradient, deviation, dy_d);
+  }
+
+  GradientInput<E, kMasked> input;
+  int64_t begin;
+};
+
 template <class E>
 void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                    const void* shift_array, void* scratch, double* HWY_RESTRICT dy,
                    double* HWY_RESTRICT dy_d) {
   using T = ComputeType<E>;
-  const Tag<E> d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t columns = matrix.columns;
-  const T* shift = static_cast<const T*>(shift_array);
+  T* const shift = static_cast<T*>(scratch);
+  std::copy_n(static_cast<const T*>(shift_array), columns, shift);
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
-    if (columns < lanes) {
+    if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
       for (int64_t row = 0; row < matrix.rows; ++row) {
         for (int64_t j = 0; j < columns; ++j) {
           const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1, shift[j]);
@@ -215,55 +253,12 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       }
       return;
     }
-    T* HWY_RESTRICT sum = static_cast<T*>(scratch);
-    T* HWY_RESTRICT product = sum + columns;
-    const auto add = [&](int64_t row, int64_t count, int64_t j, auto keep) {
-      const auto center = hn::LoadU(d, shift + j);
-      auto s = hn::LoadU(d, sum + j), p = hn::LoadU(d, product + j);
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t i = begin + (row + k) * matrix.stride + j;
-        FetchAhead(input.grad_y + i + kRowsRead * matrix.stride);
-        FetchAhead(input.x + i + kRowsRead * matrix.stride);
-        const auto g = input.GradY(i);
-        s = hn::Add(s, keep(g));
-        p = hn::Add(p, keep(hn::Mul(g, hn::Sub(input.X(i), center))));
-      }
-      hn::StoreU(s, d, sum + j);
-      hn::StoreU(p, d, product + j);
-    };
-    const auto add_pairs = [&](int64_t row, int64_t count, int64_t j) {
-      using D = Tag<E>;
-      const Pair<D> center = LoadPairValues<E>(d, shift + j);
-      Pair<D> s = LoadPairValues<E>(d, sum + j), p = LoadPairValues<E>(d, product + j);
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t i = begin + (row + k) * matrix.stride + j;
-        FetchAhead(input.grad_y + i + kRowsRead * matrix.stride);
-        FetchAhead(input.x + i + kRowsRead * matrix.stride);
-        const Pair<D> g = LoadPair(d, input.grad_y + i), x = LoadPair(d, input.x + i);
-        s = {hn::Add(s.a, g.a), hn::Add(s.b, g.b)};
-        // Not fused: as in add().
-        p = {hn::Add(p.a, hn::Mul(g.a, hn::Sub(x.a, center.a))),
-             hn::Add(p.b, hn::Mul(g.b, hn::Sub(x.b, center.b)))};
-      }
-      StorePairValues<E>(d, s, sum + j);
-      StorePairValues<E>(d, p, product + j);
-    };
+    T* const sum = shift + columns;
+    T* const product = sum + columns;
     for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
-      std::fill(sum, sum + columns, T{0});
-      std::fill(product, product + columns, T{0});
-      const int64_t end = std::min(block + kBlockRows, matrix.rows);
-      for (int64_t row = block; row < end; row += kRowsRead) {
-        const int64_t count = std::min(kRowsRead, end - row);
-        int64_t j = 0;
-        if constexpr (kPairsInterleave<E> && !kMasked) {
-          for (; j + 2 * lanes <= columns; j += 2 * lanes) add_pairs(row, count, j);
-        }
-        for (; j + lanes <= columns; j += lanes) add(row, count, j, [](auto v) { return v; });
-        if (j < columns) {
-          const auto fresh = hn::Not(hn::FirstN(d, static_cast<size_t>(j + lanes - columns)));
-          add(row, count, columns - lanes, [&](auto v) { return hn::IfThenElseZero(fresh, v); });
-        }
-      }
+      SumColumns<E>(ColumnGradients<E, kMasked>{input, begin + block * matrix.stride},
+                    {std::min(kBlockRows, matrix.rows - block), columns, matrix.stride}, shift, sum,
+                    product);
       for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
       for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
     }
@@ -276,7 +271,7 @@ void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets,
                     const double* shift, GradientSums* sums) {
   using T = ComputeType<E>;
   const int64_t columns = sets * runs.length;
-  std::vector<T> shifts(static_cast<size_t>(columns)), scratch(static_cast<size_t>(2 * columns));
+  std::vector<T> shifts(static_cast<size_t>(columns)), scratch(static_cast<size_t>(3 * columns));
   std::vector<double> dy(static_cast<size_t>(columns)), dy_d(dy);
   for (int64_t set = 0; set < sets; ++set) {
     std::fill_n(shifts.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));

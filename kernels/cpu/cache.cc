@@ -50,6 +50,11 @@ int64_t LargestCachedBytes() {
   return bytes;
 }
 
+int64_t LargestNearBytes() {
+  static const int64_t bytes = LastLevelBytes() / (IsIntelServer() ? 8 : 2);
+  return bytes;
+}
+
 int64_t LargestReadTwice() { return L2Bytes() / 4; }
 
 void FlushStreams() { hwy::FlushStream(); }

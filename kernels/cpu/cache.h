@@ -12,6 +12,10 @@ namespace normd::cpu {
 // the time.
 int64_t LargestCachedBytes();
 
+// Bytes of all tensors up to which what is read comes so fast that fetching it ahead by hand
+// costs more than it brings. On Intel's servers, where many share a large L3, an eighth of it.
+int64_t LargestNearBytes();
+
 // Bytes that are still in the L2 when they are read again, beside what is fetched and
 // written meanwhile.
 int64_t LargestReadTwice();

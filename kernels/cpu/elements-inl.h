@@ -80,6 +80,10 @@ template <class E>
 HWY_INLINE void FetchAhead(const E* from) {
   __builtin_prefetch(from, /*rw=*/0, /*locality=*/2);  // into L2
 }
+template <class E>
+HWY_INLINE void FetchNear(const E* from) {
+  __builtin_prefetch(from, /*rw=*/0, /*locality=*/3);  // into L1
+}
 
 // Halves as they are stored, and the vector they stand for.
 template <class E, class D>
@@ -226,6 +230,11 @@ template <class D, class E>
 HWY_INLINE void FetchPairAhead(D d, const E* from) {
   FetchAhead(from);
   if (sizeof(E) > 2) FetchAhead(from + hn::Lanes(d));
+}
+template <class D, class E>
+HWY_INLINE void FetchPairNear(D d, const E* from) {
+  FetchNear(from);
+  if (sizeof(E) > 2) FetchNear(from + hn::Lanes(d));
 }
 
 // Values of the computing type that belong to the elements of a pair.

@@ -156,7 +156,7 @@ struct BackwardKernels {
   void (*sums_of_runs)(const BackwardTensors& tensors, int64_t begin, int64_t sets,
                        const Runs& runs, const double* shift, GradientSums* sums,
                        const Meanwhile& meanwhile);
-  // Added to sums of each column; `scratch`: 2 * columns values.
+  // Added to sums of each column; `scratch`: 3 * columns values.
   void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                           const void* shift, void* scratch, double* dy, double* dy_d);
   // Adds each of `parts` arrays, `stride` apart, to an array of totals, which is not in pairs.

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/column_sums-inl.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/sums-inl.h"
@@ -184,95 +185,31 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& 
   return total;
 }
 
-// Rows of a matrix that are read side by side: enough to keep the columns' sums in
-// registers for a while. The next ones are fetched by hand, since a vector a row gives
-// the processor no pattern to follow.
-inline constexpr int64_t kRowsRead = 8;
-
-// Columns [j, j + Lanes) of `count` rows added to the sums of these columns.
-template <class E, class Keep>
-HWY_INLINE void AddRows(const E* x, int64_t count, int64_t stride, const ComputeType<E>* shift,
-                        ComputeType<E>* sum, ComputeType<E>* square, Keep keep) {
-  const Tag<E> d;
-  const auto center = hn::LoadU(d, shift);
-  auto s0 = hn::LoadU(d, sum), q0 = hn::LoadU(d, square);
-  auto s1 = hn::Zero(d), q1 = hn::Zero(d);
-  int64_t row = 0;
-  for (; row + 2 <= count; row += 2) {
-    FetchAhead(x + (row + kRowsRead) * stride);
-    FetchAhead(x + (row + 1 + kRowsRead) * stride);
-    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
-    const auto b = keep(hn::Sub(LoadElements(d, x + (row + 1) * stride), center));
-    s0 = hn::Add(s0, a);
-    s1 = hn::Add(s1, b);
-    q0 = hn::MulAdd(a, a, q0);
-    q1 = hn::MulAdd(b, b, q1);
-  }
-  if (row < count) {
-    const auto a = keep(hn::Sub(LoadElements(d, x + row * stride), center));
-    s0 = hn::Add(s0, a);
-    q0 = hn::MulAdd(a, a, q0);
-  }
-  hn::StoreU(hn::Add(s0, s1), d, sum);
-  hn::StoreU(hn::Add(q0, q1), d, square);
-}
-
-// The same of the columns of a pair.
+// Of columns: x - shift, and its square.
 template <class E>
-HWY_INLINE void AddRowsOfPairs(const E* x, int64_t count, int64_t stride,
-                               const ComputeType<E>* shift, ComputeType<E>* sum,
-                               ComputeType<E>* square) {
+struct ColumnMoments {
   using D = Tag<E>;
-  const D d;
-  const Pair<D> center = LoadPairValues<E>(d, shift);
-  Pair<D> s0 = LoadPairValues<E>(d, sum), q0 = LoadPairValues<E>(d, square);
-  Pair<D> s1{hn::Zero(d), hn::Zero(d)}, q1 = s1;
-  const auto add = [&](int64_t row, Pair<D>& s, Pair<D>& q) NORMD_INLINE_LAMBDA {
-    FetchAhead(x + (row + kRowsRead) * stride);
-    const Pair<D> values = LoadPair(d, x + row * stride);
-    const auto a = hn::Sub(values.a, center.a), b = hn::Sub(values.b, center.b);
-    s = {hn::Add(s.a, a), hn::Add(s.b, b)};
-    q = {hn::MulAdd(a, a, q.a), hn::MulAdd(b, b, q.b)};
-  };
-  int64_t row = 0;
-  for (; row + 2 <= count; row += 2) {
-    add(row, s0, q0);
-    add(row + 1, s1, q1);
-  }
-  if (row < count) add(row, s0, q0);
-  StorePairValues<E>(d, Pair<D>{hn::Add(s0.a, s1.a), hn::Add(s0.b, s1.b)}, sum);
-  StorePairValues<E>(d, Pair<D>{hn::Add(q0.a, q1.a), hn::Add(q0.b, q1.b)}, square);
-}
+  using V = hn::Vec<D>;
+  static constexpr int64_t kInputs = 1;
+  static constexpr bool kInPairs = kPairsInterleave<E>;
 
-// Rows [begin, end) of `matrix`, which has a vector's columns or more, added to the sums of
-// each column.
-template <class E>
-HWY_INLINE void AddMatrix(const E* x, int64_t begin, int64_t end, const Matrix& matrix,
-                          const ComputeType<E>* shift, ComputeType<E>* HWY_RESTRICT sum,
-                          ComputeType<E>* HWY_RESTRICT square) {
-  const Tag<E> d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  const int64_t columns = matrix.columns, stride = matrix.stride;
-  for (; begin < end; begin += kRowsRead) {
-    const int64_t count = std::min(kRowsRead, end - begin);
-    const E* from = x + begin * stride;
-    int64_t j = 0;
-    if constexpr (kPairsInterleave<E>) {
-      for (; j + 2 * lanes <= columns; j += 2 * lanes) {
-        AddRowsOfPairs(from + j, count, stride, shift + j, sum + j, square + j);
-      }
-    }
-    for (; j + lanes <= columns; j += lanes) {
-      AddRows(from + j, count, stride, shift + j, sum + j, square + j, [](auto v) { return v; });
-    }
-    if (j < columns) {
-      const auto fresh = hn::Not(hn::FirstN(d, static_cast<size_t>(j + lanes - columns)));
-      j = columns - lanes;
-      AddRows(from + j, count, stride, shift + j, sum + j, square + j,
-              [&](auto v) { return hn::IfThenElseZero(fresh, v); });
-    }
+  HWY_INLINE void Fetch(int64_t i) const { FetchPairNear(D(), x + i); }
+  HWY_INLINE void AddTwo(int64_t i, const Pair<D>& shift, Pair<D>& sum, Pair<D>& square) const {
+    const Pair<D> values = LoadPair(D(), x + i);
+    Collect(hn::Sub(values.a, shift.a), sum.a, square.a);
+    Collect(hn::Sub(values.b, shift.b), sum.b, square.b);
   }
-}
+  template <class Keep>
+  HWY_INLINE void Add(int64_t i, V shift, Keep keep, V& sum, V& square) const {
+    Collect(keep(hn::Sub(LoadElements(D(), x + i), shift)), sum, square);
+  }
+  static HWY_INLINE void Collect(V deviation, V& sum, V& square) {
+    sum = hn::Add(sum, deviation);
+    square = hn::MulAdd(deviation, deviation, square);
+  }
+
+  const E* x;
+};
 
 // Sets whose runs are a few vectors, as a matrix with a column for each position of each
 // set: a position's sums wait for the next run, and a set's are added up in the end.
@@ -288,11 +225,9 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
     moments[set] = {};
   }
   for (int64_t block = 0; block < runs.count; block += kBlockRows) {
-    std::fill(sum.begin(), sum.end(), T{0});
-    std::fill(square.begin(), square.end(), T{0});
     const int64_t end = std::min(block + kBlockRows, runs.count);
-    AddMatrix(x, block, end, Matrix{runs.count, columns, runs.stride}, shift.data(), sum.data(),
-              square.data());
+    SumColumns<E>(ColumnMoments<E>{x + block * runs.stride}, {end - block, columns, runs.stride},
+                  shift.data(), sum.data(), square.data());
     for (int64_t set = 0; set < sets; ++set) {
       const int64_t first = set * runs.length;
       T center = shift[static_cast<size_t>(first)];
@@ -426,6 +361,9 @@ void MergeColumns(int64_t columns, double done, double n, T* HWY_RESTRICT shift,
   for (; j < columns; ++j) MergeColumnsAt(one, j, done, n, shift, sum, square, mean, m2);
 }
 
+// Rows that the first shift comes from.
+inline constexpr int64_t kPilotRows = 8;
+
 template <class E>
 void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, double* mean,
                       double* m2) {
@@ -447,28 +385,17 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   T* HWY_RESTRICT shift = static_cast<T*>(scratch);
   T* HWY_RESTRICT sum = shift + columns;
   T* HWY_RESTRICT square = sum + columns;
-  const auto clear = [&] {
-    std::fill(sum, sum + columns, T{0});
-    std::fill(square, square + columns, T{0});
+  const auto add = [&](int64_t begin, int64_t rows, double done) {
+    SumColumns<E>(ColumnMoments<E>{x + begin * stride}, {rows, columns, stride}, shift, sum,
+                  square);
+    MergeColumns(columns, done, static_cast<double>(rows), shift, sum, square, mean, m2);
   };
 
   // The first shift: the mean of the first rows, shifted by the first of them.
-  const int64_t pilot = std::min(kRowsRead, matrix.rows);
   for (int64_t j = 0; j < columns; ++j) shift[j] = ScalarAt(x, j);
-  clear();
-  AddMatrix(x, 0, pilot, matrix, shift, sum, square);
-  MergeColumns(columns, 0, static_cast<double>(pilot), shift, sum, square, mean, m2);
-  clear();
-
-  double done = 0;
-  for (int64_t begin = 0; begin < matrix.rows;) {
-    const int64_t end = std::min(begin + kBlockRows, matrix.rows);
-    const double n = static_cast<double>(end - begin);
-    AddMatrix(x, begin, end, matrix, shift, sum, square);
-    begin = end;
-    MergeColumns(columns, done, n, shift, sum, square, mean, m2);
-    clear();
-    done += n;
+  add(0, std::min(kPilotRows, matrix.rows), 0);
+  for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows) {
+    add(begin, std::min(kBlockRows, matrix.rows - begin), static_cast<double>(begin));
   }
 }
 

@@ -113,9 +113,14 @@ class Normalize {
     const auto residual_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
       return kFused && t.residual != nullptr ? LoadElements(d, t.residual + k) : hn::Zero(d);
     };
+    const auto fetch = [&](int64_t k) NORMD_INLINE_LAMBDA {
+      if (t.ahead == 0) return;
+      FetchAhead(t.x + k + t.ahead);
+      if (kFused && t.residual != nullptr) FetchAhead(t.residual + k + t.ahead);
+    };
     const auto at_one = [&](int64_t k) NORMD_INLINE_LAMBDA {
       const VectorCoefficients<D> c = at(k);
-      if (t.ahead != 0) FetchAhead(t.x + k + t.ahead);
+      fetch(k);
       return finish(Scaled(LoadElements(d, t.x + k), c), residual_at(k));
     };
     if constexpr (kPairsInterleave<E>) {
@@ -127,7 +132,7 @@ class Normalize {
       const bool in_pairs = at.HasPairs(i) && !(kFused && t.masks);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
-        if (t.ahead != 0) FetchAhead(t.x + i + t.ahead);
+        fetch(i);
         const Pair<D> x = LoadPair(d, t.x + i);
         Pair<D> residual{hn::Zero(d), hn::Zero(d)};
         if (kFused && t.residual != nullptr) residual = LoadPair(d, t.residual + i);
