@@ -20,9 +20,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
 
@@ -125,16 +125,16 @@ struct ArrayCoefficients {
 // The coefficients of `columns` columns in the order of pairs: those of a pair's first
 // vector, a vector of each kind, then those of its second.
 template <class E, class T>
-std::unique_ptr<T[]> InPairs(int64_t columns, const ArrayCoefficients<T>& arrays) {
+Scratch InPairs(int64_t columns, const ArrayCoefficients<T>& arrays) {
   const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  std::unique_ptr<T[]> paired(new T[static_cast<size_t>(kKinds * columns)]);
+  Scratch paired(static_cast<size_t>(kKinds * columns) * sizeof(T));
   for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
     int64_t kind = 0;
     for (const T* array : {arrays.shift, arrays.scale, arrays.offset, arrays.slope}) {
       if (kind == 3 && arrays.slope == arrays.offset) break;  // a forward's
       const auto pair = LoadPairValues<E>(d, array + j);
-      T* to = paired.get() + kKinds * j + kind++ * lanes;
+      T* to = paired.Get<T>() + kKinds * j + kind++ * lanes;
       hn::StoreU(pair.a, d, to);
       hn::StoreU(pair.b, d, to + kKinds * lanes);
     }
@@ -243,7 +243,7 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
   const int64_t tile = wide ? kTile : matrix.columns;
   const int64_t together = wide ? 8 : 2;
   if (wide) op.FetchAheadBy(tile);
-  std::unique_ptr<typename Op::Type[]> paired;
+  Scratch paired;
   if constexpr (kPairsInterleave<typename Op::Element> && Source::kIsArrays) {
     if (matrix.rows >= kRowsWorthPairs && matrix.columns <= kMostPaired) {
       paired = InPairs<typename Op::Element>(matrix.columns, source);
@@ -267,7 +267,7 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
         op.Begin(start + left);
         int64_t j = std::min(right, left + op.UntilAligned(start + left));
         partial(left, j);
-        const Varying<typename Op::D, Source> at{source, start, paired.get()};
+        const Varying<typename Op::D, Source> at{source, start, paired.Get<typename Op::Type>()};
         j = count == 2 ? op.VectorsOfTwo(start + j, start + right, matrix.stride, at) - start
                        : op.Vectors(start + j, start + right, at) - start;
         partial(j, right);
