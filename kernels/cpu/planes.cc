@@ -113,9 +113,10 @@ struct Geometry {
     return runs > 1 ? sets * run_length() : kAheadBytes / element_bytes;
   }
 
-  // Elements from a unit to the next, if both are small.
-  int64_t Ahead(int64_t unit) const {
-    return unit + 1 < units && chunks() == 1 ? unit_sets * run_length() : 0;
+  // Elements from a unit to the next, if both are small and it is not in the L2 already.
+  int64_t Ahead(int64_t unit, int64_t bytes) const {
+    const bool fetches = bytes > LargestInL2() && unit + 1 < units && chunks() == 1;
+    return fetches ? unit_sets * run_length() : 0;
   }
 
   // The whole tensor.
@@ -305,7 +306,7 @@ class ForwardJob {
 
   void Apply(int64_t unit, int64_t chunk) {
     ForwardTensors tensors = tensors_;
-    tensors.ahead = geometry_.Ahead(unit);
+    tensors.ahead = geometry_.Ahead(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
           unit, arrays_, [&](int64_t begin, const Matrix& matrix, const CoefficientArrays& spread) {
@@ -441,7 +442,7 @@ class BackwardJob {
 
   void Apply(int64_t unit, int64_t chunk) {
     BackwardTensors tensors = apply_tensors_;
-    tensors.ahead = geometry_.Ahead(unit);
+    tensors.ahead = geometry_.Ahead(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
           unit, arrays_, [&](int64_t begin, const Matrix& matrix, const CoefficientArrays& spread) {
