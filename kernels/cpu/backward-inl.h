@@ -144,14 +144,15 @@ GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs
       return total;
     }
     const auto center = hn::Set(d, static_cast<ComputeType<E>>(shift));
+    Turns turns(meanwhile, 2 * sizeof(E));
     TwoSums<Tag<E>> sums;
     sums.Clear();
     ForEachPiece(
         d, runs,
         [&](int64_t run, int64_t from, int64_t n) NORMD_INLINE_LAMBDA {
-          const GradientRun<E, kMasked> piece{input, begin + run * runs.stride + from, center,
-                                              runs.ahead};
-          AddRunMeanwhile(d, n, 2 * sizeof(E), piece, sums, meanwhile);
+          GradientRun<E, kMasked> piece{input, begin + run * runs.stride + from, center,
+                                        runs.ahead};
+          AddRunInTurns(d, n, piece, sums, turns);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
           total.dy += SumInDouble(d, sums.first);
@@ -169,6 +170,7 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     const Tag<E> d;
+    Turns turns(meanwhile, 2 * sizeof(E));
     WaitingSums<Tag<E>> waiting(sets);
     for (int64_t set = 0; set < sets; ++set) totals[set] = {};
     ForEachShortRun(
@@ -176,10 +178,10 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
         [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
           TwoSums<Tag<E>> sums;
           sums.Clear();
-          const GradientRun<E, kMasked> gradients{
-              input, begin + run * runs.stride + set * runs.length,
-              hn::Set(d, static_cast<ComputeType<E>>(shift[set])), runs.ahead};
-          AddRunMeanwhile(d, runs.length, 2 * sizeof(E), gradients, sums, meanwhile);
+          GradientRun<E, kMasked> gradients{input, begin + run * runs.stride + set * runs.length,
+                                            hn::Set(d, static_cast<ComputeType<E>>(shift[set])),
+                                            runs.ahead};
+          AddRunInTurns(d, runs.length, gradients, sums, turns);
           waiting.Add(set, sums);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {

@@ -134,10 +134,12 @@ PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead, const Meanwh
   ComputeType<E> shift = ScalarAt(x, 0);
   const double elements = static_cast<double>(n);
   double sum = 0, square = 0;
+  Turns turns(meanwhile, sizeof(E));
   const auto add_up = [&]() NORMD_INLINE_LAMBDA {
     TwoSums<Tag<E>> sums;
     sums.Clear();
-    AddRunMeanwhile(d, n, sizeof(E), MomentRun<E>{x, hn::Set(d, shift), ahead}, sums, meanwhile);
+    MomentRun<E> run{x, hn::Set(d, shift), ahead};
+    AddRunInTurns(d, n, run, sums, turns);
     sum = SumInDouble(d, sums.first);
     square = SumInDouble(d, sums.second);
   };
@@ -158,14 +160,15 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& 
     return MomentsOfBlock(x, runs.length, runs.ahead, meanwhile);
   }
   PartialMoments total;
+  Turns turns(meanwhile, sizeof(E));
   TwoSums<Tag<E>> sums;
   sums.Clear();
   ComputeType<E> shift = PilotShift(x, runs.length);
   ForEachPiece(
       d, runs,
       [&](int64_t run, int64_t begin, int64_t n) NORMD_INLINE_LAMBDA {
-        const MomentRun<E> piece{x + run * runs.stride + begin, hn::Set(d, shift), runs.ahead};
-        AddRunMeanwhile(d, n, sizeof(E), piece, sums, meanwhile);
+        MomentRun<E> piece{x + run * runs.stride + begin, hn::Set(d, shift), runs.ahead};
+        AddRunInTurns(d, n, piece, sums, turns);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
         MergeBlock(static_cast<double>(elements), SumInDouble(d, sums.first),
@@ -299,6 +302,7 @@ template <class E>
 void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments,
                            const Meanwhile& meanwhile) {
   const Tag<E> d;
+  Turns turns(meanwhile, sizeof(E));
   WaitingSums<Tag<E>> waiting(sets);
   std::vector<ComputeType<E>> shift(static_cast<size_t>(sets));
   for (int64_t set = 0; set < sets; ++set) {
@@ -310,9 +314,9 @@ void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMo
       [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
         TwoSums<Tag<E>> sums;
         sums.Clear();
-        const MomentRun<E> values{x + run * runs.stride + set * runs.length,
-                                  hn::Set(d, shift[static_cast<size_t>(set)]), runs.ahead};
-        AddRunMeanwhile(d, runs.length, sizeof(E), values, sums, meanwhile);
+        MomentRun<E> values{x + run * runs.stride + set * runs.length,
+                            hn::Set(d, shift[static_cast<size_t>(set)]), runs.ahead};
+        AddRunInTurns(d, runs.length, values, sums, turns);
         waiting.Add(set, sums);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {

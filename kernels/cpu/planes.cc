@@ -102,11 +102,8 @@ struct Geometry {
   Range ElementsOf(int64_t chunk) const { return Part(run_length(), pieces, chunk % pieces, 64); }
   int64_t OffsetOf(int64_t run, int64_t set) const { return (run * sets + set) * run_length(); }
 
-  // Whether units are written while others are summed: past the cache (`stream`), and where the
-  // turns are not many short ones.
-  bool Overlaps(bool stream) const {
-    return stream && chunks() == 1 && run_length() * element_bytes >= kBytesMeanwhile;
-  }
+  // Whether units are written while others are summed: past the cache (`stream`).
+  bool Overlaps(bool stream) const { return stream && chunks() == 1 && !by_columns; }
 
   // Where sums come from memory: to the same set's next run, or within the only one.
   int64_t AheadOfSums() const {

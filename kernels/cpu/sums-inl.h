@@ -185,17 +185,36 @@ HWY_NOINLINE void AddRun(D d, int64_t n, const Run& run, TwoSums<D>& total) {
   total = {hn::Add(total.first, sums.first.Sum()), hn::Add(total.second, sums.second.Sum())};
 }
 
-// AddRun(), of elements of `element_bytes` in all tensors, in steps, and what is done meanwhile.
-// A run also has
+// What is done while sums are taken, in turns: about kBytesMeanwhile are read, then as many
+// written.
+class Turns {
+ public:
+  // `element_bytes`: of all tensors that are read.
+  Turns(const Meanwhile& meanwhile, size_t element_bytes)
+      : meanwhile_(meanwhile), length_(kBytesMeanwhile / static_cast<int64_t>(element_bytes)) {}
+
+  int64_t length() const { return length_; }  // in elements, a multiple of four vectors
+  HWY_INLINE void Read(int64_t elements) {
+    read_ += elements;
+    if (read_ < length_) return;
+    if (meanwhile_) meanwhile_(read_);
+    read_ = 0;
+  }
+
+ private:
+  const Meanwhile& meanwhile_;
+  const int64_t length_;
+  int64_t read_ = 0;
+};
+
+// AddRun() in turns. A run also has
 //   Skip(n)                what is n elements further on becomes 0
 template <class D, class Run>
-HWY_INLINE void AddRunMeanwhile(D d, int64_t n, int64_t element_bytes, Run run, TwoSums<D>& total,
-                                const Meanwhile& meanwhile) {
-  const int64_t step = kBytesMeanwhile / element_bytes;  // a multiple of four vectors
+HWY_INLINE void AddRunInTurns(D d, int64_t n, Run& run, TwoSums<D>& total, Turns& turns) {
   for (;;) {
-    const int64_t part = n >= 2 * step ? step : n;
+    const int64_t part = n >= 2 * turns.length() ? turns.length() : n;
     AddRun(d, part, run, total);
-    if (meanwhile) meanwhile(part);
+    turns.Read(part);
     n -= part;
     if (n == 0) return;
     run.Skip(part);
