@@ -120,11 +120,14 @@ struct Geometry {
   Stretch All(const NormProblem& problem) const { return {problem.size(), 0, plane, sets * subs}; }
 
   // Calls visit(begin, matrix, coefficients) with a unit as columns.
-  template <class Visit>
-  void AsColumns(int64_t unit, const CoefficientArrays& arrays, Visit visit) const {
+  template <class Kernels, class Visit>
+  void AsColumns(int64_t unit, const CoefficientArrays& arrays, const Kernels& kernels,
+                 Visit visit) const {
     const Range own = SetsOf(unit);
-    visit(OffsetOf(0, own.begin), Matrix{runs, own.size() * plane, sets * plane},
-          arrays.Spread(own.begin, own.size(), plane));
+    const Matrix matrix{runs, own.size() * plane, sets * plane};
+    const Scratch spread(static_cast<size_t>(SpreadValues(matrix.columns)) * sizeof(double));
+    visit(OffsetOf(0, own.begin), matrix,
+          kernels.spread(arrays.From(own.begin), own.size(), plane, spread.Get()));
   }
 
   // Calls visit(planes) for each contiguous range of a chunk.
@@ -306,8 +309,9 @@ class ForwardJob {
     tensors.ahead = geometry_.Ahead(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
-          unit, arrays_, [&](int64_t begin, const Matrix& matrix, const CoefficientArrays& spread) {
-            kernels_.normalize_columns(tensors, begin, matrix, spread.From(0));
+          unit, arrays_, kernels_,
+          [&](int64_t begin, const Matrix& matrix, const Coefficients& coefficients) {
+            kernels_.normalize_columns(tensors, begin, matrix, coefficients);
           });
       return;
     }
@@ -442,8 +446,9 @@ class BackwardJob {
     tensors.ahead = geometry_.Ahead(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
-          unit, arrays_, [&](int64_t begin, const Matrix& matrix, const CoefficientArrays& spread) {
-            kernels_.gradient_of_columns(tensors, begin, matrix, spread.From(0));
+          unit, arrays_, kernels_,
+          [&](int64_t begin, const Matrix& matrix, const Coefficients& coefficients) {
+            kernels_.gradient_of_columns(tensors, begin, matrix, coefficients);
           });
       return;
     }
