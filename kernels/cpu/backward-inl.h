@@ -62,59 +62,57 @@ HWY_INLINE auto WithInput(const BackwardTensors& tensors, Run run) {
   return run(GradientInput<E, false>(tensors));
 }
 
-// Sums over a run.
+// A run over which dy and dy * (x - shift) are summed.
 template <class E, bool kMasked>
-struct RunSums {
+struct GradientRun {
   using D = Tag<E>;
   using V = hn::Vec<D>;
-
-  explicit RunSums(const GradientInput<E, kMasked>& from) : input(from) {}
+  struct Sums {
+    Accumulators<D> first, second;
+  };
 
   template <int k>
-  HWY_INLINE void Add(int64_t i) {
-    Collect<k>(input.GradY(begin + i), input.X(begin + i));
+  HWY_INLINE void Add(int64_t i, Sums& sums) const {
+    Collect<k>(input.GradY(begin + i), input.X(begin + i), sums);
   }
   template <int k, class M>
-  HWY_INLINE void Add(int64_t i, M mask) {
+  HWY_INLINE void Add(int64_t i, Sums& sums, M mask) const {
     const V gradient = input.GradY(begin + i);
     const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
-    dy.template At<k>() = hn::Add(dy.template At<k>(), hn::IfThenElseZero(mask, gradient));
-    dy_d.template At<k>() = hn::Add(dy_d.template At<k>(), hn::IfThenElseZero(mask, product));
+    V& dy = sums.first.template At<k>();
+    V& dy_d = sums.second.template At<k>();
+    dy = hn::Add(dy, hn::IfThenElseZero(mask, gradient));
+    dy_d = hn::Add(dy_d, hn::IfThenElseZero(mask, product));
   }
   template <int k>
-  HWY_INLINE void AddTwo(int64_t i) {
+  HWY_INLINE void AddTwo(int64_t i, Sums& sums) const {
     if (ahead != 0) {
-      FetchPairAhead(d, input.grad_y + begin + i + ahead);
-      FetchPairAhead(d, input.x + begin + i + ahead);
+      FetchPairAhead(D(), input.grad_y + begin + i + ahead);
+      FetchPairAhead(D(), input.x + begin + i + ahead);
     }
     if constexpr (kPairsInterleave<E> && !kMasked) {
-      const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
-      const Pair<D> x = LoadPair(d, input.x + begin + i);
-      Collect<k>(gradient.a, x.a);
-      Collect<k + 1>(gradient.b, x.b);
+      const Pair<D> gradient = LoadPair(D(), input.grad_y + begin + i);
+      const Pair<D> x = LoadPair(D(), input.x + begin + i);
+      Collect<k>(gradient.a, x.a, sums);
+      Collect<k + 1>(gradient.b, x.b, sums);
     } else {
-      Add<k>(i);
-      Add<k + 1>(i + static_cast<int64_t>(hn::Lanes(d)));
+      Add<k>(i, sums);
+      Add<k + 1>(i + static_cast<int64_t>(hn::Lanes(D())), sums);
     }
   }
   template <int k>
-  HWY_INLINE void Collect(V gradient, V x) {
-    dy.template At<k>() = hn::Add(dy.template At<k>(), gradient);
-    dy_d.template At<k>() = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d.template At<k>());
+  HWY_INLINE void Collect(V gradient, V x, Sums& sums) const {
+    V& dy = sums.first.template At<k>();
+    V& dy_d = sums.second.template At<k>();
+    dy = hn::Add(dy, gradient);
+    dy_d = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d);
   }
   HWY_INLINE void Skip(int64_t n) { begin += n; }
-  HWY_INLINE void Clear() {
-    dy.Clear();
-    dy_d.Clear();
-  }
 
-  D d;
   GradientInput<E, kMasked> input;
+  int64_t begin;
   V shift;
-  int64_t begin = 0;
-  int64_t ahead = 0;
-  Accumulators<D> dy;
-  Accumulators<D> dy_d;
+  int64_t ahead;
 };
 
 // A run shorter than a vector.
@@ -146,19 +144,20 @@ GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs
       }
       return total;
     }
-    RunSums<E, kMasked> sums(input);
-    sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift));
-    sums.ahead = runs.ahead;
+    const auto center = hn::Set(d, static_cast<ComputeType<E>>(shift));
+    Turns turns(meanwhile, 2 * sizeof(E));
+    TwoSums<Tag<E>> sums;
     sums.Clear();
     ForEachPiece(
         d, runs,
-        [&](int64_t run, int64_t piece, int64_t n) NORMD_INLINE_LAMBDA {
-          sums.begin = begin + run * runs.stride + piece;
-          AddRunMeanwhile(d, n, 2 * sizeof(E), sums, meanwhile);
+        [&](int64_t run, int64_t from, int64_t n) NORMD_INLINE_LAMBDA {
+          GradientRun<E, kMasked> piece{input, begin + run * runs.stride + from, center,
+                                        runs.ahead};
+          AddRunInTurns(d, n, piece, sums, turns);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
-          total.dy += sums.dy.Total();
-          total.dy_d += sums.dy_d.Total();
+          total.dy += SumInDouble(d, sums.first);
+          total.dy_d += SumInDouble(d, sums.second);
           sums.Clear();
         });
     return total;
@@ -171,20 +170,20 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
                         const Meanwhile& meanwhile) {
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
-    RunSums<E, kMasked> sums(input);
-    sums.ahead = runs.ahead;
-    const auto d = sums.d;
-    WaitingSums<Tag<E>, 2> waiting(sets);
+    const Tag<E> d;
+    Turns turns(meanwhile, 2 * sizeof(E));
+    WaitingSums<Tag<E>> waiting(sets);
     for (int64_t set = 0; set < sets; ++set) totals[set] = {};
     ForEachShortRun(
         d, sets, runs,
         [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
-          sums.begin = begin + run * runs.stride + set * runs.length;
-          sums.shift = hn::Set(d, static_cast<ComputeType<E>>(shift[set]));
+          TwoSums<Tag<E>> sums;
           sums.Clear();
-          AddRunMeanwhile(d, runs.length, 2 * sizeof(E), sums, meanwhile);
-          waiting.Add(set, 0, sums.dy.Sum());
-          waiting.Add(set, 1, sums.dy_d.Sum());
+          GradientRun<E, kMasked> gradients{input, begin + run * runs.stride + set * runs.length,
+                                            hn::Set(d, static_cast<ComputeType<E>>(shift[set])),
+                                            runs.ahead};
+          AddRunInTurns(d, runs.length, gradients, sums, turns);
+          waiting.Add(set, sums);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
           for (int64_t set = 0; set < sets; ++set) {

@@ -19,6 +19,7 @@ inline constexpr BackwardKernels kBackwardKernels = {
     .sums_of_columns = SumsOfColumns<E>,
     .add_up = AddUp<E>,
     .gradient_of_planes = GradientOfPlanes<E>,
+    .spread = SpreadOverPlanes<E>,
     .gradient_of_columns = GradientOfColumns<E>,
     .backward_rows = BackwardRows<E>,
 };

@@ -55,6 +55,8 @@ int64_t LargestNearBytes() {
   return bytes;
 }
 
+int64_t LargestInL2() { return L2Bytes(); }
+
 int64_t LargestReadTwice() { return L2Bytes() / 4; }
 
 void FlushStreams() { hwy::FlushStream(); }

@@ -20,6 +20,9 @@ int64_t LargestNearBytes();
 // written meanwhile.
 int64_t LargestReadTwice();
 
+// Bytes of all tensors of a call that are in the L2 when the next one comes.
+int64_t LargestInL2();
+
 // Whether what is written should bypass the cache: not if it is best written into it, nor
 // in place (the line is there already).
 inline bool ShouldStream(int64_t bytes_of_all_tensors, bool in_place) {

@@ -111,20 +111,6 @@ class CoefficientArrays {
     }
   }
 
-  // `count` of the values from `first` on, each of them `times` times.
-  CoefficientArrays Spread(int64_t first, int64_t count, int64_t times) const {
-    CoefficientArrays spread(is_double_ ? DType::kFloat64 : DType::kFloat32, count * times, kinds_);
-    for (int64_t i = 0; i < kinds_ * count; ++i) {
-      const int64_t at = i / count * count_ + first + i % count;
-      if (is_double_) {
-        std::fill_n(spread.memory_.Get<double>() + i * times, times, memory_.Get<double>()[at]);
-      } else {
-        std::fill_n(spread.memory_.Get<float>() + i * times, times, memory_.Get<float>()[at]);
-      }
-    }
-    return spread;
-  }
-
   // From the i-th on.
   Coefficients From(int64_t i) const {
     return {At(kShift, i), At(kScale, i), At(kOffset, i), kinds_ == 4 ? At(kSlope, i) : nullptr};

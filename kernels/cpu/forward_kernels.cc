@@ -19,6 +19,7 @@ inline constexpr ForwardKernels kForwardKernels = {
     .moments_of_runs = MomentsOfRuns<E>,
     .moments_of_columns = MomentsOfColumns<E>,
     .normalize_planes = NormalizePlanes<E>,
+    .spread = SpreadOverPlanes<E>,
     .normalize_columns = NormalizeColumns<E>,
     .in_pairs = kPairsInterleave<E> ? RowInPairs<E> : nullptr,
     .constants_of_rows = ConstantsOfRows<E>,

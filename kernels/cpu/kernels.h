@@ -43,7 +43,12 @@ struct Coefficients {
   const void* scale = nullptr;
   const void* offset = nullptr;
   const void* slope = nullptr;  // backward only
+  // All of them, of columns, in the order of pairs (walk-inl.h). Null: not at hand.
+  const void* paired = nullptr;
 };
+
+// Values of memory that spread() needs for so many columns.
+constexpr int64_t SpreadValues(int64_t columns) { return 8 * (columns + 64); }
 
 // A dense range of planes of `plane_size` elements, each with the coefficients at
 // its index. plane_size is kSmallestPlane or more, so that a vector meets two
@@ -138,6 +143,10 @@ struct ForwardKernels {
                              double* m2);
   void (*normalize_planes)(const ForwardTensors& tensors, const Planes& planes,
                            const Coefficients& coefficients);
+  // The coefficients of `planes` planes as those of columns, one a position. `memory`:
+  // SpreadValues(planes * plane_size) values, where a cache line begins.
+  Coefficients (*spread)(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
+                         void* memory);
   // The matrix's first element is `begin` elements into the tensors.
   void (*normalize_columns)(const ForwardTensors& tensors, int64_t begin, const Matrix& matrix,
                             const Coefficients& coefficients);
@@ -164,6 +173,9 @@ struct BackwardKernels {
                  bool in_pairs, double* total);
   void (*gradient_of_planes)(const BackwardTensors& tensors, const Planes& planes,
                              const Coefficients& coefficients);
+  // As in ForwardKernels.
+  Coefficients (*spread)(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
+                         void* memory);
   void (*gradient_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                               const Coefficients& coefficients);
   // Writes the gradients of rows, and in the same loop takes the sums of the next ones, adding to

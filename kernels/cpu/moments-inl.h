@@ -36,46 +36,42 @@ HWY_INLINE ComputeType<E> ScalarAt(const E* x, int64_t i) {
   }
 }
 
+// A run whose values and squares are summed, after a shift.
 template <class E>
-struct MomentSums {
+struct MomentRun {
   using D = Tag<E>;
   using V = hn::Vec<D>;
+  struct Sums {
+    Accumulators<D> first, second;
+  };
 
   template <int k>
-  HWY_INLINE void Add(int64_t i) {
-    Collect<k>(LoadElements(d, x + i));
-  }
-  template <int k>
-  HWY_INLINE void AddTwo(int64_t i) {
-    const Pair<D> values = LoadPair(d, x + i);
-    if (ahead != 0) FetchPairAhead(d, x + i + ahead);
-    Collect<k>(values.a);
-    Collect<k + 1>(values.b);
-  }
-  template <int k>
-  HWY_INLINE void Collect(V value) {
-    const V deviation = hn::Sub(value, shift);
-    sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
-    square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
+  HWY_INLINE void Add(int64_t i, Sums& sums) const {
+    Collect<k>(hn::Sub(LoadElements(D(), x + i), shift), sums);
   }
   template <int k, class M>
-  HWY_INLINE void Add(int64_t i, M mask) {
-    const V deviation = hn::IfThenElseZero(mask, hn::Sub(LoadElements(d, x + i), shift));
-    sum.template At<k>() = hn::Add(sum.template At<k>(), deviation);
-    square.template At<k>() = hn::MulAdd(deviation, deviation, square.template At<k>());
+  HWY_INLINE void Add(int64_t i, Sums& sums, M mask) const {
+    Collect<k>(hn::IfThenElseZero(mask, hn::Sub(LoadElements(D(), x + i), shift)), sums);
+  }
+  template <int k>
+  HWY_INLINE void AddTwo(int64_t i, Sums& sums) const {
+    const Pair<D> values = LoadPair(D(), x + i);
+    if (ahead != 0) FetchPairAhead(D(), x + i + ahead);
+    Collect<k>(hn::Sub(values.a, shift), sums);
+    Collect<k + 1>(hn::Sub(values.b, shift), sums);
+  }
+  template <int k>
+  static HWY_INLINE void Collect(V deviation, Sums& sums) {
+    V& sum = sums.first.template At<k>();
+    V& square = sums.second.template At<k>();
+    sum = hn::Add(sum, deviation);
+    square = hn::MulAdd(deviation, deviation, square);
   }
   HWY_INLINE void Skip(int64_t n) { x += n; }
-  HWY_INLINE void Clear() {
-    sum.Clear();
-    square.Clear();
-  }
 
-  D d;
-  const E* x = nullptr;
-  int64_t ahead = 0;
+  const E* x;
   V shift;
-  Accumulators<D> sum;
-  Accumulators<D> square;
+  int64_t ahead;
 };
 
 // The next shift, from `n` values' sums of x - shift and of their squares.
@@ -135,18 +131,18 @@ HWY_INLINE void MergeBlock(double elements, double sum, double square, T& shift,
 // if that was far off (2.4 deviations) a second time, by the mean.
 template <class E>
 PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead, const Meanwhile& meanwhile) {
-  MomentSums<E> sums;
+  const Tag<E> d;
   ComputeType<E> shift = ScalarAt(x, 0);
-  sums.ahead = ahead;
   const double elements = static_cast<double>(n);
   double sum = 0, square = 0;
+  Turns turns(meanwhile, sizeof(E));
   const auto add_up = [&]() NORMD_INLINE_LAMBDA {
-    sums.x = x;
-    sums.shift = hn::Set(sums.d, shift);
+    TwoSums<Tag<E>> sums;
     sums.Clear();
-    AddRunMeanwhile(sums.d, n, sizeof(E), sums, meanwhile);
-    sum = sums.sum.Total();
-    square = sums.square.Total();
+    MomentRun<E> run{x, hn::Set(d, shift), ahead};
+    AddRunInTurns(d, n, run, sums, turns);
+    sum = SumInDouble(d, sums.first);
+    square = SumInDouble(d, sums.second);
   };
   add_up();
   if (HWY_UNLIKELY(sum * sum > 0.85 * elements * square)) {
@@ -160,26 +156,24 @@ PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead, const Meanwh
 
 template <class E>
 PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& meanwhile) {
-  MomentSums<E> sums;
-  const auto d = sums.d;
+  const Tag<E> d;
   if (runs.count == 1 && runs.length <= BlockOf(d)) {
     return MomentsOfBlock(x, runs.length, runs.ahead, meanwhile);
   }
   PartialMoments total;
-  ComputeType<E> shift = PilotShift(x, runs.length);
-  sums.shift = hn::Set(d, shift);
-  sums.ahead = runs.ahead;
+  Turns turns(meanwhile, sizeof(E));
+  TwoSums<Tag<E>> sums;
   sums.Clear();
+  ComputeType<E> shift = PilotShift(x, runs.length);
   ForEachPiece(
       d, runs,
       [&](int64_t run, int64_t begin, int64_t n) NORMD_INLINE_LAMBDA {
-        sums.x = x + run * runs.stride + begin;
-        AddRunMeanwhile(d, n, sizeof(E), sums, meanwhile);
+        MomentRun<E> piece{x + run * runs.stride + begin, hn::Set(d, shift), runs.ahead};
+        AddRunInTurns(d, n, piece, sums, turns);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
-        MergeBlock(static_cast<double>(elements), sums.sum.Total(), sums.square.Total(), shift,
-                   total);
-        sums.shift = hn::Set(d, shift);
+        MergeBlock(static_cast<double>(elements), SumInDouble(d, sums.first),
+                   SumInDouble(d, sums.second), shift, total);
         sums.Clear();
       });
   return total;
@@ -242,10 +236,9 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
 template <class E>
 void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments,
                            const Meanwhile& meanwhile) {
-  MomentSums<E> sums;
-  sums.ahead = runs.ahead;
-  const auto d = sums.d;
-  WaitingSums<Tag<E>, 2> waiting(sets);
+  const Tag<E> d;
+  Turns turns(meanwhile, sizeof(E));
+  WaitingSums<Tag<E>> waiting(sets);
   std::vector<ComputeType<E>> shift(static_cast<size_t>(sets));
   for (int64_t set = 0; set < sets; ++set) {
     shift[static_cast<size_t>(set)] = PilotShift(x + set * runs.length, runs.length);
@@ -254,12 +247,12 @@ void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMo
   ForEachShortRun(
       d, sets, runs,
       [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
-        sums.x = x + run * runs.stride + set * runs.length;
-        sums.shift = hn::Set(d, shift[static_cast<size_t>(set)]);
+        TwoSums<Tag<E>> sums;
         sums.Clear();
-        AddRunMeanwhile(d, runs.length, sizeof(E), sums, meanwhile);
-        waiting.Add(set, 0, sums.sum.Sum());
-        waiting.Add(set, 1, sums.square.Sum());
+        MomentRun<E> values{x + run * runs.stride + set * runs.length,
+                            hn::Set(d, shift[static_cast<size_t>(set)]), runs.ahead};
+        AddRunInTurns(d, runs.length, values, sums, turns);
+        waiting.Add(set, sums);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
         for (int64_t set = 0; set < sets; ++set) {

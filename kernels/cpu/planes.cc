@@ -102,31 +102,32 @@ struct Geometry {
   Range ElementsOf(int64_t chunk) const { return Part(run_length(), pieces, chunk % pieces, 64); }
   int64_t OffsetOf(int64_t run, int64_t set) const { return (run * sets + set) * run_length(); }
 
-  // Whether units are written while others are summed: past the cache (`stream`), and where the
-  // turns are not many short ones.
-  bool Overlaps(bool stream) const {
-    return stream && chunks() == 1 && run_length() * element_bytes >= kBytesMeanwhile;
-  }
+  // Whether units are written while others are summed: past the cache (`stream`).
+  bool Overlaps(bool stream) const { return stream && chunks() == 1 && !by_columns; }
 
   // Where sums come from memory: to the same set's next run, or within the only one.
   int64_t AheadOfSums() const {
     return runs > 1 ? sets * run_length() : kAheadBytes / element_bytes;
   }
 
-  // Elements from a unit to the next, if both are small.
-  int64_t Ahead(int64_t unit) const {
-    return unit + 1 < units && chunks() == 1 ? unit_sets * run_length() : 0;
+  // Elements from a unit to the next, if both are small and it is not in the L2 already.
+  int64_t Ahead(int64_t unit, int64_t bytes) const {
+    const bool fetches = bytes > LargestInL2() && unit + 1 < units && chunks() == 1;
+    return fetches ? unit_sets * run_length() : 0;
   }
 
   // The whole tensor.
   Stretch All(const NormProblem& problem) const { return {problem.size(), 0, plane, sets * subs}; }
 
   // Calls visit(begin, matrix, coefficients) with a unit as columns.
-  template <class Visit>
-  void AsColumns(int64_t unit, const CoefficientArrays& arrays, Visit visit) const {
+  template <class Kernels, class Visit>
+  void AsColumns(int64_t unit, const CoefficientArrays& arrays, const Kernels& kernels,
+                 Visit visit) const {
     const Range own = SetsOf(unit);
-    visit(OffsetOf(0, own.begin), Matrix{runs, own.size() * plane, sets * plane},
-          arrays.Spread(own.begin, own.size(), plane));
+    const Matrix matrix{runs, own.size() * plane, sets * plane};
+    const Scratch spread(static_cast<size_t>(SpreadValues(matrix.columns)) * sizeof(double));
+    visit(OffsetOf(0, own.begin), matrix,
+          kernels.spread(arrays.From(own.begin), own.size(), plane, spread.Get()));
   }
 
   // Calls visit(planes) for each contiguous range of a chunk.
@@ -305,11 +306,12 @@ class ForwardJob {
 
   void Apply(int64_t unit, int64_t chunk) {
     ForwardTensors tensors = tensors_;
-    tensors.ahead = geometry_.Ahead(unit);
+    tensors.ahead = geometry_.Ahead(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
-          unit, arrays_, [&](int64_t begin, const Matrix& matrix, const CoefficientArrays& spread) {
-            kernels_.normalize_columns(tensors, begin, matrix, spread.From(0));
+          unit, arrays_, kernels_,
+          [&](int64_t begin, const Matrix& matrix, const Coefficients& coefficients) {
+            kernels_.normalize_columns(tensors, begin, matrix, coefficients);
           });
       return;
     }
@@ -441,11 +443,12 @@ class BackwardJob {
 
   void Apply(int64_t unit, int64_t chunk) {
     BackwardTensors tensors = apply_tensors_;
-    tensors.ahead = geometry_.Ahead(unit);
+    tensors.ahead = geometry_.Ahead(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
-          unit, arrays_, [&](int64_t begin, const Matrix& matrix, const CoefficientArrays& spread) {
-            kernels_.gradient_of_columns(tensors, begin, matrix, spread.From(0));
+          unit, arrays_, kernels_,
+          [&](int64_t begin, const Matrix& matrix, const Coefficients& coefficients) {
+            kernels_.gradient_of_columns(tensors, begin, matrix, coefficients);
           });
       return;
     }

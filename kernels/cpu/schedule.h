@@ -52,7 +52,7 @@ Outcome Run(Job& job, const Cut& cut, const Context& context) {
   const auto apply = [&](int64_t unit, int64_t chunk) {
     if (!go_on()) return;
     job.Apply(unit, chunk);
-    FlushStreams();
+    if (cut.bytes > LargestCachedBytes()) FlushStreams();
   };
   // Last chunk first: that is what a cache still holds of a unit larger than it.
   const Walk walk = job.reduces() ? Walk::kBackward : Walk::kForward;

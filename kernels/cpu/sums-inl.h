@@ -69,35 +69,39 @@ struct Accumulators {
   }
   HWY_INLINE void Clear() { a = b = c = e = hn::Zero(D()); }
   HWY_INLINE V Sum() const { return hn::Add(hn::Add(a, b), hn::Add(c, e)); }
-  HWY_INLINE double Total() const {
-    const D d;
-    return SumOfDoubles(
-        hn::Add(hn::Add(Doubles(d, a), Doubles(d, b)), hn::Add(Doubles(d, c), Doubles(d, e))));
-  }
 
   V a, b, c, e;
 };
 
-// Sums of many sets at once, a vector of each in memory: where runs are short, the
+// Two sums of a run, or of several: a vector of each, whose lanes' sum is meant.
+template <class D>
+struct TwoSums {
+  HWY_INLINE void Clear() { first = second = hn::Zero(D()); }
+
+  hn::Vec<D> first, second;
+};
+
+// Two sums of many sets at once, a vector of each in memory: where runs are short, the
 // sets' runs are read one after the other as they lie, and each set's sums wait for
 // its next run.
-template <class D, int kSums>
+template <class D>
 class WaitingSums {
  public:
   using T = hn::TFromD<D>;
 
   explicit WaitingSums(int64_t sets)
       : lanes_(static_cast<int64_t>(hn::Lanes(D()))),
-        values_(static_cast<size_t>(sets * kSums * lanes_), T{0}) {}
+        values_(static_cast<size_t>(sets * 2 * lanes_), T{0}) {}
 
-  HWY_INLINE void Add(int64_t set, int which, hn::Vec<D> sum) {
-    T* at = values_.data() + (set * kSums + which) * lanes_;
-    hn::StoreU(hn::Add(hn::LoadU(D(), at), sum), D(), at);
+  HWY_INLINE void Add(int64_t set, const TwoSums<D>& sums) {
+    T* at = values_.data() + set * 2 * lanes_;
+    hn::StoreU(hn::Add(hn::LoadU(D(), at), sums.first), D(), at);
+    hn::StoreU(hn::Add(hn::LoadU(D(), at + lanes_), sums.second), D(), at + lanes_);
   }
 
   // Returns the total and begins anew.
   HWY_INLINE double Take(int64_t set, int which) {
-    T* at = values_.data() + (set * kSums + which) * lanes_;
+    T* at = values_.data() + (set * 2 + which) * lanes_;
     const auto sum = hn::SumOfLanes(D(), hn::LoadU(D(), at));
     hn::StoreU(hn::Zero(D()), D(), at);
     return static_cast<double>(hn::GetLane(sum));
@@ -153,49 +157,72 @@ HWY_INLINE double SumOfArray(D d, const hn::TFromD<D>* from, int64_t n) {
   return SumInDouble(d, sum);
 }
 
-// Adds elements [0, n), n >= Lanes(d), to `sums`, which has
-//   Add<k>(i)              the vector at i, to accumulator k of 4
-//   AddTwo<k>(i)           the two vectors from i on, to accumulators k and k + 1
-//   Add<k>(i, mask)        those of its lanes that are in the mask
-template <class D, class Sums>
-HWY_INLINE void AddRun(D d, int64_t n, Sums& sums) {
+// Adds elements [0, n) of `run`, n >= Lanes(d), to `total`. A run has
+//   Add<k>(i, sums)        the vector at i, to accumulators k of 4
+//   AddTwo<k>(i, sums)     the two vectors from i on, to accumulators k and k + 1
+//   Add<k>(i, sums, mask)  those of its lanes that are in the mask
+// A function of its own: what else is called between runs would keep the accumulators in memory.
+// The run by reference: a copy would read many of its members at once, of which some were stored
+// a moment ago, and such a load waits for all stores before them, those past the cache included.
+template <class D, class Run>
+HWY_NOINLINE void AddRun(D d, int64_t n, const Run& run, TwoSums<D>& total) {
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  typename Run::Sums sums;
+  sums.first.Clear();
+  sums.second.Clear();
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    sums.template AddTwo<0>(i);
-    sums.template AddTwo<2>(i + 2 * lanes);
+    run.template AddTwo<0>(i, sums);
+    run.template AddTwo<2>(i + 2 * lanes, sums);
   }
-  if (i + lanes <= n) sums.template Add<0>(i), i += lanes;
-  if (i + lanes <= n) sums.template Add<1>(i), i += lanes;
-  if (i + lanes <= n) sums.template Add<2>(i), i += lanes;
+  if (i + lanes <= n) run.template Add<0>(i, sums), i += lanes;
+  if (i + lanes <= n) run.template Add<1>(i, sums), i += lanes;
+  if (i + lanes <= n) run.template Add<2>(i, sums), i += lanes;
   if (i < n) {  // the run's last vector, without the lanes that have been added
     const auto seen = hn::FirstN(d, static_cast<size_t>(lanes - (n - i)));
-    sums.template Add<3>(n - lanes, hn::Not(seen));
+    run.template Add<3>(n - lanes, sums, hn::Not(seen));
   }
+  total = {hn::Add(total.first, sums.first.Sum()), hn::Add(total.second, sums.second.Sum())};
 }
 
-// AddRun(), of elements of `element_bytes` in all tensors, and what is done meanwhile. `sums` also
-// has
+// What is done while sums are taken, in turns: about kBytesMeanwhile are read, then as many
+// written.
+class Turns {
+ public:
+  // `element_bytes`: of all tensors that are read.
+  Turns(const Meanwhile& meanwhile, size_t element_bytes)
+      : meanwhile_(meanwhile), length_(kBytesMeanwhile / static_cast<int64_t>(element_bytes)) {}
+
+  int64_t length() const { return length_; }  // in elements, a multiple of four vectors
+  HWY_INLINE void Read(int64_t elements) {
+    read_ += elements;
+    if (read_ < length_) return;
+    if (meanwhile_) meanwhile_(read_);
+    read_ = 0;
+  }
+
+ private:
+  const Meanwhile& meanwhile_;
+  const int64_t length_;
+  int64_t read_ = 0;
+};
+
+// AddRun() in turns. A run also has
 //   Skip(n)                what is n elements further on becomes 0
-// The sums are the same to the last bit whether there is something to do or not.
-template <class D, class Sums>
-HWY_INLINE void AddRunMeanwhile(D d, int64_t n, int64_t element_bytes, Sums& sums,
-                                const Meanwhile& meanwhile) {
-  const bool in_steps = static_cast<bool>(meanwhile);
-  const int64_t step = kBytesMeanwhile / element_bytes;  // a multiple of four vectors
+template <class D, class Run>
+HWY_INLINE void AddRunInTurns(D d, int64_t n, Run& run, TwoSums<D>& total, Turns& turns) {
   for (;;) {
-    const int64_t part = in_steps && n >= 2 * step ? step : n;
-    AddRun(d, part, sums);
-    if (in_steps) meanwhile(part);
+    const int64_t part = n >= 2 * turns.length() ? turns.length() : n;
+    AddRun(d, part, run, total);
+    turns.Read(part);
     n -= part;
     if (n == 0) return;
-    sums.Skip(part);
+    run.Skip(part);
   }
 }
 
 // Calls add(run, begin, n) for pieces of the runs and flush(elements) after about
 // every BlockOf(d) elements. No piece is shorter than a vector, if the runs are not.
-// Both are called from one place each, so that the sums stay in registers.
 template <class D, class Add, class Flush>
 HWY_INLINE void ForEachPiece(D d, const Runs& runs, Add add, Flush flush) {
   const int64_t block = BlockOf(d);

@@ -20,9 +20,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
 
@@ -94,7 +94,8 @@ struct ArrayCoefficients {
       : shift(static_cast<const T*>(from.shift)),
         scale(static_cast<const T*>(from.scale)),
         offset(static_cast<const T*>(from.offset)),
-        slope(static_cast<const T*>(from.slope == nullptr ? from.offset : from.slope)) {}
+        slope(static_cast<const T*>(from.slope == nullptr ? from.offset : from.slope)),
+        paired(static_cast<const T*>(from.paired)) {}
 
   // Those at `i`, in each lane.
   template <class D>
@@ -120,26 +121,57 @@ struct ArrayCoefficients {
   const T* scale;
   const T* offset;
   const T* slope;
+  const T* paired;
 };
 
-// The coefficients of `columns` columns in the order of pairs: those of a pair's first
-// vector, a vector of each kind, then those of its second.
+// Writes kKinds * columns values: the coefficients of columns in the order of pairs, those of a
+// pair's first vector, a vector of each kind, then those of its second.
 template <class E, class T>
-std::unique_ptr<T[]> InPairs(int64_t columns, const ArrayCoefficients<T>& arrays) {
+void InPairs(int64_t columns, const ArrayCoefficients<T>& arrays, T* paired) {
   const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  std::unique_ptr<T[]> paired(new T[static_cast<size_t>(kKinds * columns)]);
   for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
     int64_t kind = 0;
     for (const T* array : {arrays.shift, arrays.scale, arrays.offset, arrays.slope}) {
       if (kind == 3 && arrays.slope == arrays.offset) break;  // a forward's
       const auto pair = LoadPairValues<E>(d, array + j);
-      T* to = paired.get() + kKinds * j + kind++ * lanes;
+      T* to = paired + kKinds * j + kind++ * lanes;
       hn::StoreU(pair.a, d, to);
       hn::StoreU(pair.b, d, to + kKinds * lanes);
     }
   }
-  return paired;
+}
+
+template <class E>
+Coefficients SpreadOverPlanes(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
+                              void* memory) {
+  using T = ComputeType<E>;
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t columns = planes * plane_size;
+  const int64_t stride = (columns + lanes + 15) / 16 * 16;
+  T* next = static_cast<T*>(memory);
+  const auto spread = [&](const void* values) -> const void* {
+    if (values == nullptr) return nullptr;
+    T* const array = next;
+    next += stride;
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      const auto value = hn::Set(d, static_cast<const T*>(values)[plane]);
+      // What is written too far is the next plane's, and written again.
+      T* to = array + plane * plane_size;
+      for (int64_t i = 0; i < plane_size; i += lanes) hn::StoreU(value, d, to + i);
+    }
+    return array;
+  };
+  Coefficients columns_of{.shift = spread(of_planes.shift),
+                          .scale = spread(of_planes.scale),
+                          .offset = spread(of_planes.offset),
+                          .slope = spread(of_planes.slope)};
+  if constexpr (kPairsInterleave<E>) {
+    InPairs<E>(columns, ArrayCoefficients<T>(columns_of), next);
+    columns_of.paired = next;
+  }
+  return columns_of;
 }
 
 // LayerNorm's forward: scalars of a row, weight and bias along it.
@@ -243,10 +275,15 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
   const int64_t tile = wide ? kTile : matrix.columns;
   const int64_t together = wide ? 8 : 2;
   if (wide) op.FetchAheadBy(tile);
-  std::unique_ptr<typename Op::Type[]> paired;
+  using T = typename Op::Type;
+  Scratch memory;
+  const T* paired = nullptr;
   if constexpr (kPairsInterleave<typename Op::Element> && Source::kIsArrays) {
-    if (matrix.rows >= kRowsWorthPairs && matrix.columns <= kMostPaired) {
-      paired = InPairs<typename Op::Element>(matrix.columns, source);
+    paired = source.paired;
+    if (paired == nullptr && matrix.rows >= kRowsWorthPairs && matrix.columns <= kMostPaired) {
+      memory = Scratch(static_cast<size_t>(kKinds * matrix.columns) * sizeof(T));
+      InPairs<typename Op::Element>(matrix.columns, source, memory.Get<T>());
+      paired = memory.Get<T>();
     }
   }
   for (int64_t first = 0; first < matrix.rows; first += together) {
@@ -267,7 +304,7 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
         op.Begin(start + left);
         int64_t j = std::min(right, left + op.UntilAligned(start + left));
         partial(left, j);
-        const Varying<typename Op::D, Source> at{source, start, paired.get()};
+        const Varying<typename Op::D, Source> at{source, start, paired};
         j = count == 2 ? op.VectorsOfTwo(start + j, start + right, matrix.stride, at) - start
                        : op.Vectors(start + j, start + right, at) - start;
         partial(j, right);
