@@ -41,6 +41,12 @@ inline ForwardTensors TensorsOf(const void* x, void* y, const Epilogue& epilogue
           .stream = ShouldStream(bytes, y == x || y == epilogue.residual)};
 }
 
+// `ahead` of kernels.h, where tensors of so many bytes are read in the order of memory.
+inline int64_t AheadInOrder(int64_t bytes, const NormProblem& problem) {
+  constexpr int64_t kAheadBytes = int64_t{1} << 12;
+  return bytes > LargestNearBytes() ? kAheadBytes / static_cast<int64_t>(SizeOf(problem.dtype)) : 0;
+}
+
 struct ForwardCall {
   const NormProblem& problem;
   const void* x;

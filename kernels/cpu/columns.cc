@@ -29,18 +29,12 @@ constexpr int64_t kWidestVector = 16;     // lanes
 constexpr int64_t kWidestFolded = 16384;  // columns
 constexpr int64_t kLargestChunkBytes = int64_t{1} << 20;
 constexpr int64_t kSmallestChunkBytes = int64_t{1} << 17;
-constexpr int64_t kAheadBytes = int64_t{1} << 12;
 
 // Rows of `base` columns that are best taken as one.
 int64_t FoldOf(int64_t base, int64_t rows) {
   int64_t fold = kWidestVector / std::gcd(base, kWidestVector);
   if (base * fold < kFewestColumns) fold *= (kFewestColumns - 1) / (base * fold) + 1;
   return base * fold > kWidestFolded || fold > rows ? 1 : fold;
-}
-
-// As in ForwardTensors, where all tensors have so many bytes.
-int64_t AheadOf(int64_t bytes, const NormProblem& problem) {
-  return bytes > LargestNearBytes() ? kAheadBytes / static_cast<int64_t>(SizeOf(problem.dtype)) : 0;
 }
 
 struct Geometry {
@@ -138,7 +132,7 @@ class ForwardJob {
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 3) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
-    tensors_.ahead = AheadOf(bytes_, problem_);
+    tensors_.ahead = AheadInOrder(bytes_, problem_);
   }
 
   Outcome Execute(const Context& context) {
@@ -269,7 +263,7 @@ class BackwardJob {
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
-    tensors_.ahead = AheadOf(bytes_, problem_);
+    tensors_.ahead = AheadInOrder(bytes_, problem_);
     apply_tensors_ = tensors_;
     if (!args_.statistics_of_batch) apply_tensors_.x = nullptr;  // dx = dy * scale
   }
@@ -426,7 +420,7 @@ Outcome RangeByColumns(const RangeCall& call, const Context& context) {
   const Parameter bias(problem.dtype, call.args.affine.bias, 0);
   const ForwardKernels& kernels = ForwardKernelsFor(problem.dtype);
   ForwardTensors tensors = call.tensors();
-  tensors.ahead = AheadOf(call.bytes(), problem);
+  tensors.ahead = AheadInOrder(call.bytes(), problem);
 
   for (int64_t done = 0; done < call.args.count;) {
     const int64_t first = call.args.first + done;

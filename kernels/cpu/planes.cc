@@ -263,6 +263,7 @@ class ForwardJob {
     for (int64_t set = 0; set < geometry_.sets; ++set) {
       SetCoefficients(set, SetConstants(problem_, call_.statistics, set, /*of_batch=*/false));
     }
+    tensors_.ahead = AheadInOrder(bytes_, problem_);
     return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
       kernels_.normalize_planes(tensors_, planes, arrays_.From(0));
     });
@@ -361,6 +362,7 @@ class BackwardJob {
     if (!reduces() && !applies()) return Outcome::kOk;
     if (!reduces() && !geometry_.WritesColumnsAtOnce()) {
       for (int64_t set = 0; set < geometry_.sets; ++set) SetCoefficients(set, 0, 0);
+      apply_tensors_.ahead = AheadInOrder(bytes_, problem_);
       return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
         kernels_.gradient_of_planes(apply_tensors_, planes, arrays_.From(0));
       });
@@ -534,7 +536,8 @@ Outcome RangeByPlanes(const RangeCall& call, const Context& context) {
     SetForward(arrays, i, call.ConstantsOf(set), weight[c], bias[c]);
   }
   const ForwardKernels& kernels = ForwardKernelsFor(problem.dtype);
-  const ForwardTensors tensors = call.tensors();
+  ForwardTensors tensors = call.tensors();
+  tensors.ahead = AheadInOrder(call.bytes(), problem);
   return InOrder(
       {call.args.count, skip, problem.positions, planes}, call.bytes(), context,
       [&](const Planes& part) { kernels.normalize_planes(tensors, part, arrays.From(0)); });
