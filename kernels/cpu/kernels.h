@@ -76,7 +76,7 @@ struct AlongRows {
   bool center = true;     // as in NormProblem
 };
 
-// What rows are normalized by, arrays with a value a row.
+// What rows are normalized by, arrays with a value a row, of kMostRows each.
 //   forward    y  = (d * invstd + lost) * weight + bias,   lost = (shift - mean) * invstd
 //   backward   dx = dy * (weight * invstd) + (d * slope + offset)
 // and, in backward, grad_weight += dy * (d * invstd + lost), grad_bias += dy.

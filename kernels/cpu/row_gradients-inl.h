@@ -244,24 +244,17 @@ HWY_INLINE void SharedGradients(const RowStatistics& statistics, const AlongRows
                                 int64_t count, const SumsInLanes<2>& sums, const RowConstants& to) {
   using T = ComputeType<E>;
   const WideTag d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  HWY_ALIGN double dy[kMostRows + kMaxWideLanes], dy_d[kMostRows + kMaxWideLanes];
-  for (int64_t row = 0; row < count; row += lanes) {
-    hn::Store(sums.Totals(row, 0), d, dy + row);
-    hn::Store(sums.Totals(row, 1), d, dy_d + row);
-  }
-  ForEachWide(count, [&](auto wide, int64_t row) NORMD_INLINE_LAMBDA {
-    const auto inverse = hn::Set(wide, 1 / static_cast<double>(along.length));
-    const auto c = ConstantsAt<E>(wide, statistics, row);
-    const auto sum_g = hn::LoadU(wide, dy + row);
-    const auto sum_gx =
-        hn::Mul(hn::Sub(hn::LoadU(wide, dy_d + row), hn::Mul(c.residual, sum_g)), c.invstd);
+  const auto inverse = hn::Set(d, 1 / static_cast<double>(along.length));
+  for (int64_t row = 0; row < count; row += static_cast<int64_t>(hn::Lanes(d))) {
+    const auto c = ConstantsAt<E>(statistics, row, count - row);
+    const auto sum_g = sums.Totals(row, 0);
+    const auto sum_gx = hn::Mul(hn::Sub(sums.Totals(row, 1), hn::Mul(c.residual, sum_g)), c.invstd);
     const auto slope = hn::Neg(hn::Mul(hn::Mul(c.invstd, c.invstd), hn::Mul(sum_gx, inverse)));
     auto offset = hn::Neg(hn::Mul(c.residual, slope));
     if (along.center) offset = hn::Sub(offset, hn::Mul(c.invstd, hn::Mul(sum_g, inverse)));
-    StoreDoubles(wide, slope, static_cast<T*>(to.slope) + row);
-    StoreDoubles(wide, offset, static_cast<T*>(to.offset) + row);
-  });
+    StoreDoubles(d, slope, static_cast<T*>(to.slope) + row);
+    StoreDoubles(d, offset, static_cast<T*>(to.offset) + row);
+  }
 }
 
 // Not inlined: all of them in one function are more than a compiler with sanitizers can take.
@@ -297,7 +290,7 @@ void BackwardRows(const BackwardTensors& tensors, const AlongRows& along, const 
                   const Rows& next, const RowStatistics& statistics) {
   const Tag<E> d;
   ConstantsOfRows<E>(statistics, next.count, next.constants);
-  SumsInLanes<2> sums;
+  SumsInLanes<2> sums(next.count);
   const bool plain =
       tensors.grad_x != nullptr && tensors.grad_residual == nullptr && !along.constant;
   const E* const to = static_cast<const E*>(tensors.grad_x) + now.begin;

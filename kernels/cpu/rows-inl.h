@@ -99,6 +99,15 @@ class SumsInLanes {
  public:
   using V = hn::Vec<WideTag>;
 
+  // Of `count` rows. Where the last ones are no whole vector, the others' sums are 0: whatever is
+  // in memory might be numbers that processors are slow with.
+  explicit SumsInLanes(int64_t count) {
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(WideTag()));
+    for (int64_t row = count; row % lanes != 0; ++row) {
+      for (int kind = 0; kind < kKinds; ++kind) Add(row, kind, hn::Zero(WideTag()), /*begin=*/true);
+    }
+  }
+
   // Adds to a row's sums, or begins them.
   HWY_INLINE void Add(int64_t row, int kind, V v, bool begin) {
     double* at = At(row, kind);
@@ -259,14 +268,11 @@ HWY_INLINE void MomentsOfSums(const E* x, const AlongRows& along, int64_t count,
   }
 }
 
-// Calls run(d, i) for vectors of doubles from each i on, and for single ones at the end.
-template <class Run>
-HWY_INLINE void ForEachWide(int64_t count, Run run) {
+// Doubles of up to a vector of rows; those of rows that are not there are 0.
+HWY_INLINE hn::Vec<WideTag> LoadOfRows(const double* from, int64_t rows) {
   const WideTag d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) run(d, i);
-  for (; i < count; ++i) run(hn::CappedTag<double, 1>(), i);
+  return rows < lanes ? LoadPartial(d, from, static_cast<size_t>(rows)) : hn::LoadU(d, from);
 }
 
 // ShiftNear() of each lane, but for what no longer matters: where a variance is 0 or not finite.
@@ -281,19 +287,21 @@ HWY_INLINE hn::Vec<D64> ShiftsNearVariance(D64 d, hn::Vec<D64> mean, hn::Vec<D64
 }
 
 // What rows are normalized by, as SetConstants.
-template <class D64>
 struct WideConstants {
-  hn::Vec<D64> shift, residual, invstd;
+  hn::Vec<WideTag> shift, residual, invstd;
 };
-template <class E, class D64>
-HWY_INLINE WideConstants<D64> ConstantsAt(D64 d, const RowStatistics& statistics, int64_t row) {
+// Of up to a vector of rows.
+template <class E>
+HWY_INLINE WideConstants ConstantsAt(const RowStatistics& statistics, int64_t row, int64_t rows) {
+  const WideTag d;
   const auto one = hn::Set(d, 1.0);
-  const auto mean = statistics.mean == nullptr ? hn::Zero(d) : hn::LoadU(d, statistics.mean + row);
+  const auto mean =
+      statistics.mean == nullptr ? hn::Zero(d) : LoadOfRows(statistics.mean + row, rows);
   // Divided as others do: a part of a tensor is then what it is in the whole.
-  const auto var = hn::Div(hn::LoadU(d, statistics.m2 + row), hn::Set(d, statistics.elements));
+  const auto var = hn::Div(LoadOfRows(statistics.m2 + row, rows), hn::Set(d, statistics.elements));
   auto shift = mean;
   if constexpr (sizeof(ComputeType<E>) == sizeof(float)) {
-    const hn::Rebind<float, D64> df;
+    const hn::Rebind<float, WideTag> df;
     shift = hn::PromoteTo(d, hn::DemoteTo(df, ShiftsNearVariance(d, mean, var)));
     // Within two deviations of 0, x itself is as good.
     if constexpr (!kAlwaysShifts<E>) {
@@ -305,15 +313,17 @@ HWY_INLINE WideConstants<D64> ConstantsAt(D64 d, const RowStatistics& statistics
   return {shift, residual, hn::Div(one, hn::Sqrt(hn::Add(var, hn::Set(d, statistics.eps))))};
 }
 
+// `to` has a place for each lane of the last rows' vector, too.
 template <class E>
 void ConstantsOfRows(const RowStatistics& statistics, int64_t count, const RowConstants& to) {
   using T = ComputeType<E>;
-  ForEachWide(count, [&](auto d, int64_t row) NORMD_INLINE_LAMBDA {
-    const auto c = ConstantsAt<E>(d, statistics, row);
+  const WideTag d;
+  for (int64_t row = 0; row < count; row += static_cast<int64_t>(hn::Lanes(d))) {
+    const auto c = ConstantsAt<E>(statistics, row, count - row);
     StoreDoubles(d, c.shift, static_cast<T*>(to.shift) + row);
     StoreDoubles(d, c.invstd, static_cast<T*>(to.invstd) + row);
     StoreDoubles(d, hn::Neg(hn::Mul(c.residual, c.invstd)), static_cast<T*>(to.lost) + row);
-  });
+  }
 }
 
 // Whether x - shift must be computed.
@@ -429,7 +439,7 @@ void ForwardRows(const ForwardTensors& tensors, const AlongRows& along, const Ro
                  const Rows& next, double* mean, double* m2) {
   using T = ComputeType<E>;
   const Tag<E> d;
-  SumsInLanes<2> sums;
+  SumsInLanes<2> sums(next.count);
   Rows written = now;
   if (tensors.relu || tensors.residual != nullptr) {
     WriteRowsFused<E>(tensors, along, now);
