@@ -20,8 +20,8 @@ NORMD_HOST_DEVICE inline double ShiftNear(double mean, double var) {
   const int exponent = static_cast<int>(std::bit_cast<uint64_t>(var) >> kDigits & 0x7ff);
   if (!(var > 0) || exponent == 0 || exponent == 0x7ff) return mean;
   // The power of two of the deviation, by half the exponent.
-  const auto half = static_cast<uint64_t>(((exponent - kBias) >> 1) + kBias);
-  const double power = std::bit_cast<double>(half << kDigits);
+  const int half = ((exponent - kBias) >> 1) + kBias;
+  const double power = std::bit_cast<double>(static_cast<uint64_t>(half) << kDigits);
   // Adding this leaves no bits below an eighth of the power.
   const double large = power * (0x1.8p52 / 8);
   const double rounded = (mean + large) - large;

@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <deque>
 #include <fstream>
@@ -149,7 +150,7 @@ int CgroupCores(int cores) {
   double period = 0;
   if (!(file >> quota >> period) || quota == "max" || period <= 0) return cores;
   const double share = std::strtod(quota.c_str(), nullptr) / period;
-  return std::clamp(static_cast<int>(share + 0.5), 1, cores);
+  return std::clamp(static_cast<int>(std::lround(share)), 1, cores);
 }
 
 }  // namespace
