@@ -52,13 +52,13 @@ absl::Status ArrivingMoments::Take(Core& core, const char* x, int64_t arrived,
 
 ArrivingMoments::Part ArrivingMoments::PartOf(int64_t begin, int64_t end) const {
   Part part{problem_};
-  const int64_t sample = problem_.channels * problem_.positions;
-  const int64_t within = begin % sample;
   if (problem_.format == MemoryFormat::kChannelsLast) {
     part.problem.batch = 1;
     part.problem.positions = (end - begin) / problem_.channels;
     return part;
   }
+  const int64_t sample = problem_.channels * problem_.positions;
+  const int64_t within = begin % sample;
   if (within == 0 && end - begin >= sample) {
     part.problem.batch = (end - begin) / sample;
     return part;
