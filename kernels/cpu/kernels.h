@@ -95,6 +95,8 @@ struct Rows {
   int64_t parameter = 0;  // of the first, in the arrays along rows
   int64_t count = 0;      // kMostRows or fewer
   RowConstants constants = {};
+  // The sums along rows begin with so many of the first ones: whatever is there is no sum yet.
+  int64_t fresh = 0;
 };
 
 // A value a row. The variance is m2 / elements.
@@ -133,6 +135,13 @@ using Meanwhile = std::function<void(int64_t elements)>;
 // Read between two calls, where runs are so long: what a processor can have under way.
 inline constexpr int64_t kBytesMeanwhile = 4096;
 
+// Where sums of several parts go.
+struct Totals {
+  const double* before;  // added to them; null: nothing
+  double* after;
+  void* rounded;  // not null: in the computing type, instead of `after`
+};
+
 struct ForwardKernels {
   // Of each of `sets` sets whose runs follow each other: set s has the runs that begin
   // s * runs.length further on.
@@ -168,9 +177,9 @@ struct BackwardKernels {
   // Added to sums of each column; `scratch`: 3 * columns values.
   void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                           const void* shift, void* scratch, double* dy, double* dy_d);
-  // Adds each of `parts` arrays, `stride` apart, to an array of totals, which is not in pairs.
+  // Adds up `parts` arrays, `stride` apart, in doubles. Totals are not in pairs.
   void (*add_up)(const void* parts_data, int64_t parts, int64_t stride, int64_t count,
-                 bool in_pairs, double* total);
+                 bool in_pairs, const Totals& totals);
   void (*gradient_of_planes)(const BackwardTensors& tensors, const Planes& planes,
                              const Coefficients& coefficients);
   // As in ForwardKernels.

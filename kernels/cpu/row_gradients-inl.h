@@ -270,8 +270,14 @@ HWY_NOINLINE void WriteAndSumGradients(const BackwardTensors& tensors, const Alo
           tensors, now.begin + r * along.length, along, parameter_now.Next(), now.constants, r);
     };
     const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
-      TileGradients<E, kMasked, kShifted, kParameters> tile(
-          tensors, next.begin + r * along.length, along, parameter_next.Next(), next.constants, r);
+      const int64_t parameter = parameter_next.Next();
+      if (kParameters && r < next.fresh) {
+        for (void* sums_along : {along.grad_weight, along.grad_bias}) {
+          std::fill_n(static_cast<ComputeType<E>*>(sums_along) + parameter + begin, end - begin, 0);
+        }
+      }
+      TileGradients<E, kMasked, kShifted, kParameters> tile(tensors, next.begin + r * along.length,
+                                                            along, parameter, next.constants, r);
       OverColumns(d, begin, end, tile, write);
       sums.Add(r, 0, tile.Dy(), begin == 0);
       sums.Add(r, 1, tile.DyD(), begin == 0);
@@ -323,19 +329,24 @@ void BackwardRows(const BackwardTensors& tensors, const AlongRows& along, const 
 
 template <class E>
 void AddUp(const void* data, int64_t parts, int64_t stride, int64_t count, bool in_pairs,
-           double* HWY_RESTRICT total) {
+           const Totals& totals) {
   using T = ComputeType<E>;
-  const Tag<E> d;
   const hn::ScalableTag<double> wide;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  const T* HWY_RESTRICT from = static_cast<const T*>(data);
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(Tag<E>()));
+  const T* const from = static_cast<const T*>(data);
+  const double* const before = totals.before;
+  double* const after = totals.after;
+  T* const rounded = static_cast<T*>(totals.rounded);
   int64_t j = 0;
   if constexpr (kPairsInterleave<E>) {
+    const hn::Rebind<float, decltype(wide)> narrow;
     const int64_t half = lanes / 2;
     for (; in_pairs && j + 2 * lanes <= count; j += 2 * lanes) {
-      hn::Vec<decltype(wide)> a0, b0, a1, b1;
-      hn::LoadInterleaved2(wide, total + j, a0, b0);
-      hn::LoadInterleaved2(wide, total + j + lanes, a1, b1);
+      auto a0 = hn::Zero(wide), b0 = a0, a1 = a0, b1 = a0;
+      if (before != nullptr) {
+        hn::LoadInterleaved2(wide, before + j, a0, b0);
+        hn::LoadInterleaved2(wide, before + j + lanes, a1, b1);
+      }
       for (int64_t part = 0; part < parts; ++part) {
         const T* at = from + part * stride + j;
         a0 = hn::Add(a0, LoadDoubles(wide, at));
@@ -343,22 +354,31 @@ void AddUp(const void* data, int64_t parts, int64_t stride, int64_t count, bool 
         b0 = hn::Add(b0, LoadDoubles(wide, at + lanes));
         b1 = hn::Add(b1, LoadDoubles(wide, at + lanes + half));
       }
-      hn::StoreInterleaved2(a0, b0, wide, total + j);
-      hn::StoreInterleaved2(a1, b1, wide, total + j + lanes);
+      if (rounded != nullptr) {
+        hn::StoreInterleaved2(hn::DemoteTo(narrow, a0), hn::DemoteTo(narrow, b0), narrow,
+                              rounded + j);
+        hn::StoreInterleaved2(hn::DemoteTo(narrow, a1), hn::DemoteTo(narrow, b1), narrow,
+                              rounded + j + lanes);
+      } else {
+        hn::StoreInterleaved2(a0, b0, wide, after + j);
+        hn::StoreInterleaved2(a1, b1, wide, after + j + lanes);
+      }
     }
   }
   const int64_t step = static_cast<int64_t>(hn::Lanes(wide));
   for (; j + step <= count; j += step) {
-    auto sum = hn::LoadU(wide, total + j);
+    auto sum = before == nullptr ? hn::Zero(wide) : hn::LoadU(wide, before + j);
     for (int64_t part = 0; part < parts; ++part) {
       sum = hn::Add(sum, LoadDoubles(wide, from + part * stride + j));
     }
-    hn::StoreU(sum, wide, total + j);
+    rounded == nullptr ? hn::StoreU(sum, wide, after + j) : StoreDoubles(wide, sum, rounded + j);
   }
   for (; j < count; ++j) {
+    double sum = before == nullptr ? 0 : before[j];
     for (int64_t part = 0; part < parts; ++part) {
-      total[j] += static_cast<double>(from[part * stride + j]);
+      sum += static_cast<double>(from[part * stride + j]);
     }
+    rounded == nullptr ? void(after[j] = sum) : void(rounded[j] = static_cast<T>(sum));
   }
 }
 
