@@ -210,7 +210,6 @@ struct ColumnGradients {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 2;
-  static constexpr bool kInPairs = kPairsInterleave<E>;
 
   HWY_INLINE void Fetch(int64_t i) const {
     FetchPairNear(D(), input.grad_y + begin + i);
@@ -242,7 +241,7 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
   using T = ComputeType<E>;
   const int64_t columns = matrix.columns;
   T* const shift = static_cast<T*>(scratch);
-  std::copy_n(static_cast<const T*>(shift_array), columns, shift);
+  ToPairs<E>(columns, static_cast<const T*>(shift_array), shift);
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
@@ -261,6 +260,8 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       SumColumns<E>(ColumnGradients<E, kMasked>{input, begin + block * matrix.stride},
                     {std::min(kBlockRows, matrix.rows - block), columns, matrix.stride}, shift, sum,
                     product);
+      FromPairs<E>(columns, sum);
+      FromPairs<E>(columns, product);
       for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
       for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
     }
@@ -273,12 +274,12 @@ void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets,
                     const double* shift, GradientSums* sums) {
   using T = ComputeType<E>;
   const int64_t columns = sets * runs.length;
-  std::vector<T> shifts(static_cast<size_t>(columns)), scratch(static_cast<size_t>(3 * columns));
+  std::vector<T> scratch(static_cast<size_t>(3 * columns));
   std::vector<double> dy(static_cast<size_t>(columns)), dy_d(dy);
   for (int64_t set = 0; set < sets; ++set) {
-    std::fill_n(shifts.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
+    std::fill_n(scratch.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
   }
-  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts.data(),
+  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, scratch.data(),
                    scratch.data(), dy.data(), dy_d.data());
   const hn::ScalableTag<double> d;
   for (int64_t set = 0; set < sets; ++set) {
