@@ -43,6 +43,21 @@ struct GradientInput {
     if constexpr (kMasked) return hn::IfThenElseZero(ReadMask(D(), mask, i), dy);
     return dy;
   }
+  HWY_INLINE Pair<D> XPair(int64_t i) const { return LoadPair(D(), x + i); }
+  HWY_INLINE Pair<D> GradYPair(int64_t i) const {
+    if constexpr (kPairsInterleave<E>) {
+      return PairOfWords(D(), GradYWords(i));
+    } else {
+      return {GradY(i), GradY(i + static_cast<int64_t>(hn::Lanes(D())))};
+    }
+  }
+  // Those of a pair, as they are stored.
+  HWY_INLINE auto GradYWords(int64_t i) const {
+    const WordsTag<D> d;
+    const auto words = LoadWords(D(), grad_y + i);
+    if constexpr (kMasked) return hn::IfThenElseZero(ReadMask(d, mask, i), words);
+    return words;
+  }
   HWY_INLINE V PartialX(int64_t i, size_t n) const { return LoadPartial(D(), x + i, n); }
   HWY_INLINE V PartialGradY(int64_t i, size_t n) const {
     const V dy = LoadPartial(D(), grad_y + i, n);
@@ -90,15 +105,10 @@ struct GradientRun {
       FetchPairAhead(D(), input.grad_y + begin + i + ahead);
       FetchPairAhead(D(), input.x + begin + i + ahead);
     }
-    if constexpr (kPairsInterleave<E> && !kMasked) {
-      const Pair<D> gradient = LoadPair(D(), input.grad_y + begin + i);
-      const Pair<D> x = LoadPair(D(), input.x + begin + i);
-      Collect<k>(gradient.a, x.a, sums);
-      Collect<k + 1>(gradient.b, x.b, sums);
-    } else {
-      Add<k>(i, sums);
-      Add<k + 1>(i + static_cast<int64_t>(hn::Lanes(D())), sums);
-    }
+    const Pair<D> gradient = input.GradYPair(begin + i);
+    const Pair<D> x = input.XPair(begin + i);
+    Collect<k>(gradient.a, x.a, sums);
+    Collect<k + 1>(gradient.b, x.b, sums);
   }
   template <int k>
   HWY_INLINE void Collect(V gradient, V x, Sums& sums) const {
@@ -200,24 +210,16 @@ struct ColumnGradients {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 2;
-  static constexpr bool kInPairs = kPairsInterleave<E> && !kMasked;
 
   HWY_INLINE void Fetch(int64_t i) const {
     FetchPairNear(D(), input.grad_y + begin + i);
     FetchPairNear(D(), input.x + begin + i);
   }
   HWY_INLINE void AddTwo(int64_t i, const Pair<D>& shift, Pair<D>& dy, Pair<D>& dy_d) const {
-    const D d;
-    if constexpr (kMasked) {
-      const auto all = [](V v) { return v; };
-      Add(i, shift.a, all, dy.a, dy_d.a);
-      Add(i + static_cast<int64_t>(hn::Lanes(d)), shift.b, all, dy.b, dy_d.b);
-    } else {
-      const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
-      const Pair<D> x = LoadPair(d, input.x + begin + i);
-      Collect(gradient.a, hn::Sub(x.a, shift.a), dy.a, dy_d.a);
-      Collect(gradient.b, hn::Sub(x.b, shift.b), dy.b, dy_d.b);
-    }
+    const Pair<D> gradient = input.GradYPair(begin + i);
+    const Pair<D> x = input.XPair(begin + i);
+    Collect(gradient.a, hn::Sub(x.a, shift.a), dy.a, dy_d.a);
+    Collect(gradient.b, hn::Sub(x.b, shift.b), dy.b, dy_d.b);
   }
   template <class Keep>
   HWY_INLINE void Add(int64_t i, V shift, Keep keep, V& dy, V& dy_d) const {
@@ -239,7 +241,7 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
   using T = ComputeType<E>;
   const int64_t columns = matrix.columns;
   T* const shift = static_cast<T*>(scratch);
-  std::copy_n(static_cast<const T*>(shift_array), columns, shift);
+  ToPairs<E>(columns, static_cast<const T*>(shift_array), shift);
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
@@ -258,6 +260,8 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       SumColumns<E>(ColumnGradients<E, kMasked>{input, begin + block * matrix.stride},
                     {std::min(kBlockRows, matrix.rows - block), columns, matrix.stride}, shift, sum,
                     product);
+      FromPairs<E>(columns, sum);
+      FromPairs<E>(columns, product);
       for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
       for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
     }
@@ -270,12 +274,12 @@ void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets,
                     const double* shift, GradientSums* sums) {
   using T = ComputeType<E>;
   const int64_t columns = sets * runs.length;
-  std::vector<T> shifts(static_cast<size_t>(columns)), scratch(static_cast<size_t>(3 * columns));
+  std::vector<T> scratch(static_cast<size_t>(3 * columns));
   std::vector<double> dy(static_cast<size_t>(columns)), dy_d(dy);
   for (int64_t set = 0; set < sets; ++set) {
-    std::fill_n(shifts.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
+    std::fill_n(scratch.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
   }
-  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts.data(),
+  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, scratch.data(),
                    scratch.data(), dy.data(), dy_d.data());
   const hn::ScalableTag<double> d;
   for (int64_t set = 0; set < sets; ++set) {
@@ -383,15 +387,16 @@ class Gradient {
   static HWY_INLINE void StoreGradientOfPair(const Input& input, int64_t i,
                                              const PairCoefficients<D>& c, const Outputs& out) {
     const D d;
-    const Pair<D> dy = LoadPair(d, input.grad_y + i);
+    const auto words = input.GradYWords(i);
+    const Pair<D> dy = PairOfWords(d, words);
     if (out.grad_x != nullptr) {
       Pair<D> x{hn::Zero(d), hn::Zero(d)};
-      if (kNeedsX) x = LoadPair(d, input.x + i);
+      if (kNeedsX) x = input.XPair(i);
       StorePair(d, Pair<D>{Dx<kNeedsX>(dy.a, x.a, c.a), Dx<kNeedsX>(dy.b, x.b, c.b)},
                 out.grad_x + i, out.stream);
     }
     if (out.grad_residual != nullptr) {
-      StorePair(d, dy, out.grad_residual + i, out.stream_residual);
+      StoreWords(d, words, out.grad_residual + i, out.stream_residual);
     }
   }
 
@@ -414,7 +419,7 @@ class Gradient {
     };
     if constexpr (kPairsInterleave<E>) {
       if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) at_one();
-      const bool in_pairs = !kMasked && at.HasPairs(i);
+      const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         Fetch<kNeedsX>(input, i, ahead);
         StoreGradientOfPair<kNeedsX>(input, i, at.PairAt(i), out);
@@ -459,7 +464,7 @@ class Gradient {
       i += lanes;
     };
     if constexpr (kPairsInterleave<E>) {
-      const bool in_pairs = !kMasked && at.HasPairs(i);
+      const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
         for (const int64_t k : {i, i + stride}) {

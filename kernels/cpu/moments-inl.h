@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "hwy/highway.h"
@@ -185,7 +186,6 @@ struct ColumnMoments {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 1;
-  static constexpr bool kInPairs = kPairsInterleave<E>;
 
   HWY_INLINE void Fetch(int64_t i) const { FetchPairNear(D(), x + i); }
   HWY_INLINE void AddTwo(int64_t i, const Pair<D>& shift, Pair<D>& sum, Pair<D>& square) const {
@@ -212,7 +212,7 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
   using T = ComputeType<E>;
   const Tag<E> d;
   const int64_t columns = sets * runs.length;
-  std::vector<T> shift(static_cast<size_t>(columns)), sum(shift), square(shift);
+  std::vector<T> shift(static_cast<size_t>(columns)), paired(shift), sum(shift), square(shift);
   for (int64_t set = 0; set < sets; ++set) {
     const int64_t first = set * runs.length;
     std::fill_n(shift.begin() + first, runs.length, PilotShift(x + first, runs.length));
@@ -220,8 +220,11 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
   }
   for (int64_t block = 0; block < runs.count; block += kBlockRows) {
     const int64_t end = std::min(block + kBlockRows, runs.count);
+    ToPairs<E>(columns, shift.data(), paired.data());
     SumColumns<E>(ColumnMoments<E>{x + block * runs.stride}, {end - block, columns, runs.stride},
-                  shift.data(), sum.data(), square.data());
+                  paired.data(), sum.data(), square.data());
+    FromPairs<E>(columns, sum.data());
+    FromPairs<E>(columns, square.data());
     for (int64_t set = 0; set < sets; ++set) {
       const int64_t first = set * runs.length;
       T center = shift[static_cast<size_t>(first)];
@@ -301,20 +304,28 @@ HWY_INLINE void StoreDoubles(D64 d, hn::Vec<D64> v, T* to) {
   }
 }
 
-// ShiftNear() of each lane.
-template <class D64>
-HWY_INLINE hn::Vec<D64> ShiftsNear(D64 d, hn::Vec<D64> mean, hn::Vec<D64> deviation) {
-  const auto exponent = hn::BitCast(d, hn::Set(hn::RebindToUnsigned<D64>(), uint64_t{0x7ff} << 52));
-  const auto large = hn::Mul(hn::And(deviation, exponent), hn::Set(d, 0x1.8p52 / 8));
-  const auto rounded = hn::Sub(hn::Add(mean, large), large);
-  return hn::IfThenElse(hn::IsFinite(rounded), rounded, mean);
+// ShiftNear() of each lane, where a variance of 0 may leave fewer bits of the mean.
+template <class D>
+HWY_INLINE hn::Vec<D> ShiftsNear(D d, hn::Vec<D> mean, hn::Vec<D> var) {
+  using T = hn::TFromD<D>;
+  constexpr int kDigits = std::numeric_limits<T>::digits - 1;
+  const hn::RebindToUnsigned<D> du;
+  using U = hn::TFromD<decltype(du)>;
+  constexpr U kExponentOfOne = static_cast<U>(std::numeric_limits<T>::max_exponent - 1) << kDigits;
+  constexpr U kExponents = static_cast<U>(2 * std::numeric_limits<T>::max_exponent - 1) << kDigits;
+  // The power of two of the deviation, by half the exponent.
+  const auto bits = hn::BitCast(du, hn::Max(var, hn::Zero(d)));
+  const auto half = hn::Add(hn::ShiftRight<1>(bits), hn::Set(du, kExponentOfOne / 2));
+  const auto power = hn::BitCast(d, hn::And(half, hn::Set(du, kExponents)));
+  const auto large = hn::Mul(power, hn::Set(d, static_cast<T>(U{3} << (kDigits - 1)) / 8));
+  return hn::Sub(hn::Add(mean, large), large);
 }
 
 // MergeBlock() for columns, all of which have `done` rows in mean and m2, and `n` more in
 // sum and square. The same operations in each column, on whatever vectors it falls.
 template <class D64, class T>
-HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, T* shift, const T* sum,
-                               const T* square, double* mean, double* m2) {
+HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, const T* shift,
+                               const T* sum, const T* square, double* mean, double* m2) {
   const auto inverse = hn::Set(d, 1.0 / n);
   const auto s = LoadDoubles(d, sum + j);
   const auto q = LoadDoubles(d, square + j);
@@ -336,12 +347,10 @@ HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, T* shift
                           hn::Add(hn::LoadU(d, m2 + j), block_m2)),
                d, m2 + j);
   }
-  const auto variance = hn::Sub(hn::Mul(q, inverse), hn::Mul(missed, missed));
-  StoreDoubles(d, ShiftsNear(d, block_mean, hn::Sqrt(variance)), shift + j);
 }
 
 template <class T>
-void MergeColumns(int64_t columns, double done, double n, T* HWY_RESTRICT shift,
+void MergeColumns(int64_t columns, double done, double n, const T* HWY_RESTRICT shift,
                   const T* HWY_RESTRICT sum, const T* HWY_RESTRICT square,
                   double* HWY_RESTRICT mean, double* HWY_RESTRICT m2) {
   const hn::ScalableTag<double> d;
@@ -352,6 +361,29 @@ void MergeColumns(int64_t columns, double done, double n, T* HWY_RESTRICT shift,
   }
   const hn::CappedTag<double, 1> one;
   for (; j < columns; ++j) MergeColumnsAt(one, j, done, n, shift, sum, square, mean, m2);
+}
+
+// Moves the shifts of columns to the means of the `n` rows in sum and square.
+template <class T>
+void ShiftColumns(int64_t columns, int64_t n, const T* HWY_RESTRICT sum,
+                  const T* HWY_RESTRICT square, T* HWY_RESTRICT shift) {
+  const hn::ScalableTag<T> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto inverse = hn::Set(d, T{1} / static_cast<T>(n));
+  const auto moved = [&](hn::Vec<decltype(d)> from, auto s, auto q) NORMD_INLINE_LAMBDA {
+    const auto missed = hn::Mul(s, inverse);
+    const auto var = hn::Sub(hn::Mul(q, inverse), hn::Mul(missed, missed));
+    return ShiftsNear(d, hn::Add(from, missed), var);
+  };
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) {
+    const auto from = hn::LoadU(d, shift + j);
+    hn::StoreU(moved(from, hn::LoadU(d, sum + j), hn::LoadU(d, square + j)), d, shift + j);
+  }
+  if (j == columns) return;
+  const size_t rest = static_cast<size_t>(columns - j);
+  const auto part = [&](const T* from) { return LoadPartial(d, from + j, rest); };
+  StorePartial(d, moved(part(shift), part(sum), part(square)), shift + j, rest);
 }
 
 // Rows that the first shift comes from.
@@ -375,20 +407,34 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
     return;
   }
 
-  T* HWY_RESTRICT shift = static_cast<T*>(scratch);
-  T* HWY_RESTRICT sum = shift + columns;
-  T* HWY_RESTRICT square = sum + columns;
-  const auto add = [&](int64_t begin, int64_t rows, double done) {
+  T* const shift = static_cast<T*>(scratch);
+  T* const sum = shift + columns;
+  T* const square = sum + columns;
+  const auto add = [&](int64_t begin, int64_t rows) {
     SumColumns<E>(ColumnMoments<E>{x + begin * stride}, {rows, columns, stride}, shift, sum,
                   square);
-    MergeColumns(columns, done, static_cast<double>(rows), shift, sum, square, mean, m2);
   };
 
   // The first shift: the mean of the first rows, shifted by the first of them.
-  for (int64_t j = 0; j < columns; ++j) shift[j] = ScalarAt(x, j);
-  add(0, std::min(kPilotRows, matrix.rows), 0);
+  int64_t j = 0;
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+    const auto first = LoadPair(d, x + j);
+    hn::StoreU(first.a, d, shift + j);
+    hn::StoreU(first.b, d, shift + j + lanes);
+  }
+  for (; j < columns; ++j) shift[j] = ScalarAt(x, j);
+  const int64_t pilot = std::min(kPilotRows, matrix.rows);
+  add(0, pilot);
+  ShiftColumns(columns, pilot, sum, square, shift);
   for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows) {
-    add(begin, std::min(kBlockRows, matrix.rows - begin), static_cast<double>(begin));
+    const int64_t rows = std::min(kBlockRows, matrix.rows - begin);
+    add(begin, rows);
+    for (T* values : {shift, sum, square}) FromPairs<E>(columns, values);
+    MergeColumns(columns, static_cast<double>(begin), static_cast<double>(rows), shift, sum, square,
+                 mean, m2);
+    if (begin + rows == matrix.rows) return;
+    ShiftColumns(columns, rows, sum, square, shift);
+    if constexpr (kPairsInterleave<E>) ToPairs<E>(columns, shift, shift);
   }
 }
 
