@@ -327,7 +327,8 @@ class Gradient {
         ahead_(tensors.ahead) {}
 
   void FetchAheadBy(int64_t elements) { ahead_ = elements; }
-  int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(grad_x_ + i) : 0; }
+  int64_t UntilLine(int64_t i) const { return stream_ ? ElementsUntilLine(grad_x_ + i) : 0; }
+  int64_t PastLine(int64_t i) const { return stream_ ? ElementsPastLine(grad_x_ + i) : 0; }
   void Begin(int64_t) {}
   void End() {}
 

@@ -10,7 +10,8 @@
 //   op.TakesTwo()                         whether it can do two rows at once
 //   op.VectorsOfTwo(i, end, stride, at)   as Vectors(), of both: coefficients are loaded once
 //   op.FetchAheadBy(n)                    elements n after those read are fetched
-//   op.UntilAligned(i)                    elements before a vector may be stored
+//   op.UntilLine(i), op.PastLine(i)       elements from i to a cache line of what is written, or
+//                                         from one to i: what Vectors() may not write. 0: nothing
 #if defined(NORMD_KERNELS_CPU_WALK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMD_KERNELS_CPU_WALK_INL_H_
 #undef NORMD_KERNELS_CPU_WALK_INL_H_
@@ -219,10 +220,10 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   const int64_t end = planes.begin + planes.count;
   int64_t plane = planes.first_plane;
   int64_t plane_end = i - planes.skip + planes.plane_size;
-  // Fewer than a vector, one plane at a time.
+  // Parts of vectors, of one plane each.
   const auto partial = [&](int64_t until) {
     while (i < until) {
-      const int64_t n = std::min(until, plane_end) - i;
+      const int64_t n = std::min(std::min(until, plane_end) - i, lanes);
       op.Partial(i, static_cast<size_t>(n), arrays.Broadcast(d, plane));
       i += n;
       if (i == plane_end) {
@@ -233,14 +234,15 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   };
 
   op.Begin(i);
-  partial(std::min(end, i + op.UntilAligned(i)));
-  while (i + lanes <= end) {
+  partial(std::min(end, i + op.UntilLine(i)));
+  const int64_t last = end - op.PastLine(end);
+  while (i + lanes <= last) {
     if (i == plane_end) {
       ++plane;
       plane_end += planes.plane_size;
     }
     auto values = arrays.Broadcast(d, plane);
-    int64_t stop = std::min(plane_end, end);
+    int64_t stop = std::min(plane_end, last);
     if (i + lanes > plane_end) {  // a vector across two planes
       const auto first = hn::FirstN(d, static_cast<size_t>(plane_end - i));
       const auto next = arrays.Broadcast(d, ++plane);
@@ -265,6 +267,7 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
 template <class Op, class Source>
 void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& source) {
   const hn::ScalableTag<typename Op::Type> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   // The coefficients of wide rows do not stay in L1: these are walked some rows at a
   // time, a tile of columns after the other. The next tile is fetched by hand, since
   // pieces this short give the processor no pattern to follow.
@@ -294,19 +297,21 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
         const int64_t count = row + 1 < last && op.TakesTwo() ? 2 : 1;
         const int64_t start = begin + row * matrix.stride;
         const auto partial = [&](int64_t from, int64_t to) {
-          if (from == to) return;
-          const size_t n = static_cast<size_t>(to - from);
-          const auto coefficients = source.LoadPartial(d, from, n);
-          for (int64_t r = 0; r < count; ++r) {
-            op.Partial(start + r * matrix.stride + from, n, coefficients);
+          for (; from < to; from += lanes) {
+            const size_t n = static_cast<size_t>(std::min(to - from, lanes));
+            const auto coefficients = source.LoadPartial(d, from, n);
+            for (int64_t r = 0; r < count; ++r) {
+              op.Partial(start + r * matrix.stride + from, n, coefficients);
+            }
           }
         };
         op.Begin(start + left);
-        int64_t j = std::min(right, left + op.UntilAligned(start + left));
+        int64_t j = std::min(right, left + op.UntilLine(start + left));
         partial(left, j);
         const Varying<typename Op::D, Source> at{source, start, paired};
-        j = count == 2 ? op.VectorsOfTwo(start + j, start + right, matrix.stride, at) - start
-                       : op.Vectors(start + j, start + right, at) - start;
+        const int64_t end = std::max(j, right - op.PastLine(start + right));
+        j = count == 2 ? op.VectorsOfTwo(start + j, start + end, matrix.stride, at) - start
+                       : op.Vectors(start + j, start + end, at) - start;
         partial(j, right);
         op.End();
         row += count;
