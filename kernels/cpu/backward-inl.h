@@ -77,8 +77,8 @@ HWY_INLINE auto WithInput(const BackwardTensors& tensors, Run run) {
   return run(GradientInput<E, false>(tensors));
 }
 
-// A run over which dy and dy * (x - shift) are summed.
-template <class E, bool kMasked>
+// A run over which dy and dy * (x - shift) are summed. kShifted: by more than 0.
+template <class E, bool kMasked, bool kShifted>
 struct GradientRun {
   using D = Tag<E>;
   using V = hn::Vec<D>;
@@ -93,7 +93,7 @@ struct GradientRun {
   template <int k, class M>
   HWY_INLINE void Add(int64_t i, Sums& sums, M mask) const {
     const V gradient = input.GradY(begin + i);
-    const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
+    const V product = hn::Mul(gradient, Deviation(input.X(begin + i)));
     V& dy = sums.first.template At<k>();
     V& dy_d = sums.second.template At<k>();
     dy = hn::Add(dy, hn::IfThenElseZero(mask, gradient));
@@ -115,8 +115,9 @@ struct GradientRun {
     V& dy = sums.first.template At<k>();
     V& dy_d = sums.second.template At<k>();
     dy = hn::Add(dy, gradient);
-    dy_d = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d);
+    dy_d = hn::MulAdd(gradient, Deviation(x), dy_d);
   }
+  HWY_INLINE V Deviation(V x) const { return kShifted ? hn::Sub(x, shift) : x; }
   HWY_INLINE void Skip(int64_t n) { begin += n; }
 
   GradientInput<E, kMasked> input;
@@ -124,6 +125,20 @@ struct GradientRun {
   V shift;
   int64_t ahead;
 };
+
+// Calls add(run) with the run that begins there.
+template <class E, bool kMasked, class Add>
+HWY_INLINE void WithGradientRun(const GradientInput<E, kMasked>& input, int64_t begin, double shift,
+                                int64_t ahead, Add add) {
+  const auto center = hn::Set(Tag<E>(), static_cast<ComputeType<E>>(shift));
+  if (kAlwaysShifts<E> || shift != 0) {
+    GradientRun<E, kMasked, true> run{input, begin, center, ahead};
+    add(run);
+  } else {
+    GradientRun<E, kMasked, kAlwaysShifts<E>> run{input, begin, center, ahead};
+    add(run);
+  }
+}
 
 // A run shorter than a vector.
 template <class E, bool kMasked>
@@ -143,7 +158,6 @@ template <class E>
 GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
                        double shift, const Meanwhile& meanwhile) {
   return WithInput<E>(tensors, [&](auto input) {
-    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     GradientSums total;
     const Tag<E> d;
     if (runs.length < static_cast<int64_t>(hn::Lanes(d))) {
@@ -154,16 +168,15 @@ GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs
       }
       return total;
     }
-    const auto center = hn::Set(d, static_cast<ComputeType<E>>(shift));
     Turns turns(meanwhile, 2 * sizeof(E));
     TwoSums<Tag<E>> sums;
     sums.Clear();
     ForEachPiece(
         d, runs,
         [&](int64_t run, int64_t from, int64_t n) NORMD_INLINE_LAMBDA {
-          GradientRun<E, kMasked> piece{input, begin + run * runs.stride + from, center,
-                                        runs.ahead};
-          AddRunInTurns(d, n, piece, sums, turns);
+          WithGradientRun(input, begin + run * runs.stride + from, shift, runs.ahead,
+                          [&](auto& piece)
+                              NORMD_INLINE_LAMBDA { AddRunInTurns(d, n, piece, sums, turns); });
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
           total.dy += SumInDouble(d, sums.first);
@@ -179,7 +192,6 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
                         const Runs& runs, const double* shift, GradientSums* totals,
                         const Meanwhile& meanwhile) {
   WithInput<E>(tensors, [&](auto input) {
-    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     const Tag<E> d;
     Turns turns(meanwhile, 2 * sizeof(E));
     WaitingSums<Tag<E>> waiting(sets);
@@ -189,10 +201,10 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
         [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
           TwoSums<Tag<E>> sums;
           sums.Clear();
-          GradientRun<E, kMasked> gradients{input, begin + run * runs.stride + set * runs.length,
-                                            hn::Set(d, static_cast<ComputeType<E>>(shift[set])),
-                                            runs.ahead};
-          AddRunInTurns(d, runs.length, gradients, sums, turns);
+          WithGradientRun(input, begin + run * runs.stride + set * runs.length, shift[set],
+                          runs.ahead, [&](auto& gradients) NORMD_INLINE_LAMBDA {
+                            AddRunInTurns(d, runs.length, gradients, sums, turns);
+                          });
           waiting.Add(set, sums);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {

@@ -142,11 +142,6 @@ class SumsInLanes {
   HWY_ALIGN double values_[(kMostRows + kMaxWideLanes) * kKinds * kMaxWideLanes];
 };
 
-// Whether x - shift is computed for every row. For halves, which keep the processor busier than
-// memory, only for those far from 0.
-template <class E>
-inline constexpr bool kAlwaysShifts = sizeof(E) != 2;
-
 // By which a row's elements are shifted where they are summed for the first time.
 template <class E>
 HWY_INLINE ComputeType<E> FirstShift(const E* row) {
@@ -218,7 +213,7 @@ HWY_NOINLINE PartialMoments MomentsOfFarRow(const E* x, int64_t length) {
     sum = SumOfDoubles(sums);
     square = SumOfDoubles(squares);
     if (pass == 1 || !(sum * sum > 0.85 * elements * square)) break;
-    shift = static_cast<ComputeType<E>>(ShiftOfSums(shift, sum, square, elements));
+    shift = ShiftOfSums<E>(shift, sum, square, elements);
   }
   PartialMoments moments;
   Merge(elements, static_cast<double>(shift), sum, square, moments);

@@ -51,12 +51,15 @@ struct PairCoefficients {
 };
 
 // Where an operation gets its coefficients: the same for all elements, or by element.
-// HasPairs(i): whether PairAt() has those of pairs (elements-inl.h), from i on.
-template <class D>
+// HasPairs(i): whether PairAt() has those of pairs (elements-inl.h), from i on. kShifted: the shift
+// is not 0.
+template <class D, bool kShifted>
 struct Uniform {
-  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const { return values; }
+  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const {
+    return {kShifted ? values.shift : hn::Zero(D()), values.scale, values.offset, values.slope};
+  }
   HWY_INLINE bool HasPairs(int64_t) const { return true; }
-  HWY_INLINE PairCoefficients<D> PairAt(int64_t) const { return {values, values}; }
+  HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const { return {(*this)(i), (*this)(i)}; }
   VectorCoefficients<D> values;
 };
 template <class D, class Source>
@@ -242,6 +245,7 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
       plane_end += planes.plane_size;
     }
     auto values = arrays.Broadcast(d, plane);
+    bool shifted = kAlwaysShifts<typename Op::Element> || arrays.shift[plane] != 0;
     int64_t stop = std::min(plane_end, last);
     if (i + lanes > plane_end) {  // a vector across two planes
       const auto first = hn::FirstN(d, static_cast<size_t>(plane_end - i));
@@ -252,8 +256,11 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
                 hn::IfThenElse(first, values.slope, next.slope)};
       plane_end += planes.plane_size;
       stop = i + lanes;
+      shifted = true;
     }
-    i = op.Vectors(i, stop, Uniform<typename Op::D>{values});
+    i = shifted ? op.Vectors(i, stop, Uniform<typename Op::D, true>{values})
+                : op.Vectors(i, stop,
+                             Uniform<typename Op::D, kAlwaysShifts<typename Op::Element>>{values});
   }
   if (i == plane_end) {
     ++plane;
