@@ -33,10 +33,7 @@ class RowInput {
   using V = hn::Vec<D>;
 
   RowInput(const BackwardTensors& tensors, int64_t begin, T shift)
-      : input_(tensors),
-        begin_(begin),
-        ahead_(begin + tensors.ahead),
-        shift_(hn::Set(D(), shift)) {}
+      : input_(tensors), begin_(begin), ahead_(tensors.ahead), shift_(hn::Set(D(), shift)) {}
 
   HWY_INLINE Pair<D> GradY(int64_t j) const {
     const int64_t i = begin_ + j;
@@ -62,8 +59,8 @@ class RowInput {
     return Shifted(input_.PartialX(begin_ + j, n));
   }
   HWY_INLINE void Fetch(int64_t j) const {
-    FetchPairAhead(D(), input_.grad_y + ahead_ + j);
-    FetchPairAhead(D(), input_.x + ahead_ + j);
+    FetchFrom(input_.grad_y + begin_ + j, ahead_);
+    FetchFrom(input_.x + begin_ + j, ahead_);
   }
 
  private:

@@ -68,6 +68,18 @@ HWY_INLINE void OverColumns(D d, int64_t j, int64_t end, Sum& sum, Write write) 
   }
 }
 
+// Fetches what is summed a while after the pair at `from`: into L2, so many elements ahead; if that
+// is 0, into L1, what comes next.
+template <class E>
+HWY_INLINE void FetchFrom(const E* from, int64_t ahead) {
+  constexpr int64_t kNear = 512 / sizeof(E);
+  if (ahead == 0) {
+    FetchPairNear(Tag<E>(), from + kNear);
+  } else {
+    FetchPairAhead(Tag<E>(), from + ahead);
+  }
+}
+
 // Calls run(begin, end) for tiles of columns: whole pairs, and so small that what lies along rows
 // stays in L1 while all of them pass.
 template <class D, class Run>
@@ -166,7 +178,7 @@ class TileMoments {
 
   HWY_INLINE int Two(int64_t j) {
     const D d;
-    FetchPairAhead(d, x_ + j + ahead_);
+    FetchFrom(x_ + j, ahead_);
     const Pair<D> x = LoadPair(d, x_ + j);
     Collect(Shifted(x.a), sum_a_, square_a_);
     Collect(Shifted(x.b), sum_b_, square_b_);
