@@ -104,10 +104,12 @@ class ConstantsOfMostRows {
 // own array if it is that already.
 class Expanded {
  public:
-  // `in_pairs`: as in the kernels; null: as it is.
+  // `in_pairs`: as in the kernels; null: as it is. Without `data` it is `otherwise`, or, if that is
+  // 0, null as well.
   Expanded(const NormProblem& problem, const Geometry& geometry, const void* data, double otherwise,
            decltype(ForwardKernels::in_pairs) in_pairs)
       : width_(static_cast<int64_t>(SizeOf(problem.parameter_dtype()))), data_(data) {
+    if (data == nullptr && otherwise == 0) return;
     const size_t bytes = static_cast<size_t>(geometry.parameters * width_);
     if (data == nullptr || geometry.inner != 1) {
       const Parameter values(problem.dtype, data, otherwise);
@@ -131,7 +133,9 @@ class Expanded {
     data_ = memory_.Get();
   }
 
-  const void* From(int64_t i) const { return static_cast<const char*>(data_) + i * width_; }
+  const void* From(int64_t i) const {
+    return data_ == nullptr ? nullptr : static_cast<const char*>(data_) + i * width_;
+  }
 
  private:
   int64_t width_;
@@ -276,6 +280,7 @@ class BackwardJob {
     AlongRows along{.length = geometry_.length,
                     .parameters = geometry_.parameters,
                     .weight = weight_.From(0),
+                    .wants_bias = args_.grad_bias != nullptr,
                     .in_pairs = in_pairs_ != nullptr,
                     .constant = !args_.statistics_of_batch,
                     .center = problem_.center};
