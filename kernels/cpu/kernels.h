@@ -68,12 +68,13 @@ struct AlongRows {
   int64_t length = 0;      // of a row
   int64_t parameters = 0;  // of the arrays: a row or several
   const void* weight = nullptr;
-  const void* bias = nullptr;
+  const void* bias = nullptr;   // null: 0
   void* grad_weight = nullptr;  // both or none
   void* grad_bias = nullptr;
-  bool in_pairs = false;  // the arrays are in the order of in_pairs()
-  bool constant = false;  // constant statistics: dx = dy * (weight * invstd)
-  bool center = true;     // as in NormProblem
+  bool wants_bias = true;  // else grad_bias may be left as it is
+  bool in_pairs = false;   // the arrays are in the order of in_pairs()
+  bool constant = false;   // constant statistics: dx = dy * (weight * invstd)
+  bool center = true;      // as in NormProblem
 };
 
 // What rows are normalized by, arrays with a value a row, of kMostRows each.

@@ -30,7 +30,6 @@ constexpr int64_t kNearBytes = int64_t{1} << 14;
 constexpr int64_t kFewestSharing = 8;
 // Whose statistics are a vector.
 constexpr int64_t kRowsAtOnce = 8;
-constexpr int64_t kShortestAheadBytes = int64_t{1} << 13;
 // Of a unit of a backward: in so few floats lose little, in so many the units' sums are a
 // small part of the data.
 constexpr int64_t kFewestSamples = 16, kMostSamples = 64;
@@ -46,18 +45,19 @@ struct Geometry {
     parameters = problem.channels * inner;
   }
 
-  void CutForForward() {
+  // `bytes_of_all`: tensors.
+  void CutForForward(int64_t bytes_of_all) {
     unit_rows = std::clamp<int64_t>(kUnitBytes / row_bytes(), 1, rows);
-    Take(1);
+    Take(1, bytes_of_all);
   }
 
   // A parameter's gradient gets a value from each sample.
-  void CutForBackward() {
+  void CutForBackward(int64_t bytes_of_all) {
     const int64_t rows_of_sample = parameters / length, samples = rows / rows_of_sample;
     unit_rows = rows_of_sample *
                 std::min(samples, std::clamp((samples + kUnitsTogether - 1) / kUnitsTogether,
                                              kFewestSamples, kMostSamples));
-    Take(2);
+    Take(2, bytes_of_all);
   }
 
   int64_t row_bytes() const { return length * element_bytes; }
@@ -76,7 +76,7 @@ struct Geometry {
 
  private:
   // Rows are of `inputs` tensors.
-  void Take(int64_t inputs) {
+  void Take(int64_t inputs, int64_t bytes_of_all) {
     const int64_t bytes = inputs * row_bytes();
     const int64_t cached = LargestReadTwice() / bytes;
     if (cached == 0) return;
@@ -84,7 +84,8 @@ struct Geometry {
     const int64_t sharing = parameter_bytes > kNearBytes ? kFewestSharing : 1;
     together = std::min({cached, kMostRows, std::max(sharing, kTogetherBytes / bytes)});
     if (together > kRowsAtOnce) together -= together % kRowsAtOnce;
-    ahead = std::max<int64_t>(1, (kShortestAheadBytes + row_bytes() - 1) / row_bytes()) * length;
+    // The same columns of the next row. What is read in the order of memory needs no such help.
+    if (sharing > 1 && bytes_of_all > LargestNearBytes()) ahead = length;
   }
 };
 
@@ -103,10 +104,12 @@ class ConstantsOfMostRows {
 // own array if it is that already.
 class Expanded {
  public:
-  // `in_pairs`: as in the kernels; null: as it is.
+  // `in_pairs`: as in the kernels; null: as it is. Without `data` it is `otherwise`, or, if that is
+  // 0, null as well.
   Expanded(const NormProblem& problem, const Geometry& geometry, const void* data, double otherwise,
            decltype(ForwardKernels::in_pairs) in_pairs)
       : width_(static_cast<int64_t>(SizeOf(problem.parameter_dtype()))), data_(data) {
+    if (data == nullptr && otherwise == 0) return;
     const size_t bytes = static_cast<size_t>(geometry.parameters * width_);
     if (data == nullptr || geometry.inner != 1) {
       const Parameter values(problem.dtype, data, otherwise);
@@ -130,7 +133,9 @@ class Expanded {
     data_ = memory_.Get();
   }
 
-  const void* From(int64_t i) const { return static_cast<const char*>(data_) + i * width_; }
+  const void* From(int64_t i) const {
+    return data_ == nullptr ? nullptr : static_cast<const char*>(data_) + i * width_;
+  }
 
  private:
   int64_t width_;
@@ -164,7 +169,7 @@ class ForwardJob {
                .center = problem_.center} {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
-    geometry_.CutForForward();
+    geometry_.CutForForward(bytes_);
     tensors_.ahead = geometry_.ahead;
   }
 
@@ -243,7 +248,7 @@ class BackwardJob {
         in_pairs_(args_.relu_mask == nullptr ? ForwardKernelsFor(problem_.dtype).in_pairs
                                              : nullptr),
         weight_(problem_, geometry_, args_.weight, 1, in_pairs_) {
-    geometry_.CutForBackward();
+    geometry_.CutForBackward(bytes_);
     bytes_ = call.bytes();
     tensors_ = call.tensors();
     tensors_.ahead = geometry_.ahead;
@@ -275,6 +280,7 @@ class BackwardJob {
     AlongRows along{.length = geometry_.length,
                     .parameters = geometry_.parameters,
                     .weight = weight_.From(0),
+                    .wants_bias = args_.grad_bias != nullptr,
                     .in_pairs = in_pairs_ != nullptr,
                     .constant = !args_.statistics_of_batch,
                     .center = problem_.center};

@@ -189,7 +189,7 @@ struct RowCoefficients {
         invstd(static_cast<const T*>(rows.constants.invstd)[r]),
         lost(static_cast<const T*>(rows.constants.lost)[r]),
         weight(static_cast<const T*>(along.weight) + parameter),
-        bias(static_cast<const T*>(along.bias) + parameter) {}
+        bias(along.bias == nullptr ? nullptr : static_cast<const T*>(along.bias) + parameter) {}
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> Make(D d, hn::Vec<D> w, hn::Vec<D> b) const {
@@ -199,12 +199,14 @@ struct RowCoefficients {
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> Load(D d, int64_t i) const {
-    return Make(d, hn::LoadU(d, weight + i), hn::LoadU(d, bias + i));
+    return Make(d, hn::LoadU(d, weight + i),
+                bias == nullptr ? hn::Zero(d) : hn::LoadU(d, bias + i));
   }
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> LoadPartial(D d, int64_t i, size_t n) const {
-    return Make(d, PartialVector(d, weight + i, n), PartialVector(d, bias + i, n));
+    return Make(d, PartialVector(d, weight + i, n),
+                bias == nullptr ? hn::Zero(d) : PartialVector(d, bias + i, n));
   }
 
   const T shift, invstd, lost;
