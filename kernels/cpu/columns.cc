@@ -120,6 +120,50 @@ void MergeMoments(int64_t columns, double count, double* mean, double* m2, doubl
   }
 }
 
+// From coefficients of channels to those of columns.
+void SpreadChannels(const Geometry& geometry, int64_t unit, CoefficientArrays& arrays) {
+  const int64_t first = unit * geometry.columns;
+  arrays.Spread(first, geometry.channels, geometry.inner);
+  arrays.Repeat(first, geometry.base, geometry.columns);
+}
+
+// SetConstants of the channels of some units, found for many sets at once.
+class ChannelConstants {
+ public:
+  ChannelConstants(const NormProblem& problem, const Geometry& geometry, int64_t units)
+      : problem_(problem),
+        geometry_(geometry),
+        count_(units * geometry.channels),
+        memory_(static_cast<size_t>(3 * count_) * sizeof(double)) {}
+
+  // Those of the unit-th here, whose sets have these statistics; the variance is m2 / elements.
+  // Find: constants_of_sets() of kernels.h.
+  template <class Find>
+  void FindFor(int64_t unit, const Find& find, const double* mean, const double* m2,
+               double elements, bool of_batch) {
+    const ConstantsOfSets to{At(0, unit), At(1, unit), At(2, unit)};
+    const bool per_channel = problem_.reduction == Reduction::kPerChannel;
+    find({problem_.center ? mean : nullptr, m2, elements, problem_.eps, of_batch && per_channel},
+         geometry_.sets, to);
+    for (double* values : {to.shift, to.residual, to.invstd}) {
+      SpreadEach(values, geometry_.sets, geometry_.channels_of_set);
+    }
+  }
+
+  // Of channel c of all units.
+  SetConstants operator[](int64_t c) const { return {At(0)[c], At(1)[c], At(2)[c]}; }
+
+ private:
+  double* At(int64_t kind, int64_t unit = 0) const {
+    return memory_.Get<double>() + kind * count_ + unit * geometry_.channels;
+  }
+
+  const NormProblem& problem_;
+  const Geometry& geometry_;
+  int64_t count_;
+  Scratch memory_;
+};
+
 class ForwardJob {
  public:
   explicit ForwardJob(const ForwardCall& call)
@@ -157,25 +201,23 @@ class ForwardJob {
 
   void Finish(int64_t unit) {
     if (reduces()) WriteMoments(unit);
-    const auto constants = [&](int64_t set) {
-      const int64_t i = unit * geometry_.sets + set;
-      if (reduces()) {
-        return SetConstants(problem_, call_.moments.mean[i],
-                            call_.moments.m2[i] / static_cast<double>(problem_.set_size()),
-                            /*of_batch=*/true);
-      }
-      return SetConstants(problem_, call_.statistics, i, /*of_batch=*/false);
+    const double* mean = reduces() ? call_.moments.mean : call_.statistics.mean;
+    const double* m2 = reduces() ? call_.moments.m2 : call_.statistics.var;
+    const double elements = reduces() ? static_cast<double>(problem_.set_size()) : 1;
+    const int64_t first_set = unit * geometry_.sets;
+    ChannelConstants constants(problem_, geometry_, 1);
+    constants.FindFor(0, kernels_.constants_of_sets, mean == nullptr ? nullptr : mean + first_set,
+                      m2 + first_set, elements, /*of_batch=*/reduces());
+
+    const auto set = [&](int kind, const auto& value_of) {
+      arrays_.SetEach(kind, unit * geometry_.columns, geometry_.channels, value_of);
     };
-    const int64_t first = unit * geometry_.columns;
-    for (int64_t set = 0, c = 0; set < geometry_.sets; ++set) {
-      const SetConstants of_set = constants(set);
-      for (const int64_t end = c + geometry_.channels_of_set; c < end; ++c) {
-        for (int64_t j = c * geometry_.inner; j < (c + 1) * geometry_.inner; ++j) {
-          SetForward(arrays_, first + j, of_set, weight_[c], bias_[c]);
-        }
-      }
-    }
-    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+    set(CoefficientArrays::kShift, [&](int64_t c) { return constants[c].shift; });
+    set(CoefficientArrays::kScale, [&](int64_t c) { return constants[c].invstd * weight_[c]; });
+    set(CoefficientArrays::kOffset, [&](int64_t c) {
+      return bias_[c] - constants[c].residual * (constants[c].invstd * weight_[c]);
+    });
+    SpreadChannels(geometry_, unit, arrays_);
   }
 
   void Apply(int64_t unit, int64_t index) {
@@ -203,38 +245,39 @@ class ForwardJob {
                    m2_.Get<double>() + geometry_.PartialAt(unit, chunk));
       count += more;
     }
-    std::vector<PartialMoments> of_sets(static_cast<size_t>(geometry_.sets));
-    const auto merge = [&](int64_t columns, double n, const double* means, const double* m2s) {
-      for (int64_t j = 0; j < columns;) {
-        for (int64_t set = 0; set < geometry_.sets && j < columns; ++set) {
-          PartialMoments& of_set = of_sets[static_cast<size_t>(set)];
-          for (int64_t k = 0; k < geometry_.columns_of_set() && j < columns; ++k, ++j) {
-            of_set.Merge({n, means[j], m2s[j]});
-          }
-        }
-      }
-    };
     const int64_t fold = geometry_.columns / geometry_.base;
     for (int64_t k = 1; k < fold; ++k) {
       MergeMoments(geometry_.base, count * static_cast<double>(k), mean, m2, count,
                    mean + k * geometry_.base, m2 + k * geometry_.base);
     }
-    merge(geometry_.base, count * static_cast<double>(fold), mean, m2);
-    if (geometry_.tail_columns != 0) {  // single values
-      std::vector<double> value(static_cast<size_t>(geometry_.tail_columns));
-      std::vector<double> zero(value.size());
-      const int64_t begin = unit * geometry_.matrix_size() + geometry_.rows * geometry_.columns;
-      kernels_.moments_of_columns(At(geometry_, call_.x, begin),
-                                  {1, geometry_.tail_columns, geometry_.tail_columns}, nullptr,
-                                  value.data(), zero.data());
-      merge(geometry_.tail_columns, 1, value.data(), zero.data());
+    count *= static_cast<double>(fold);
+    std::vector<PartialMoments> of_sets(static_cast<size_t>(geometry_.sets));
+    int64_t column = 0;
+    for (PartialMoments& of_set : of_sets) {
+      for (int64_t k = 0; k < geometry_.columns_of_set(); ++k, ++column) {
+        of_set.Merge({count, mean[column], m2[column]});
+      }
     }
+    if (geometry_.tail_columns != 0) MergeTail(unit, of_sets);
     for (int64_t set = 0; set < geometry_.sets; ++set) {
       const int64_t i = unit * geometry_.sets + set;
       SetMoments moments = CenteredAsAsked(problem_, of_sets[static_cast<size_t>(set)]);
       if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, i);
       call_.moments.mean[i] = moments.mean;
       call_.moments.m2[i] = moments.m2;
+    }
+  }
+
+  // Adds the single values of the last rows, which do not fill a folded one.
+  void MergeTail(int64_t unit, std::vector<PartialMoments>& of_sets) {
+    const int64_t columns = geometry_.tail_columns;
+    std::vector<double> value(static_cast<size_t>(columns)), zero(value);
+    const int64_t begin = unit * geometry_.matrix_size() + geometry_.rows * geometry_.columns;
+    kernels_.moments_of_columns(At(geometry_, call_.x, begin), {1, columns, columns}, nullptr,
+                                value.data(), zero.data());
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t set = j % geometry_.base / geometry_.columns_of_set();
+      of_sets[static_cast<size_t>(set)].Merge({1, value[static_cast<size_t>(j)], 0});
     }
   }
 
@@ -260,6 +303,7 @@ class BackwardJob {
         kernels_(BackwardKernelsFor(problem_.dtype)),
         geometry_(problem_),
         weight_(problem_.dtype, args_.weight, 1),
+        constants_(problem_, geometry_, geometry_.outer),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -269,8 +313,8 @@ class BackwardJob {
   }
 
   Outcome Execute(const Context& context) {
+    for (int64_t unit = 0; unit < geometry_.outer; ++unit) FindConstants(unit);
     if (reduces()) {
-      for (int64_t unit = 0; unit < geometry_.outer; ++unit) SetShifts(unit);
       dy_.resize(static_cast<size_t>(geometry_.partial_count()));
       dy_d_.resize(static_cast<size_t>(geometry_.partial_count()));
       grad_weight_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
@@ -298,19 +342,30 @@ class BackwardJob {
   }
 
   void Finish(int64_t unit) {
-    std::vector<double> sum_g(static_cast<size_t>(geometry_.sets));
-    std::vector<double> sum_gx(static_cast<size_t>(geometry_.sets));
-    if (reduces()) MergeSums(unit, sum_g, sum_gx);
-    const int64_t first = unit * geometry_.columns;
-    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
-      const SetConstants constants = ConstantsOf(unit, set);
-      const SetGradient gradient(problem_, constants, sum_g[static_cast<size_t>(set)],
-                                 sum_gx[static_cast<size_t>(set)]);
-      for (int64_t end = j + geometry_.columns_of_set(); j < end; ++j) {
-        SetBackward(arrays_, first + j, constants, weight_[geometry_.ChannelOf(j)], gradient);
-      }
+    const auto sets = static_cast<size_t>(geometry_.sets);
+    std::vector<double> sum_g(sets), sum_gx(sets);
+    if (reduces()) MergeSums(unit, sum_g.data(), sum_gx.data());
+    const auto channels = static_cast<size_t>(geometry_.channels);
+    std::vector<double> offset(channels), slope(channels);
+    const int64_t first = unit * geometry_.channels;
+    for (size_t set = 0; set < sets; ++set) {
+      const int64_t c = first + static_cast<int64_t>(set) * geometry_.channels_of_set;
+      const SetGradient gradient(problem_, constants_[c], sum_g[set], sum_gx[set]);
+      offset[set] = gradient.offset;
+      slope[set] = gradient.slope;
     }
-    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+    SpreadEach(offset.data(), geometry_.sets, geometry_.channels_of_set);
+    SpreadEach(slope.data(), geometry_.sets, geometry_.channels_of_set);
+
+    const auto set = [&](int kind, const auto& value_of) {
+      arrays_.SetEach(kind, unit * geometry_.columns, geometry_.channels, value_of);
+    };
+    set(CoefficientArrays::kShift, [&](int64_t c) { return constants_[first + c].shift; });
+    set(CoefficientArrays::kScale,
+        [&](int64_t c) { return constants_[first + c].invstd * weight_[c]; });
+    set(CoefficientArrays::kOffset, [&](int64_t c) { return offset[static_cast<size_t>(c)]; });
+    set(CoefficientArrays::kSlope, [&](int64_t c) { return slope[static_cast<size_t>(c)]; });
+    SpreadChannels(geometry_, unit, arrays_);
   }
 
   void Apply(int64_t unit, int64_t index) {
@@ -323,24 +378,20 @@ class BackwardJob {
   }
 
  private:
-  SetConstants ConstantsOf(int64_t unit, int64_t set) const {
-    return SetConstants(problem_, args_.statistics, unit * geometry_.sets + set,
-                        args_.statistics_of_batch);
-  }
-
-  void SetShifts(int64_t unit) {
-    const int64_t first = unit * geometry_.columns;
-    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
-      const double shift = ConstantsOf(unit, set).shift;
-      for (int64_t end = j + geometry_.columns_of_set(); j < end; ++j) {
-        arrays_.Set(CoefficientArrays::kShift, first + j, shift);
-      }
-    }
-    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+  void FindConstants(int64_t unit) {
+    const auto [mean, var] = args_.statistics;
+    const int64_t first_set = unit * geometry_.sets;
+    constants_.FindFor(unit, kernels_.constants_of_sets,
+                       mean == nullptr ? nullptr : mean + first_set, var + first_set,
+                       /*elements=*/1, args_.statistics_of_batch);
+    if (!reduces()) return;
+    arrays_.SetEach(CoefficientArrays::kShift, unit * geometry_.columns, geometry_.channels,
+                    [&](int64_t c) { return constants_[unit * geometry_.channels + c].shift; });
+    SpreadChannels(geometry_, unit, arrays_);
   }
 
   // From the chunks' sums to those of each channel and set.
-  void MergeSums(int64_t unit, std::vector<double>& sum_g, std::vector<double>& sum_gx) {
+  void MergeSums(int64_t unit, double* sum_g, double* sum_gx) {
     double* dy = dy_.data() + geometry_.PartialAt(unit, 0);
     double* dy_d = dy_d_.data() + geometry_.PartialAt(unit, 0);
     for (int64_t chunk = 1; chunk < geometry_.row_chunks; ++chunk) {
@@ -354,7 +405,6 @@ class BackwardJob {
       for (int64_t j = 0; j < geometry_.base; ++j) dy_d[j] += dy_d[k + j];
     }
     for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
-      const SetConstants constants = ConstantsOf(unit, set);
       for (int64_t k = 0; k < geometry_.channels_of_set; ++k) {
         const int64_t c = set * geometry_.channels_of_set + k;
         GradientSums sums;
@@ -362,11 +412,12 @@ class BackwardJob {
           sums.dy += dy[j];
           sums.dy_d += dy_d[j];
         }
-        const auto at = static_cast<size_t>(unit * geometry_.channels + c);
+        const int64_t of_unit = unit * geometry_.channels + c;
+        const auto at = static_cast<size_t>(of_unit);
         grad_bias_[at] = sums.dy;
-        grad_weight_[at] = GradWeight(constants, sums);
-        sum_g[static_cast<size_t>(set)] += weight_[c] * sums.dy;
-        sum_gx[static_cast<size_t>(set)] += weight_[c] * grad_weight_[at];
+        grad_weight_[at] = GradWeight(constants_[of_unit], sums);
+        sum_g[set] += weight_[c] * sums.dy;
+        sum_gx[set] += weight_[c] * grad_weight_[at];
       }
     }
   }
@@ -391,7 +442,8 @@ class BackwardJob {
   const BackwardKernels& kernels_;
   const Geometry geometry_;
   const Parameter weight_;
-  CoefficientArrays arrays_;  // [unit][column]
+  ChannelConstants constants_;  // [unit][channel]
+  CoefficientArrays arrays_;    // [unit][column]
   BackwardTensors tensors_;
   BackwardTensors apply_tensors_;
   int64_t bytes_;

@@ -14,13 +14,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/column_sums-inl.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/set_constants-inl.h"
 #include "kernels/cpu/sums-inl.h"
 #include "kernels/shift.h"
 
@@ -283,42 +283,6 @@ void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMome
     const bool is_short = runs.length < static_cast<int64_t>(hn::Lanes(d));
     moments[set] = is_short ? MomentsOfShortRuns(x, runs) : MomentsOfLongRuns(x, runs, meanwhile);
   }
-}
-
-// Values of the computing type as doubles, and back.
-template <class D64, class T>
-HWY_INLINE hn::Vec<D64> LoadDoubles(D64 d, const T* from) {
-  if constexpr (std::is_same_v<T, double>) {
-    return hn::LoadU(d, from);
-  } else {
-    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<float, D64>(), from));
-  }
-}
-template <class D64, class T>
-HWY_INLINE void StoreDoubles(D64 d, hn::Vec<D64> v, T* to) {
-  if constexpr (std::is_same_v<T, double>) {
-    hn::StoreU(v, d, to);
-  } else {
-    const hn::Rebind<float, D64> df;
-    hn::StoreU(hn::DemoteTo(df, v), df, to);
-  }
-}
-
-// ShiftNear() of each lane, where a variance of 0 may leave fewer bits of the mean.
-template <class D>
-HWY_INLINE hn::Vec<D> ShiftsNear(D d, hn::Vec<D> mean, hn::Vec<D> var) {
-  using T = hn::TFromD<D>;
-  constexpr int kDigits = std::numeric_limits<T>::digits - 1;
-  const hn::RebindToUnsigned<D> du;
-  using U = hn::TFromD<decltype(du)>;
-  constexpr U kExponentOfOne = static_cast<U>(std::numeric_limits<T>::max_exponent - 1) << kDigits;
-  constexpr U kExponents = static_cast<U>(2 * std::numeric_limits<T>::max_exponent - 1) << kDigits;
-  // The power of two of the deviation, by half the exponent.
-  const auto bits = hn::BitCast(du, hn::Max(var, hn::Zero(d)));
-  const auto half = hn::Add(hn::ShiftRight<1>(bits), hn::Set(du, kExponentOfOne / 2));
-  const auto power = hn::BitCast(d, hn::And(half, hn::Set(du, kExponents)));
-  const auto large = hn::Mul(power, hn::Set(d, static_cast<T>(U{3} << (kDigits - 1)) / 8));
-  return hn::Sub(hn::Add(mean, large), large);
 }
 
 // MergeBlock() for columns, all of which have `done` rows in mean and m2, and `n` more in
