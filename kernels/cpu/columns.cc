@@ -110,8 +110,9 @@ const void* At(const Geometry& geometry, const void* data, int64_t element) {
 }
 
 // PartialMoments::Merge(), column by column; all columns have the same counts.
-void MergeMoments(int64_t columns, double count, double* mean, double* m2, double more_count,
-                  const double* more_mean, const double* more_m2) {
+void MergeMoments(int64_t columns, double count, double* __restrict mean, double* __restrict m2,
+                  double more_count, const double* __restrict more_mean,
+                  const double* __restrict more_m2) {
   const double part = more_count / (count + more_count);
   for (int64_t j = 0; j < columns; ++j) {
     const double delta = more_mean[j] - mean[j];
@@ -251,34 +252,33 @@ class ForwardJob {
                    mean + k * geometry_.base, m2 + k * geometry_.base);
     }
     count *= static_cast<double>(fold);
-    std::vector<PartialMoments> of_sets(static_cast<size_t>(geometry_.sets));
-    int64_t column = 0;
-    for (PartialMoments& of_set : of_sets) {
-      for (int64_t k = 0; k < geometry_.columns_of_set(); ++k, ++column) {
-        of_set.Merge({count, mean[column], m2[column]});
-      }
-    }
-    if (geometry_.tail_columns != 0) MergeTail(unit, of_sets);
+    const std::vector<double> tail = ValuesOfTail(unit);
+    const int64_t columns = geometry_.columns_of_set();
     for (int64_t set = 0; set < geometry_.sets; ++set) {
+      const int64_t first = set * columns;
+      PartialMoments of_set{count, mean[first], m2[first]};
+      for (int64_t j = first + 1; j < first + columns; ++j) of_set.Merge({count, mean[j], m2[j]});
+      for (int64_t row = first; row < geometry_.tail_columns; row += geometry_.base) {
+        for (int64_t j = row; j < std::min(row + columns, geometry_.tail_columns); ++j) {
+          of_set.Merge({1, tail[static_cast<size_t>(j)], 0});
+        }
+      }
       const int64_t i = unit * geometry_.sets + set;
-      SetMoments moments = CenteredAsAsked(problem_, of_sets[static_cast<size_t>(set)]);
+      SetMoments moments = CenteredAsAsked(problem_, of_set);
       if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, i);
       call_.moments.mean[i] = moments.mean;
       call_.moments.m2[i] = moments.m2;
     }
   }
 
-  // Adds the single values of the last rows, which do not fill a folded one.
-  void MergeTail(int64_t unit, std::vector<PartialMoments>& of_sets) {
+  // Those of the last rows, which do not fill a folded one.
+  std::vector<double> ValuesOfTail(int64_t unit) const {
     const int64_t columns = geometry_.tail_columns;
-    std::vector<double> value(static_cast<size_t>(columns)), zero(value);
+    std::vector<double> values(static_cast<size_t>(columns)), m2(values);
     const int64_t begin = unit * geometry_.matrix_size() + geometry_.rows * geometry_.columns;
     kernels_.moments_of_columns(At(geometry_, call_.x, begin), {1, columns, columns}, nullptr,
-                                value.data(), zero.data());
-    for (int64_t j = 0; j < columns; ++j) {
-      const int64_t set = j % geometry_.base / geometry_.columns_of_set();
-      of_sets[static_cast<size_t>(set)].Merge({1, value[static_cast<size_t>(j)], 0});
-    }
+                                values.data(), m2.data());
+    return values;
   }
 
   const ForwardCall& call_;
