@@ -205,11 +205,12 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
 }
 
 // Of columns: dy, and dy * (x - shift).
-template <class E, bool kMasked>
+template <class E, bool kMasked, bool kIsShifted>
 struct ColumnGradients {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 2;
+  static constexpr bool kShifted = kIsShifted;
 
   HWY_INLINE void Fetch(int64_t i) const {
     FetchPairNear(D(), input.grad_y + begin + i);
@@ -257,9 +258,11 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
     T* const sum = shift + columns;
     T* const product = sum + columns;
     for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
-      SumColumns<E>(ColumnGradients<E, kMasked>{input, begin + block * matrix.stride},
-                    {std::min(kBlockRows, matrix.rows - block), columns, matrix.stride}, shift, sum,
-                    product);
+      const Matrix rows{std::min(kBlockRows, matrix.rows - block), columns, matrix.stride};
+      WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+        SumColumns<E>(ColumnGradients<E, kMasked, is_shifted>{input, begin + block * matrix.stride},
+                      rows, shift, sum, product);
+      });
       FromPairs<E>(columns, sum);
       FromPairs<E>(columns, product);
       for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
@@ -518,8 +521,12 @@ void GradientOfPlanes(const BackwardTensors& tensors, const Planes& planes,
 template <class E>
 void GradientOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                        const Coefficients& coefficients) {
-  const ArrayCoefficients<ComputeType<E>> source(coefficients);
-  WithGradient<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
+  using T = ComputeType<E>;
+  WithGradient<E>(tensors, [&](auto& op) {
+    WithShifts<E>(matrix.columns, static_cast<const T*>(coefficients.shift), [&](auto is_shifted) {
+      WalkColumns(op, begin, matrix, ArrayCoefficients<T, is_shifted>(coefficients));
+    });
+  });
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

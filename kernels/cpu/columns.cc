@@ -131,10 +131,10 @@ void SpreadChannels(const Geometry& geometry, int64_t unit, CoefficientArrays& a
 // SetConstants of the channels of some units, found for many sets at once.
 class ChannelConstants {
  public:
-  ChannelConstants(const NormProblem& problem, const Geometry& geometry, int64_t units)
+  ChannelConstants(const NormProblem& problem, int64_t units)
       : problem_(problem),
-        geometry_(geometry),
-        count_(units * geometry.channels),
+        per_channel_(problem.reduction == Reduction::kPerChannel),
+        count_(units * problem.channels),
         memory_(static_cast<size_t>(3 * count_) * sizeof(double)) {}
 
   // Those of the unit-th here, whose sets have these statistics; the variance is m2 / elements.
@@ -143,12 +143,19 @@ class ChannelConstants {
   void FindFor(int64_t unit, const Find& find, const double* mean, const double* m2,
                double elements, bool of_batch) {
     const ConstantsOfSets to{At(0, unit), At(1, unit), At(2, unit)};
-    const bool per_channel = problem_.reduction == Reduction::kPerChannel;
-    find({problem_.center ? mean : nullptr, m2, elements, problem_.eps, of_batch && per_channel},
-         geometry_.sets, to);
+    const int64_t sets = per_channel_ ? problem_.channels : problem_.groups;
+    find({problem_.center ? mean : nullptr, m2, elements, problem_.eps, of_batch && per_channel_},
+         sets, to);
     for (double* values : {to.shift, to.residual, to.invstd}) {
-      SpreadEach(values, geometry_.sets, geometry_.channels_of_set);
+      SpreadEach(values, sets, problem_.channels / sets);
     }
+  }
+  // Of sets from first_set on.
+  template <class Find>
+  void FindFor(int64_t unit, const Find& find, const Statistics& statistics, int64_t first_set,
+               bool of_batch) {
+    const double* mean = statistics.mean == nullptr ? nullptr : statistics.mean + first_set;
+    FindFor(unit, find, mean, statistics.var + first_set, /*elements=*/1, of_batch);
   }
 
   // Of channel c of all units.
@@ -156,11 +163,11 @@ class ChannelConstants {
 
  private:
   double* At(int64_t kind, int64_t unit = 0) const {
-    return memory_.Get<double>() + kind * count_ + unit * geometry_.channels;
+    return memory_.Get<double>() + kind * count_ + unit * problem_.channels;
   }
 
   const NormProblem& problem_;
-  const Geometry& geometry_;
+  bool per_channel_;
   int64_t count_;
   Scratch memory_;
 };
@@ -202,13 +209,16 @@ class ForwardJob {
 
   void Finish(int64_t unit) {
     if (reduces()) WriteMoments(unit);
-    const double* mean = reduces() ? call_.moments.mean : call_.statistics.mean;
-    const double* m2 = reduces() ? call_.moments.m2 : call_.statistics.var;
-    const double elements = reduces() ? static_cast<double>(problem_.set_size()) : 1;
     const int64_t first_set = unit * geometry_.sets;
-    ChannelConstants constants(problem_, geometry_, 1);
-    constants.FindFor(0, kernels_.constants_of_sets, mean == nullptr ? nullptr : mean + first_set,
-                      m2 + first_set, elements, /*of_batch=*/reduces());
+    ChannelConstants constants(problem_, 1);
+    if (reduces()) {
+      constants.FindFor(0, kernels_.constants_of_sets, call_.moments.mean + first_set,
+                        call_.moments.m2 + first_set, static_cast<double>(problem_.set_size()),
+                        /*of_batch=*/true);
+    } else {
+      constants.FindFor(0, kernels_.constants_of_sets, call_.statistics, first_set,
+                        /*of_batch=*/false);
+    }
 
     const auto set = [&](int kind, const auto& value_of) {
       arrays_.SetEach(kind, unit * geometry_.columns, geometry_.channels, value_of);
@@ -303,7 +313,7 @@ class BackwardJob {
         kernels_(BackwardKernelsFor(problem_.dtype)),
         geometry_(problem_),
         weight_(problem_.dtype, args_.weight, 1),
-        constants_(problem_, geometry_, geometry_.outer),
+        constants_(problem_, geometry_.outer),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -379,11 +389,8 @@ class BackwardJob {
 
  private:
   void FindConstants(int64_t unit) {
-    const auto [mean, var] = args_.statistics;
-    const int64_t first_set = unit * geometry_.sets;
-    constants_.FindFor(unit, kernels_.constants_of_sets,
-                       mean == nullptr ? nullptr : mean + first_set, var + first_set,
-                       /*elements=*/1, args_.statistics_of_batch);
+    constants_.FindFor(unit, kernels_.constants_of_sets, args_.statistics, unit * geometry_.sets,
+                       args_.statistics_of_batch);
     if (!reduces()) return;
     arrays_.SetEach(CoefficientArrays::kShift, unit * geometry_.columns, geometry_.channels,
                     [&](int64_t c) { return constants_[unit * geometry_.channels + c].shift; });
@@ -480,11 +487,13 @@ Outcome RangeByColumns(const RangeCall& call, const Context& context) {
     const int64_t first_set = per_channel ? 0 : first / sample * problem.groups;
     const int64_t repeat = std::min(base, count);
     const int64_t columns = repeat * (repeat < base ? 1 : FoldOf(base, count / base));
+    ChannelConstants constants(problem, 1);
+    constants.FindFor(0, kernels.constants_of_sets, call.args.statistics, first_set,
+                      call.args.statistics_of_batch);
     CoefficientArrays arrays(problem.dtype, columns, 3);
     for (int64_t j = 0; j < repeat; ++j) {
       const int64_t c = (first + j) % base / inner;
-      const int64_t set = per_channel ? c : first_set + c / (problem.channels / problem.groups);
-      SetForward(arrays, j, call.ConstantsOf(set), weight[c], bias[c]);
+      SetForward(arrays, j, constants[c], weight[c], bias[c]);
     }
     arrays.Repeat(0, repeat, columns);
     const int64_t rows = count / columns;

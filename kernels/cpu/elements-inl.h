@@ -29,6 +29,11 @@ using Tag = hn::ScalableTag<ComputeType<E>>;
 template <class E>
 using Vector = hn::Vec<Tag<E>>;
 
+// Whether x - shift is computed for every set. For halves, which keep the processor busier than
+// memory, only where some are far from 0.
+template <class E>
+inline constexpr bool kAlwaysShifts = sizeof(E) != 2;
+
 // Lanes of the widest vector that a partial vector's buffer must hold.
 inline constexpr size_t kMaxLanes = 64;
 

@@ -181,11 +181,12 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& 
 }
 
 // Of columns: x - shift, and its square.
-template <class E>
+template <class E, bool kIsShifted = true>
 struct ColumnMoments {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 1;
+  static constexpr bool kShifted = kIsShifted;
 
   HWY_INLINE void Fetch(int64_t i) const { FetchPairNear(D(), x + i); }
   HWY_INLINE void AddTwo(int64_t i, const Pair<D>& shift, Pair<D>& sum, Pair<D>& square) const {
@@ -327,17 +328,20 @@ void MergeColumns(int64_t columns, double done, double n, const T* HWY_RESTRICT 
   for (; j < columns; ++j) MergeColumnsAt(one, j, done, n, shift, sum, square, mean, m2);
 }
 
-// Moves the shifts of columns to the means of the `n` rows in sum and square.
-template <class T>
+// Moves the shifts of columns to the means of the `n` rows in sum and square, or to 0 where halves
+// are near it.
+template <class E, class T = ComputeType<E>>
 void ShiftColumns(int64_t columns, int64_t n, const T* HWY_RESTRICT sum,
                   const T* HWY_RESTRICT square, T* HWY_RESTRICT shift) {
-  const hn::ScalableTag<T> d;
+  const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const auto inverse = hn::Set(d, T{1} / static_cast<T>(n));
   const auto moved = [&](hn::Vec<decltype(d)> from, auto s, auto q) NORMD_INLINE_LAMBDA {
     const auto missed = hn::Mul(s, inverse);
     const auto var = hn::Sub(hn::Mul(q, inverse), hn::Mul(missed, missed));
-    return ShiftsNear(d, hn::Add(from, missed), var);
+    const auto mean = hn::Add(from, missed);
+    const auto near = ShiftsNear(d, mean, var);
+    return kAlwaysShifts<E> ? near : hn::IfThenZeroElse(IsNearZero(d, mean, var), near);
   };
   int64_t j = 0;
   for (; j + lanes <= columns; j += lanes) {
@@ -348,6 +352,26 @@ void ShiftColumns(int64_t columns, int64_t n, const T* HWY_RESTRICT sum,
   const size_t rest = static_cast<size_t>(columns - j);
   const auto part = [&](const T* from) { return LoadPartial(d, from + j, rest); };
   StorePartial(d, moved(part(shift), part(sum), part(square)), shift + j, rest);
+}
+
+// Whether the mean of the `n` rows of a column in sum and square is more than 2.4 deviations from
+// what they were shifted by.
+template <class T>
+bool AreFar(int64_t columns, int64_t n, const T* sum, const T* square) {
+  const hn::ScalableTag<T> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto most = hn::Set(d, T(0.85) * static_cast<T>(n));
+  const auto far = [&](auto s, auto q) { return hn::Gt(hn::Mul(s, s), hn::Mul(most, q)); };
+  auto any = hn::FirstN(d, 0);
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) {
+    any = hn::Or(any, far(hn::LoadU(d, sum + j), hn::LoadU(d, square + j)));
+  }
+  if (j < columns) {
+    const size_t rest = static_cast<size_t>(columns - j);
+    any = hn::Or(any, far(LoadPartial(d, sum + j, rest), LoadPartial(d, square + j, rest)));
+  }
+  return !hn::AllFalse(d, any);
 }
 
 // Rows that the first shift comes from.
@@ -375,8 +399,10 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   T* const sum = shift + columns;
   T* const square = sum + columns;
   const auto add = [&](int64_t begin, int64_t rows) {
-    SumColumns<E>(ColumnMoments<E>{x + begin * stride}, {rows, columns, stride}, shift, sum,
-                  square);
+    WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+      SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * stride}, {rows, columns, stride},
+                    shift, sum, square);
+    });
   };
 
   // The first shift: the mean of the first rows, shifted by the first of them.
@@ -389,15 +415,19 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   for (; j < columns; ++j) shift[j] = ScalarAt(x, j);
   const int64_t pilot = std::min(kPilotRows, matrix.rows);
   add(0, pilot);
-  ShiftColumns(columns, pilot, sum, square, shift);
+  ShiftColumns<E>(columns, pilot, sum, square, shift);
   for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, matrix.rows - begin);
     add(begin, rows);
+    if (HWY_UNLIKELY(!kAlwaysShifts<E> && AreFar(columns, rows, sum, square))) {
+      ShiftColumns<E>(columns, rows, sum, square, shift);
+      add(begin, rows);
+    }
     for (T* values : {shift, sum, square}) FromPairs<E>(columns, values);
     MergeColumns(columns, static_cast<double>(begin), static_cast<double>(rows), shift, sum, square,
                  mean, m2);
     if (begin + rows == matrix.rows) return;
-    ShiftColumns(columns, rows, sum, square, shift);
+    ShiftColumns<E>(columns, rows, sum, square, shift);
     if constexpr (kPairsInterleave<E>) ToPairs<E>(columns, shift, shift);
   }
 }

@@ -142,11 +142,6 @@ class SumsInLanes {
   HWY_ALIGN double values_[(kMostRows + kMaxWideLanes) * kKinds * kMaxWideLanes];
 };
 
-// Whether x - shift is computed for every row. For halves, which keep the processor busier than
-// memory, only for those far from 0.
-template <class E>
-inline constexpr bool kAlwaysShifts = sizeof(E) != 2;
-
 // By which a row's elements are shifted where they are summed for the first time.
 template <class E>
 HWY_INLINE ComputeType<E> FirstShift(const E* row) {

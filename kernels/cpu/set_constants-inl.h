@@ -1,4 +1,4 @@
-// SetConstants of many sets at once, with the same bits as one at a time.
+// SetConstants of many sets at once. Halves are shifted only where 0 is far off.
 #if defined(NORMD_KERNELS_CPU_SET_CONSTANTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMD_KERNELS_CPU_SET_CONSTANTS_INL_H_
 #undef NORMD_KERNELS_CPU_SET_CONSTANTS_INL_H_
@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/elements-inl.h"
@@ -53,6 +54,34 @@ HWY_INLINE hn::Vec<D> ShiftsNear(D d, hn::Vec<D> mean, hn::Vec<D> var) {
   return hn::Sub(hn::Add(mean, large), large);
 }
 
+// Whether 0 is within two deviations of the mean.
+template <class D>
+HWY_INLINE hn::Mask<D> IsNearZero(D d, hn::Vec<D> mean, hn::Vec<D> var) {
+  return hn::Le(hn::Mul(mean, mean), hn::Mul(hn::Set(d, hn::TFromD<D>{4}), var));
+}
+
+// Whether a shift of columns is not 0.
+template <class T>
+bool AreShifted(int64_t columns, const T* shift) {
+  const hn::ScalableTag<T> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  auto any = hn::Zero(d);
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) any = hn::Or(any, hn::LoadU(d, shift + j));
+  if (j < columns) any = hn::Or(any, LoadPartial(d, shift + j, static_cast<size_t>(columns - j)));
+  return !hn::AllTrue(d, hn::Eq(any, hn::Zero(d)));
+}
+
+// Calls run(std::bool_constant<whether x - shift is to be computed>).
+template <class E, class Run>
+HWY_INLINE void WithShifts(int64_t columns, const ComputeType<E>* shift, Run run) {
+  if (kAlwaysShifts<E> || AreShifted(columns, shift)) {
+    run(std::true_type());
+  } else {
+    run(std::bool_constant<kAlwaysShifts<E>>());
+  }
+}
+
 template <class E, class D64>
 HWY_INLINE void ConstantsOfSetsAt(D64 d, int64_t i, const SetStatistics& of,
                                   const ConstantsOfSets& to) {
@@ -68,6 +97,7 @@ HWY_INLINE void ConstantsOfSetsAt(D64 d, int64_t i, const SetStatistics& of,
     shift = hn::IfThenElse(hn::And(is_normal, hn::IsFinite(near)), near, mean);
     const hn::Rebind<float, D64> df;
     shift = hn::PromoteTo(d, hn::DemoteTo(df, shift));
+    if constexpr (!kAlwaysShifts<E>) shift = hn::IfThenZeroElse(IsNearZero(d, mean, var), shift);
   }
   const auto below_root = hn::Add(var, hn::Set(d, of.eps));
   auto invstd = hn::Div(hn::Set(d, 1.0), hn::Sqrt(below_root));

@@ -76,8 +76,8 @@ struct Varying {
   static HWY_INLINE VectorCoefficients<D> VectorsAt(const T* from) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    return {hn::LoadU(d, from), hn::LoadU(d, from + lanes), hn::LoadU(d, from + 2 * lanes),
-            hn::LoadU(d, from + 3 * lanes)};
+    return {Source::kShifted ? hn::LoadU(d, from) : hn::Zero(d), hn::LoadU(d, from + lanes),
+            hn::LoadU(d, from + 2 * lanes), hn::LoadU(d, from + 3 * lanes)};
   }
 
   const Source source;
@@ -85,10 +85,11 @@ struct Varying {
   const T* const paired;  // InPairs(); null: none
 };
 
-// Coefficients as arrays; a forward's slope is never read.
-template <class T>
+// Coefficients as arrays; a forward's slope is never read. kIsShifted: not all shifts are 0.
+template <class T, bool kIsShifted = true>
 struct ArrayCoefficients {
   static constexpr bool kIsArrays = true;
+  static constexpr bool kShifted = kIsShifted;
 
   explicit ArrayCoefficients(const Coefficients& from)
       : shift(static_cast<const T*>(from.shift)),
@@ -107,8 +108,8 @@ struct ArrayCoefficients {
   // Those from `i` on, a lane each.
   template <class D>
   HWY_INLINE VectorCoefficients<D> Load(D d, int64_t i) const {
-    return {hn::LoadU(d, shift + i), hn::LoadU(d, scale + i), hn::LoadU(d, offset + i),
-            hn::LoadU(d, slope + i)};
+    return {kShifted ? hn::LoadU(d, shift + i) : hn::Zero(d), hn::LoadU(d, scale + i),
+            hn::LoadU(d, offset + i), hn::LoadU(d, slope + i)};
   }
 
   template <class D>
@@ -126,8 +127,8 @@ struct ArrayCoefficients {
 
 // Writes kKinds * columns values: the coefficients of columns in the order of pairs, those of a
 // pair's first vector, a vector of each kind, then those of its second.
-template <class E, class T>
-void InPairs(int64_t columns, const ArrayCoefficients<T>& arrays, T* paired) {
+template <class E, class T, bool kShifted>
+void InPairs(int64_t columns, const ArrayCoefficients<T, kShifted>& arrays, T* paired) {
   const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
@@ -178,6 +179,7 @@ Coefficients SpreadOverPlanes(const Coefficients& of_planes, int64_t planes, int
 template <class T>
 struct RowCoefficients {
   static constexpr bool kIsArrays = false;
+  static constexpr bool kShifted = true;
 
   // Those of the r-th of `rows`, whose own begin at `parameter` in the arrays along rows.
   RowCoefficients(const AlongRows& along, const Rows& rows, int64_t r, int64_t parameter)
