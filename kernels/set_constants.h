@@ -55,6 +55,13 @@ struct SetConstants {
       : SetConstants(problem, statistics.mean == nullptr ? 0 : statistics.mean[set],
                      statistics.var[set], of_batch) {}
 
+  // Of what was found before.
+  NORMD_HOST_DEVICE SetConstants(double found_shift, double found_residual, double found_invstd)
+      : mean(found_shift + found_residual),
+        shift(found_shift),
+        residual(found_residual),
+        invstd(found_invstd) {}
+
   double mean;
   double shift;     // near the mean, in the computing type
   double residual;  // what it lost: mean - shift

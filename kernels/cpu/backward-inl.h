@@ -217,11 +217,12 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
 }
 
 // Of columns: dy, and dy * (x - shift).
-template <class E, bool kMasked>
+template <class E, bool kMasked, bool kIsShifted>
 struct ColumnGradients {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 2;
+  static constexpr bool kShifted = kIsShifted;
 
   HWY_INLINE void Fetch(int64_t i) const {
     FetchPairNear(D(), input.grad_y + begin + i);
@@ -246,37 +247,56 @@ struct ColumnGradients {
   int64_t begin;
 };
 
+// Calls add(sum, product) with the sums of each column over some rows after others. There is a
+// vector's columns or more. `scratch`: 3 * columns values, that begin with the shifts.
+template <class E, class Add>
+void SumColumnsByBlocks(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                        ComputeType<E>* scratch, Add add) {
+  using T = ComputeType<E>;
+  const int64_t columns = matrix.columns;
+  T* const shift = scratch;
+  T* const sum = shift + columns;
+  T* const product = sum + columns;
+  ToPairs<E>(columns, shift, shift);
+  WithInput<E>(tensors, [&](auto input) {
+    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
+    for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
+      const Matrix rows{std::min(kBlockRows, matrix.rows - block), columns, matrix.stride};
+      WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+        SumColumns<E>(ColumnGradients<E, kMasked, is_shifted>{input, begin + block * matrix.stride},
+                      rows, shift, sum, product);
+      });
+      FromPairs<E>(columns, sum);
+      FromPairs<E>(columns, product);
+      add(sum, product);
+    }
+  });
+}
+
 template <class E>
 void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
-                   const void* shift_array, void* scratch, double* HWY_RESTRICT dy,
+                   const void* shift, void* scratch, double* HWY_RESTRICT dy,
                    double* HWY_RESTRICT dy_d) {
   using T = ComputeType<E>;
   const int64_t columns = matrix.columns;
-  T* const shift = static_cast<T*>(scratch);
-  ToPairs<E>(columns, static_cast<const T*>(shift_array), shift);
-  WithInput<E>(tensors, [&](auto input) {
-    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
-    if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
+  const T* const shifts = static_cast<const T*>(shift);
+  if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
+    WithInput<E>(tensors, [&](auto input) {
       for (int64_t row = 0; row < matrix.rows; ++row) {
         for (int64_t j = 0; j < columns; ++j) {
-          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1, shift[j]);
+          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1, shifts[j]);
           dy[j] += sums.dy;
           dy_d[j] += sums.dy_d;
         }
       }
-      return;
-    }
-    T* const sum = shift + columns;
-    T* const product = sum + columns;
-    for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
-      SumColumns<E>(ColumnGradients<E, kMasked>{input, begin + block * matrix.stride},
-                    {std::min(kBlockRows, matrix.rows - block), columns, matrix.stride}, shift, sum,
-                    product);
-      FromPairs<E>(columns, sum);
-      FromPairs<E>(columns, product);
-      for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
-      for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
-    }
+    });
+    return;
+  }
+  T* const memory = static_cast<T*>(scratch);
+  std::copy_n(shifts, columns, memory);
+  SumColumnsByBlocks<E>(tensors, begin, matrix, memory, [&](const T* sum, const T* product) {
+    for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
+    for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
   });
 }
 
@@ -285,20 +305,22 @@ template <class E>
 void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
                     const double* shift, GradientSums* sums) {
   using T = ComputeType<E>;
+  const Tag<E> d;
   const int64_t columns = sets * runs.length;
-  std::vector<T> scratch(static_cast<size_t>(3 * columns));
-  std::vector<double> dy(static_cast<size_t>(columns)), dy_d(dy);
+  const Scratch memory(static_cast<size_t>(3 * columns) * sizeof(T));
+  T* const shifts = memory.Get<T>();
   for (int64_t set = 0; set < sets; ++set) {
-    std::fill_n(scratch.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
+    std::fill_n(shifts + set * runs.length, runs.length, static_cast<T>(shift[set]));
+    sums[set] = {};
   }
-  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, scratch.data(),
-                   scratch.data(), dy.data(), dy_d.data());
-  const hn::ScalableTag<double> d;
-  for (int64_t set = 0; set < sets; ++set) {
-    const int64_t first = set * runs.length;
-    sums[set] = {SumOfArray(d, dy.data() + first, runs.length),
-                 SumOfArray(d, dy_d.data() + first, runs.length)};
-  }
+  SumColumnsByBlocks<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts,
+                        [&](const T* sum, const T* product) {
+                          for (int64_t set = 0; set < sets; ++set) {
+                            const int64_t first = set * runs.length;
+                            sums[set].dy += SumOfArray(d, sum + first, runs.length);
+                            sums[set].dy_d += SumOfArray(d, product + first, runs.length);
+                          }
+                        });
 }
 
 template <class E>
@@ -531,8 +553,12 @@ void GradientOfPlanes(const BackwardTensors& tensors, const Planes& planes,
 template <class E>
 void GradientOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                        const Coefficients& coefficients) {
-  const ArrayCoefficients<ComputeType<E>> source(coefficients);
-  WithGradient<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
+  using T = ComputeType<E>;
+  WithGradient<E>(tensors, [&](auto& op) {
+    WithShifts<E>(matrix.columns, static_cast<const T*>(coefficients.shift), [&](auto is_shifted) {
+      WalkColumns(op, begin, matrix, ArrayCoefficients<T, is_shifted>(coefficients));
+    });
+  });
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

@@ -45,6 +45,7 @@ HWY_INLINE void FromPairs(int64_t columns, ComputeType<E>* values) {
 // Writes both sums over all rows of each column, shifts and sums in the order of pairs. There is a
 // vector's columns or more; no more rows than floats may collect (kBlockRows). `source` has
 //   kInputs                           tensors it reads
+//   kShifted                          whether shifts are read: else all are 0
 //   AddTwo(i, shift, first, second)   what the columns of a pair from element i on add to their
 //                                     sums, where they are shifted by `shift`
 //   Add(i, shift, keep, first, second)   the same of a vector; keep(v) leaves out some lanes
@@ -65,6 +66,9 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const Com
   const int64_t columns = matrix.columns, stride = matrix.stride;
   const int64_t row_bytes = std::min(kTile, columns) * kElementBytes * Source::kInputs;
   const int64_t together = std::clamp(kNearBytes / row_bytes, kFewest, kMost);
+  const auto shift_at = [&](int64_t j) NORMD_INLINE_LAMBDA {
+    return Source::kShifted ? hn::LoadU(d, shift + j) : hn::Zero(d);
+  };
   std::fill(first, first + columns, T{0});
   std::fill(second, second + columns, T{0});
   const int64_t paired = columns / (2 * lanes) * (2 * lanes);
@@ -74,7 +78,7 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const Com
       const int64_t begin = row * stride;
       const int64_t end = begin + std::min(together, matrix.rows - row) * stride;
       for (int64_t j = left; j < right; j += 2 * lanes) {
-        const Pair<D> center{hn::LoadU(d, shift + j), hn::LoadU(d, shift + j + lanes)};
+        const Pair<D> center{shift_at(j), shift_at(j + lanes)};
         Pair<D> a{hn::LoadU(d, first + j), hn::LoadU(d, first + j + lanes)};
         Pair<D> b{hn::LoadU(d, second + j), hn::LoadU(d, second + j + lanes)};
         const auto add = [&](int64_t i) NORMD_INLINE_LAMBDA {
@@ -98,7 +102,7 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const Com
   for (int64_t j = paired; j < columns; j += lanes) {
     const int64_t at = std::min(j, columns - lanes);
     const auto seen = hn::FirstN(d, static_cast<size_t>(j - at));
-    const auto center = hn::LoadU(d, shift + at);
+    const auto center = shift_at(at);
     auto a = hn::Zero(d), b = hn::Zero(d);
     for (int64_t i = at; i < matrix.rows * stride; i += stride) {
       source.Add(

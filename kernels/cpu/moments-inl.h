@@ -14,13 +14,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/column_sums-inl.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/set_constants-inl.h"
 #include "kernels/cpu/sums-inl.h"
 #include "kernels/shift.h"
 
@@ -93,7 +94,7 @@ HWY_INLINE void WithMomentRun(const E* x, ComputeType<E> shift, int64_t ahead, A
 template <class E>
 HWY_INLINE ComputeType<E> ShiftOfSums(double shift, double sum, double square, double n) {
   const double missed = sum / n, mean = shift + missed, var = square / n - missed * missed;
-  if (!kAlwaysShifts<E> && IsNearZero(mean, var)) return 0;
+  if (!kAlwaysShifts<E> && normd::IsNearZero(mean, var)) return 0;
   return static_cast<ComputeType<E>>(ShiftNear(mean, var));
 }
 
@@ -197,11 +198,12 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& 
 }
 
 // Of columns: x - shift, and its square.
-template <class E>
+template <class E, bool kIsShifted = true>
 struct ColumnMoments {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 1;
+  static constexpr bool kShifted = kIsShifted;
 
   HWY_INLINE void Fetch(int64_t i) const { FetchPairNear(D(), x + i); }
   HWY_INLINE void AddTwo(int64_t i, const Pair<D>& shift, Pair<D>& sum, Pair<D>& square) const {
@@ -222,32 +224,49 @@ struct ColumnMoments {
 };
 
 // Sets whose runs are a few vectors, as a matrix with a column for each position of each
-// set: a position's sums wait for the next run, and a set's are added up in the end.
+// set: a position's sums wait for the next run, and a set's are added up in the end. Halves are
+// shifted by 0, and summed again if that was far off for some.
 template <class E>
 void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
   using T = ComputeType<E>;
   const Tag<E> d;
   const int64_t columns = sets * runs.length;
-  std::vector<T> shift(static_cast<size_t>(columns)), paired(shift), sum(shift), square(shift);
+  const Scratch memory(static_cast<size_t>(3 * columns + sets) * sizeof(T));
+  T* const shift = memory.Get<T>();
+  T* const sum = shift + columns;
+  T* const square = sum + columns;
+  T* const shift_of = square + columns;  // of sets
   for (int64_t set = 0; set < sets; ++set) {
-    const int64_t first = set * runs.length;
-    std::fill_n(shift.begin() + first, runs.length, PilotShift(x + first, runs.length));
+    shift_of[set] = kAlwaysShifts<E> ? PilotShift(x + set * runs.length, runs.length) : T{0};
     moments[set] = {};
   }
-  for (int64_t block = 0; block < runs.count; block += kBlockRows) {
-    const int64_t end = std::min(block + kBlockRows, runs.count);
-    ToPairs<E>(columns, shift.data(), paired.data());
-    SumColumns<E>(ColumnMoments<E>{x + block * runs.stride}, {end - block, columns, runs.stride},
-                  paired.data(), sum.data(), square.data());
-    FromPairs<E>(columns, sum.data());
-    FromPairs<E>(columns, square.data());
+  // Returns whether the shift of a set was far off.
+  const auto add_block = [&](int64_t begin, int64_t rows) {
     for (int64_t set = 0; set < sets; ++set) {
-      const int64_t first = set * runs.length;
-      T center = shift[static_cast<size_t>(first)];
-      MergeBlock<E>(static_cast<double>((end - block) * runs.length),
-                    SumOfArray(d, sum.data() + first, runs.length),
-                    SumOfArray(d, square.data() + first, runs.length), center, moments[set]);
-      std::fill_n(shift.begin() + first, runs.length, center);
+      std::fill_n(shift + set * runs.length, runs.length, shift_of[set]);
+    }
+    ToPairs<E>(columns, shift, shift);
+    WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+      SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * runs.stride},
+                    {rows, columns, runs.stride}, shift, sum, square);
+    });
+    FromPairs<E>(columns, sum);
+    FromPairs<E>(columns, square);
+    bool any_far = false;
+    const double elements = static_cast<double>(rows * runs.length);
+    for (int64_t set = 0; set < sets; ++set) {
+      const double s = SumOfArray(d, sum + set * runs.length, runs.length);
+      const double q = SumOfArray(d, square + set * runs.length, runs.length);
+      any_far |= s * s > 0.85 * elements * q;
+      MergeBlock<E>(elements, s, q, shift_of[set], moments[set]);
+    }
+    return any_far;
+  };
+  for (int64_t begin = 0; begin < runs.count; begin += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, runs.count - begin);
+    if (add_block(begin, rows) && begin == 0 && !kAlwaysShifts<E>) {
+      std::fill_n(moments, sets, PartialMoments{});
+      add_block(begin, rows);
     }
   }
 }
@@ -302,42 +321,6 @@ void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMome
   }
 }
 
-// Values of the computing type as doubles, and back.
-template <class D64, class T>
-HWY_INLINE hn::Vec<D64> LoadDoubles(D64 d, const T* from) {
-  if constexpr (std::is_same_v<T, double>) {
-    return hn::LoadU(d, from);
-  } else {
-    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<float, D64>(), from));
-  }
-}
-template <class D64, class T>
-HWY_INLINE void StoreDoubles(D64 d, hn::Vec<D64> v, T* to) {
-  if constexpr (std::is_same_v<T, double>) {
-    hn::StoreU(v, d, to);
-  } else {
-    const hn::Rebind<float, D64> df;
-    hn::StoreU(hn::DemoteTo(df, v), df, to);
-  }
-}
-
-// ShiftNear() of each lane, where a variance of 0 may leave fewer bits of the mean.
-template <class D>
-HWY_INLINE hn::Vec<D> ShiftsNear(D d, hn::Vec<D> mean, hn::Vec<D> var) {
-  using T = hn::TFromD<D>;
-  constexpr int kDigits = std::numeric_limits<T>::digits - 1;
-  const hn::RebindToUnsigned<D> du;
-  using U = hn::TFromD<decltype(du)>;
-  constexpr U kExponentOfOne = static_cast<U>(std::numeric_limits<T>::max_exponent - 1) << kDigits;
-  constexpr U kExponents = static_cast<U>(2 * std::numeric_limits<T>::max_exponent - 1) << kDigits;
-  // The power of two of the deviation, by half the exponent.
-  const auto bits = hn::BitCast(du, hn::Max(var, hn::Zero(d)));
-  const auto half = hn::Add(hn::ShiftRight<1>(bits), hn::Set(du, kExponentOfOne / 2));
-  const auto power = hn::BitCast(d, hn::And(half, hn::Set(du, kExponents)));
-  const auto large = hn::Mul(power, hn::Set(d, static_cast<T>(U{3} << (kDigits - 1)) / 8));
-  return hn::Sub(hn::Add(mean, large), large);
-}
-
 // MergeBlock() for columns, all of which have `done` rows in mean and m2, and `n` more in
 // sum and square. The same operations in each column, on whatever vectors it falls.
 template <class D64, class T>
@@ -380,17 +363,20 @@ void MergeColumns(int64_t columns, double done, double n, const T* HWY_RESTRICT 
   for (; j < columns; ++j) MergeColumnsAt(one, j, done, n, shift, sum, square, mean, m2);
 }
 
-// Moves the shifts of columns to the means of the `n` rows in sum and square.
-template <class T>
+// Moves the shifts of columns to the means of the `n` rows in sum and square, or to 0 where halves
+// are near it.
+template <class E, class T = ComputeType<E>>
 void ShiftColumns(int64_t columns, int64_t n, const T* HWY_RESTRICT sum,
                   const T* HWY_RESTRICT square, T* HWY_RESTRICT shift) {
-  const hn::ScalableTag<T> d;
+  const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const auto inverse = hn::Set(d, T{1} / static_cast<T>(n));
   const auto moved = [&](hn::Vec<decltype(d)> from, auto s, auto q) NORMD_INLINE_LAMBDA {
     const auto missed = hn::Mul(s, inverse);
     const auto var = hn::Sub(hn::Mul(q, inverse), hn::Mul(missed, missed));
-    return ShiftsNear(d, hn::Add(from, missed), var);
+    const auto mean = hn::Add(from, missed);
+    const auto near = ShiftsNear(d, mean, var);
+    return kAlwaysShifts<E> ? near : hn::IfThenZeroElse(IsNearZero(d, mean, var), near);
   };
   int64_t j = 0;
   for (; j + lanes <= columns; j += lanes) {
@@ -401,6 +387,26 @@ void ShiftColumns(int64_t columns, int64_t n, const T* HWY_RESTRICT sum,
   const size_t rest = static_cast<size_t>(columns - j);
   const auto part = [&](const T* from) { return LoadPartial(d, from + j, rest); };
   StorePartial(d, moved(part(shift), part(sum), part(square)), shift + j, rest);
+}
+
+// Whether the mean of the `n` rows of a column in sum and square is more than 2.4 deviations from
+// what they were shifted by.
+template <class T>
+bool AreFar(int64_t columns, int64_t n, const T* sum, const T* square) {
+  const hn::ScalableTag<T> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto most = hn::Set(d, T(0.85) * static_cast<T>(n));
+  const auto far = [&](auto s, auto q) { return hn::Gt(hn::Mul(s, s), hn::Mul(most, q)); };
+  auto any = hn::FirstN(d, 0);
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) {
+    any = hn::Or(any, far(hn::LoadU(d, sum + j), hn::LoadU(d, square + j)));
+  }
+  if (j < columns) {
+    const size_t rest = static_cast<size_t>(columns - j);
+    any = hn::Or(any, far(LoadPartial(d, sum + j, rest), LoadPartial(d, square + j, rest)));
+  }
+  return !hn::AllFalse(d, any);
 }
 
 // Rows that the first shift comes from.
@@ -428,8 +434,10 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   T* const sum = shift + columns;
   T* const square = sum + columns;
   const auto add = [&](int64_t begin, int64_t rows) {
-    SumColumns<E>(ColumnMoments<E>{x + begin * stride}, {rows, columns, stride}, shift, sum,
-                  square);
+    WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+      SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * stride}, {rows, columns, stride},
+                    shift, sum, square);
+    });
   };
 
   // The first shift: the mean of the first rows, shifted by the first of them.
@@ -442,15 +450,19 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   for (; j < columns; ++j) shift[j] = ScalarAt(x, j);
   const int64_t pilot = std::min(kPilotRows, matrix.rows);
   add(0, pilot);
-  ShiftColumns(columns, pilot, sum, square, shift);
+  ShiftColumns<E>(columns, pilot, sum, square, shift);
   for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, matrix.rows - begin);
     add(begin, rows);
+    if (HWY_UNLIKELY(!kAlwaysShifts<E> && AreFar(columns, rows, sum, square))) {
+      ShiftColumns<E>(columns, rows, sum, square, shift);
+      add(begin, rows);
+    }
     for (T* values : {shift, sum, square}) FromPairs<E>(columns, values);
     MergeColumns(columns, static_cast<double>(begin), static_cast<double>(rows), shift, sum, square,
                  mean, m2);
     if (begin + rows == matrix.rows) return;
-    ShiftColumns(columns, rows, sum, square, shift);
+    ShiftColumns<E>(columns, rows, sum, square, shift);
     if constexpr (kPairsInterleave<E>) ToPairs<E>(columns, shift, shift);
   }
 }

@@ -14,6 +14,7 @@
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/relu_mask-inl.h"
+#include "kernels/cpu/set_constants-inl.h"
 #include "kernels/cpu/walk-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -245,8 +246,12 @@ void NormalizePlanes(const ForwardTensors& tensors, const Planes& planes,
 template <class E>
 void NormalizeColumns(const ForwardTensors& tensors, int64_t begin, const Matrix& matrix,
                       const Coefficients& coefficients) {
-  const ArrayCoefficients<ComputeType<E>> source(coefficients);
-  WithNormalize<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
+  using T = ComputeType<E>;
+  WithNormalize<E>(tensors, [&](auto& op) {
+    WithShifts<E>(matrix.columns, static_cast<const T*>(coefficients.shift), [&](auto is_shifted) {
+      WalkColumns(op, begin, matrix, ArrayCoefficients<T, is_shifted>(coefficients));
+    });
+  });
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

@@ -26,6 +26,7 @@
 #include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/set_constants-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
@@ -80,8 +81,8 @@ struct Varying {
   static HWY_INLINE VectorCoefficients<D> VectorsAt(const T* from) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    return {hn::LoadU(d, from), hn::LoadU(d, from + lanes), hn::LoadU(d, from + 2 * lanes),
-            hn::LoadU(d, from + 3 * lanes)};
+    return {Source::kShifted ? hn::LoadU(d, from) : hn::Zero(d), hn::LoadU(d, from + lanes),
+            hn::LoadU(d, from + 2 * lanes), hn::LoadU(d, from + 3 * lanes)};
   }
 
   const Source source;
@@ -89,10 +90,11 @@ struct Varying {
   const T* const paired;  // InPairs(); null: none
 };
 
-// Coefficients as arrays; a forward's slope is never read.
-template <class T>
+// Coefficients as arrays; a forward's slope is never read. kIsShifted: not all shifts are 0.
+template <class T, bool kIsShifted = true>
 struct ArrayCoefficients {
   static constexpr bool kIsArrays = true;
+  static constexpr bool kShifted = kIsShifted;
 
   explicit ArrayCoefficients(const Coefficients& from)
       : shift(static_cast<const T*>(from.shift)),
@@ -111,13 +113,13 @@ struct ArrayCoefficients {
   // Those from `i` on, a lane each.
   template <class D>
   HWY_INLINE VectorCoefficients<D> Load(D d, int64_t i) const {
-    return {hn::LoadU(d, shift + i), hn::LoadU(d, scale + i), hn::LoadU(d, offset + i),
-            hn::LoadU(d, slope + i)};
+    return {kShifted ? hn::LoadU(d, shift + i) : hn::Zero(d), hn::LoadU(d, scale + i),
+            hn::LoadU(d, offset + i), hn::LoadU(d, slope + i)};
   }
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> LoadPartial(D d, int64_t i, size_t n) const {
-    return {PartialVector(d, shift + i, n), PartialVector(d, scale + i, n),
+    return {kShifted ? PartialVector(d, shift + i, n) : hn::Zero(d), PartialVector(d, scale + i, n),
             PartialVector(d, offset + i, n), PartialVector(d, slope + i, n)};
   }
 
@@ -130,58 +132,105 @@ struct ArrayCoefficients {
 
 // Writes kKinds * columns values: the coefficients of columns in the order of pairs, those of a
 // pair's first vector, a vector of each kind, then those of its second.
-template <class E, class T>
-void InPairs(int64_t columns, const ArrayCoefficients<T>& arrays, T* paired) {
+template <class E, class T, bool kShifted>
+void InPairs(int64_t columns, const ArrayCoefficients<T, kShifted>& arrays, T* paired) {
   const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
     int64_t kind = 0;
     for (const T* array : {arrays.shift, arrays.scale, arrays.offset, arrays.slope}) {
-      if (kind == 3 && arrays.slope == arrays.offset) break;  // a forward's
+      const bool is_read = (kind != 0 || kShifted) &&
+                           (kind != 3 || arrays.slope != arrays.offset);  // not a forward's
+      T* const to = paired + kKinds * j + kind++ * lanes;
+      if (!is_read) continue;
       const auto pair = LoadPairValues<E>(d, array + j);
-      T* to = paired + kKinds * j + kind++ * lanes;
       hn::StoreU(pair.a, d, to);
       hn::StoreU(pair.b, d, to + kKinds * lanes);
     }
   }
 }
 
+// A vector of columns that are the positions of planes, one plane after the other. The first lies
+// `skip` columns after the beginning of a plane; each other is `step` further on.
+template <class D>
+class ColumnsOfPlanes {
+ public:
+  using T = hn::TFromD<D>;
+
+  HWY_INLINE ColumnsOfPlanes(int64_t planes, int64_t plane_size, int64_t plane, int64_t skip,
+                             int64_t step)
+      : planes_(planes),
+        plane_size_(plane_size),
+        plane_(plane),
+        last_(skip + step * (static_cast<int64_t>(hn::Lanes(D())) - 1)),
+        position_(hn::MulAdd(hn::Iota(D(), T{0}), hn::Set(D(), static_cast<T>(step)),
+                             hn::Set(D(), static_cast<T>(skip)))) {}
+
+  // Each one's plane's value.
+  HWY_INLINE hn::Vec<D> ValuesOf(const T* values) const {
+    const D d;
+    auto v = hn::Set(d, values[plane_]);
+    int64_t next = plane_ + 1;
+    for (int64_t begin = plane_size_; begin <= last_ && next < planes_; begin += plane_size_) {
+      const auto in_next = hn::Ge(position_, hn::Set(d, static_cast<T>(begin)));
+      v = hn::IfThenElse(in_next, hn::Set(d, values[next++]), v);
+    }
+    return v;
+  }
+
+ private:
+  int64_t planes_, plane_size_, plane_;
+  int64_t last_;         // of position_
+  hn::Vec<D> position_;  // from the beginning of the first's plane
+};
+
 template <class E>
 Coefficients SpreadOverPlanes(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
                               void* memory) {
   using T = ComputeType<E>;
-  const Tag<E> d;
+  using D = Tag<E>;
+  const D d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t columns = planes * plane_size;
   const int64_t stride = (columns + lanes + 15) / 16 * 16;
+  const T* const shift = static_cast<const T*>(of_planes.shift);
+  const bool shifted = kAlwaysShifts<E> || AreShifted(planes, shift);
+  const T* from[kKinds] = {shifted ? shift : nullptr, static_cast<const T*>(of_planes.scale),
+                           static_cast<const T*>(of_planes.offset),
+                           static_cast<const T*>(of_planes.slope)};
+  T* to[kKinds] = {};
   T* next = static_cast<T*>(memory);
-  const auto spread = [&](const void* values) -> const void* {
-    if (values == nullptr) return nullptr;
-    T* const array = next;
-    next += stride;
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      const auto value = hn::Set(d, static_cast<const T*>(values)[plane]);
-      // What is written too far is the next plane's, and written again.
-      T* to = array + plane * plane_size;
-      for (int64_t i = 0; i < plane_size; i += lanes) hn::StoreU(value, d, to + i);
-    }
-    return array;
-  };
-  Coefficients columns_of{.shift = spread(of_planes.shift),
-                          .scale = spread(of_planes.scale),
-                          .offset = spread(of_planes.offset),
-                          .slope = spread(of_planes.slope)};
-  if constexpr (kPairsInterleave<E>) {
-    InPairs<E>(columns, ArrayCoefficients<T>(columns_of), next);
-    columns_of.paired = next;
+  for (int64_t kind = 0; kind < kKinds; ++kind, next += stride) {
+    if (from[kind] != nullptr) to[kind] = next;
   }
-  return columns_of;
+  int64_t plane = 0, skip = 0;
+  for (int64_t j = 0; j < columns; j += lanes) {
+    const auto spread = [&](int64_t begin, int64_t step, auto place) NORMD_INLINE_LAMBDA {
+      const ColumnsOfPlanes<D> at(planes, plane_size, plane, begin, step);
+      for (int64_t kind = 0; kind < kKinds; ++kind) {
+        if (from[kind] != nullptr) hn::StoreU(at.ValuesOf(from[kind]), d, place(kind));
+      }
+    };
+    spread(skip, 1, [&](int64_t kind) { return to[kind] + j; });
+    if (kPairsInterleave<E> && j % (2 * lanes) == 0 && j + 2 * lanes <= columns) {
+      T* const pairs = next + kKinds * j;
+      spread(skip, 2, [&](int64_t kind) { return pairs + kind * lanes; });
+      spread(skip + 1, 2, [&](int64_t kind) { return pairs + (kKinds + kind) * lanes; });
+    }
+    for (skip += lanes; skip >= plane_size; skip -= plane_size) ++plane;
+  }
+  return {.shift = to[0],
+          .scale = to[1],
+          .offset = to[2],
+          .slope = to[3],
+          .paired = kPairsInterleave<E> ? next : nullptr};
 }
 
 // LayerNorm's forward: scalars of a row, weight and bias along it.
 template <class T>
 struct RowCoefficients {
   static constexpr bool kIsArrays = false;
+  static constexpr bool kShifted = true;
 
   // Those of the r-th of `rows`, whose own begin at `parameter` in the arrays along rows.
   RowCoefficients(const AlongRows& along, const Rows& rows, int64_t r, int64_t parameter)
