@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/coefficients.h"
@@ -151,37 +152,36 @@ void InPairs(int64_t columns, const ArrayCoefficients<T, kShifted>& arrays, T* p
 }
 
 // A vector of columns that are the positions of planes, one plane after the other. The first lies
-// `skip` columns after the beginning of a plane; each other is `step` further on.
-template <class D>
+// `skip` columns after the beginning of a plane; each other is kStep, one or two, further on.
+// Planes are no smaller than a vector, so that there are two of them, or three.
+template <class D, int kStep>
 class ColumnsOfPlanes {
  public:
   using T = hn::TFromD<D>;
 
-  HWY_INLINE ColumnsOfPlanes(int64_t planes, int64_t plane_size, int64_t plane, int64_t skip,
-                             int64_t step)
-      : planes_(planes),
-        plane_size_(plane_size),
-        plane_(plane),
-        last_(skip + step * (static_cast<int64_t>(hn::Lanes(D())) - 1)),
-        position_(hn::MulAdd(hn::Iota(D(), T{0}), hn::Set(D(), static_cast<T>(step)),
-                             hn::Set(D(), static_cast<T>(skip)))) {}
+  HWY_INLINE ColumnsOfPlanes(int64_t planes, int64_t plane_size, int64_t plane, int64_t skip)
+      : first_(plane),
+        second_(std::min(plane + 1, planes - 1)),
+        third_(std::min(plane + 2, planes - 1)) {
+    const D d;
+    const auto size = hn::Set(d, static_cast<T>(plane_size));
+    const auto position =
+        hn::MulAdd(hn::Iota(d, T{0}), hn::Set(d, T{kStep}), hn::Set(d, static_cast<T>(skip)));
+    in_second_ = hn::Ge(position, size);
+    in_third_ = hn::Ge(position, hn::Add(size, size));
+  }
 
   // Each one's plane's value.
   HWY_INLINE hn::Vec<D> ValuesOf(const T* values) const {
     const D d;
-    auto v = hn::Set(d, values[plane_]);
-    int64_t next = plane_ + 1;
-    for (int64_t begin = plane_size_; begin <= last_ && next < planes_; begin += plane_size_) {
-      const auto in_next = hn::Ge(position_, hn::Set(d, static_cast<T>(begin)));
-      v = hn::IfThenElse(in_next, hn::Set(d, values[next++]), v);
-    }
+    auto v = hn::IfThenElse(in_second_, hn::Set(d, values[second_]), hn::Set(d, values[first_]));
+    if (kStep > 1) v = hn::IfThenElse(in_third_, hn::Set(d, values[third_]), v);
     return v;
   }
 
  private:
-  int64_t planes_, plane_size_, plane_;
-  int64_t last_;         // of position_
-  hn::Vec<D> position_;  // from the beginning of the first's plane
+  int64_t first_, second_, third_;
+  hn::Mask<D> in_second_, in_third_;
 };
 
 template <class E>
@@ -203,19 +203,21 @@ Coefficients SpreadOverPlanes(const Coefficients& of_planes, int64_t planes, int
   for (int64_t kind = 0; kind < kKinds; ++kind, next += stride) {
     if (from[kind] != nullptr) to[kind] = next;
   }
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, 2> kTwo;
   int64_t plane = 0, skip = 0;
   for (int64_t j = 0; j < columns; j += lanes) {
-    const auto spread = [&](int64_t begin, int64_t step, auto place) NORMD_INLINE_LAMBDA {
-      const ColumnsOfPlanes<D> at(planes, plane_size, plane, begin, step);
+    const auto spread = [&](auto step, int64_t begin, auto place) NORMD_INLINE_LAMBDA {
+      const ColumnsOfPlanes<D, step> at(planes, plane_size, plane, begin);
       for (int64_t kind = 0; kind < kKinds; ++kind) {
         if (from[kind] != nullptr) hn::StoreU(at.ValuesOf(from[kind]), d, place(kind));
       }
     };
-    spread(skip, 1, [&](int64_t kind) { return to[kind] + j; });
+    spread(kOne, skip, [&](int64_t kind) { return to[kind] + j; });
     if (kPairsInterleave<E> && j % (2 * lanes) == 0 && j + 2 * lanes <= columns) {
       T* const pairs = next + kKinds * j;
-      spread(skip, 2, [&](int64_t kind) { return pairs + kind * lanes; });
-      spread(skip + 1, 2, [&](int64_t kind) { return pairs + (kKinds + kind) * lanes; });
+      spread(kTwo, skip, [&](int64_t kind) { return pairs + kind * lanes; });
+      spread(kTwo, skip + 1, [&](int64_t kind) { return pairs + (kKinds + kind) * lanes; });
     }
     for (skip += lanes; skip >= plane_size; skip -= plane_size) ++plane;
   }
