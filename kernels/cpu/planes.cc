@@ -124,6 +124,11 @@ struct Geometry {
     return fetches ? unit_sets * run_length() : 0;
   }
 
+  // Where nothing was summed before: to the next run, if these come from far away.
+  int64_t AheadAtOnce(int64_t unit, int64_t bytes) const {
+    return bytes > LargestNearBytes() ? sets * run_length() : Ahead(unit, bytes);
+  }
+
   // The whole tensor.
   Stretch All(const NormProblem& problem) const { return {problem.size(), 0, plane, sets * subs}; }
 
@@ -315,7 +320,7 @@ class ForwardJob {
 
   void Apply(int64_t unit, int64_t chunk) {
     ForwardTensors tensors = tensors_;
-    tensors.ahead = geometry_.Ahead(unit, bytes_);
+    tensors.ahead = reduces() ? geometry_.Ahead(unit, bytes_) : geometry_.AheadAtOnce(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
           unit, arrays_, kernels_,
