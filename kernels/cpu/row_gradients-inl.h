@@ -32,8 +32,20 @@ class RowInput {
   using D = Tag<E>;
   using V = hn::Vec<D>;
 
-  RowInput(const BackwardTensors& tensors, int64_t begin, T shift)
-      : input_(tensors), begin_(begin), ahead_(tensors.ahead), shift_(hn::Set(D(), shift)) {}
+  // The row begins at `begin`, what lies along it at `parameter`.
+  RowInput(const BackwardTensors& tensors, int64_t begin, const AlongRows& along, int64_t parameter,
+           const RowConstants& of, int64_t row)
+      : invstd(ConstantOf<E>(of.invstd, row)),
+        input_(tensors),
+        begin_(begin),
+        ahead_(tensors.ahead),
+        weight_(static_cast<const T*>(along.weight) + parameter),
+        shift_(ConstantOf<E>(of.shift, row)) {}
+
+  HWY_INLINE Pair<D> Weight(int64_t j) const {
+    return {hn::LoadU(D(), weight_ + j), hn::LoadU(D(), weight_ + j + hn::Lanes(D()))};
+  }
+  HWY_INLINE V PartialWeight(int64_t j, size_t n) const { return LoadPartial(D(), weight_ + j, n); }
 
   HWY_INLINE Pair<D> GradY(int64_t j) const {
     const int64_t i = begin_ + j;
@@ -63,6 +75,8 @@ class RowInput {
     FetchFrom(input_.x + begin_ + j, ahead_);
   }
 
+  const V invstd;
+
  private:
   HWY_INLINE V Shifted(V x) const {
     if constexpr (kShifted) return hn::Sub(x, shift_);
@@ -71,6 +85,7 @@ class RowInput {
 
   GradientInput<E, kMasked> input_;
   int64_t begin_, ahead_;
+  const T* weight_;
   V shift_;
 };
 
@@ -85,15 +100,12 @@ class TileGradients {
   using D = Tag<E>;
   using V = hn::Vec<D>;
 
-  // The row begins at `begin`, what lies along it at `parameter`.
   TileGradients(const BackwardTensors& tensors, int64_t begin, const AlongRows& along,
                 int64_t parameter, const RowConstants& of, int64_t row)
-      : input_(tensors, begin, static_cast<const T*>(of.shift)[row]),
-        weight_(static_cast<const T*>(along.weight) + parameter),
+      : input_(tensors, begin, along, parameter, of, row),
         grad_weight_(static_cast<T*>(along.grad_weight) + (kWeight ? parameter : 0)),
         grad_bias_(static_cast<T*>(along.grad_bias) + (kBias ? parameter : 0)),
-        invstd_(hn::Set(D(), static_cast<const T*>(of.invstd)[row])),
-        lost_(hn::Set(D(), static_cast<const T*>(of.lost)[row])) {}
+        lost_(ConstantOf<E>(of.lost, row)) {}
 
   struct Added {
     Pair<D> grad_weight, grad_bias;
@@ -102,9 +114,9 @@ class TileGradients {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     input_.Fetch(j);
-    const Pair<D> dy = input_.GradY(j), deviation = input_.Deviation(j);
-    Weighted(dy.a, deviation.a, hn::LoadU(d, weight_ + j), dy_a_, dy_d_a_);
-    Weighted(dy.b, deviation.b, hn::LoadU(d, weight_ + j + lanes), dy_b_, dy_d_b_);
+    const Pair<D> dy = input_.GradY(j), deviation = input_.Deviation(j), weight = input_.Weight(j);
+    Weighted(dy.a, deviation.a, weight.a, dy_a_, dy_d_a_);
+    Weighted(dy.b, deviation.b, weight.b, dy_b_, dy_d_b_);
     Added added{dy, dy};
     if constexpr (kWeight) {
       added.grad_weight = {WithWeight(dy.a, deviation.a, hn::LoadU(d, grad_weight_ + j)),
@@ -123,7 +135,7 @@ class TileGradients {
   HWY_INLINE void Part(int64_t j, size_t n) {
     const D d;
     const V dy = input_.PartialGradY(j, n), deviation = input_.PartialDeviation(j, n);
-    Weighted(dy, deviation, LoadPartial(d, weight_ + j, n), dy_a_, dy_d_a_);
+    Weighted(dy, deviation, input_.PartialWeight(j, n), dy_a_, dy_d_a_);
     if constexpr (kWeight) {
       StorePartial(d, WithWeight(dy, deviation, LoadPartial(d, grad_weight_ + j, n)),
                    grad_weight_ + j, n);
@@ -134,8 +146,8 @@ class TileGradients {
   }
 
   // Of dy * weight, and of that times x - shift.
-  HWY_INLINE hn::Vec<WideTag> Dy() const { return Doubles(D(), hn::Add(dy_a_, dy_b_)); }
-  HWY_INLINE hn::Vec<WideTag> DyD() const { return Doubles(D(), hn::Add(dy_d_a_, dy_d_b_)); }
+  HWY_INLINE hn::Vec<WideTag> First() const { return Doubles(D(), hn::Add(dy_a_, dy_b_)); }
+  HWY_INLINE hn::Vec<WideTag> Second() const { return Doubles(D(), hn::Add(dy_d_a_, dy_d_b_)); }
 
  private:
   static constexpr bool kWeight = kAlong != Along::kNone;
@@ -151,14 +163,13 @@ class TileGradients {
     product = hn::MulAdd(weighted, deviation, product);
   }
   HWY_INLINE V WithWeight(V dy, V deviation, V sum) const {
-    return hn::MulAdd(dy, hn::MulAdd(deviation, invstd_, lost_), sum);
+    return hn::MulAdd(dy, hn::MulAdd(deviation, input_.invstd, lost_), sum);
   }
 
   const RowInput<E, kMasked, kShifted> input_;
-  const T* const weight_;
   T* const grad_weight_;
   T* const grad_bias_;
-  const V invstd_, lost_;
+  const V lost_;
   V dy_a_ = hn::Zero(D()), dy_b_ = dy_a_, dy_d_a_ = dy_a_, dy_d_b_ = dy_a_;
 };
 
@@ -173,7 +184,7 @@ class WriteGradients {
 
   WriteGradients(const BackwardTensors& tensors, int64_t begin, const AlongRows& along,
                  int64_t parameter, const RowConstants& of, int64_t row)
-      : input_(tensors, begin, static_cast<const T*>(of.shift)[row]),
+      : input_(tensors, begin, along, parameter, of, row),
         grad_x_(tensors.grad_x == nullptr ? nullptr : static_cast<E*>(tensors.grad_x) + begin),
         grad_residual_(tensors.grad_residual == nullptr
                            ? nullptr
@@ -183,22 +194,18 @@ class WriteGradients {
         constant_(along.constant),
         stream_(tensors.stream && IsAlignedForPair(D(), grad_x_) &&
                 IsAlignedForPair(D(), grad_residual_)),
-        weight_(static_cast<const T*>(along.weight) + parameter),
-        invstd_(hn::Set(D(), static_cast<const T*>(of.invstd)[row])),
-        slope_(hn::Set(D(), static_cast<const T*>(of.slope)[row])),
-        offset_(hn::Set(D(), static_cast<const T*>(of.offset)[row])) {}
+        slope_(ConstantOf<E>(of.slope, row)),
+        offset_(ConstantOf<E>(of.offset, row)) {}
 
   struct Gradients {
     Pair<D> dx, dy;
   };
   HWY_INLINE Gradients Two(int64_t j) const {
-    const D d;
     const Pair<D> dy = input_.GradY(j);
     if (!kPlain && !wants_x_) return {dy, dy};
     const Pair<D> deviation = kPlain || !constant_ ? input_.Deviation(j) : dy;
-    return {{Dx(dy.a, deviation.a, hn::LoadU(d, weight_ + j)),
-             Dx(dy.b, deviation.b, hn::LoadU(d, weight_ + j + hn::Lanes(d)))},
-            dy};
+    const Pair<D> weight = input_.Weight(j);
+    return {{Dx(dy.a, deviation.a, weight.a), Dx(dy.b, deviation.b, weight.b)}, dy};
   }
   HWY_INLINE void Store(int64_t j, const Gradients& of) const {
     if (kPlain || wants_x_) StoreOne(of.dx, grad_x_ + j);
@@ -209,7 +216,7 @@ class WriteGradients {
     const V dy = input_.PartialGradY(j, n);
     if (kPlain || wants_x_) {
       const V deviation = kPlain || !constant_ ? input_.PartialDeviation(j, n) : dy;
-      const V dx = Dx(dy, deviation, LoadPartial(d, weight_ + j, n));
+      const V dx = Dx(dy, deviation, input_.PartialWeight(j, n));
       if (kStream && n == hn::Lanes(d)) {
         StoreElements(d, dx, grad_x_ + j, kStream);
       } else {
@@ -221,7 +228,7 @@ class WriteGradients {
 
  private:
   HWY_INLINE V Dx(V dy, V deviation, V weight) const {
-    const V scale = hn::Mul(weight, invstd_);
+    const V scale = hn::Mul(weight, input_.invstd);
     if (!kPlain && constant_) return hn::Mul(dy, scale);
     return hn::MulAdd(dy, scale, hn::MulAdd(deviation, slope_, offset_));
   }
@@ -238,8 +245,7 @@ class WriteGradients {
   E* const grad_x_;
   E* const grad_residual_;
   const bool wants_x_, wants_residual_, constant_, stream_;
-  const T* const weight_;
-  const V invstd_, slope_, offset_;
+  const V slope_, offset_;
 };
 
 // The part of the gradients that all elements of a row share, as SetGradient.
@@ -265,34 +271,26 @@ HWY_INLINE void SharedGradients(const RowStatistics& statistics, const AlongRows
 template <class E, bool kMasked, bool kShifted, Along kAlong, bool kPlain, bool kStream>
 HWY_NOINLINE void WriteAndSumGradients(const BackwardTensors& tensors, const AlongRows& along,
                                        const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
-  const Tag<E> d;
-  const int64_t both = std::min(now.count, next.count);
-  ForEachTile(d, along.length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
-    Parameter parameter_now(along, now), parameter_next(along, next);
-    const auto write_of = [&](int64_t r) NORMD_INLINE_LAMBDA {
-      return WriteGradients<E, kMasked, kShifted, kPlain, kStream>(
-          tensors, now.begin + r * along.length, along, parameter_now.Next(), now.constants, r);
-    };
-    const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
-      const int64_t parameter = parameter_next.Next();
-      if (kAlong != Along::kNone && r < next.fresh) {
-        for (void* sums_along : {along.grad_weight, along.grad_bias}) {
-          std::fill_n(static_cast<ComputeType<E>*>(sums_along) + parameter + begin, end - begin, 0);
+  using T = ComputeType<E>;
+  const auto zero = [](void* sums_along, int64_t first, int64_t last) {
+    T* const values = static_cast<T*>(sums_along);
+    std::fill(values + first, values + last, T{0});
+  };
+  SumAndWrite(
+      Tag<E>(), along, now, next, sums,
+      [&](int64_t row, int64_t parameter, int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
+        if (row < next.fresh) {
+          const int64_t first = parameter + begin, last = parameter + end;
+          if (kAlong != Along::kNone) zero(along.grad_weight, first, last);
+          if (kAlong == Along::kWeightAndBias) zero(along.grad_bias, first, last);
         }
-      }
-      TileGradients<E, kMasked, kShifted, kAlong> tile(tensors, next.begin + r * along.length,
-                                                       along, parameter, next.constants, r);
-      OverColumns(d, begin, end, tile, write);
-      sums.Add(r, 0, tile.Dy(), begin == 0);
-      sums.Add(r, 1, tile.DyD(), begin == 0);
-    };
-    for (int64_t r = 0; r < both; ++r) sum_up(r, write_of(r));
-    for (int64_t r = both; r < next.count; ++r) sum_up(r, Nothing());
-    for (int64_t r = both; r < now.count; ++r) {
-      Nothing nothing;
-      OverColumns(d, begin, end, nothing, write_of(r));
-    }
-  });
+        return TileGradients<E, kMasked, kShifted, kAlong>(tensors, next.begin + row * along.length,
+                                                           along, parameter, next.constants, row);
+      },
+      [&](int64_t row, int64_t parameter) NORMD_INLINE_LAMBDA {
+        return WriteGradients<E, kMasked, kShifted, kPlain, kStream>(
+            tensors, now.begin + row * along.length, along, parameter, now.constants, row);
+      });
 }
 
 template <class E>
