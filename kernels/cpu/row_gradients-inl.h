@@ -341,54 +341,69 @@ template <class E>
 void AddUp(const void* data, int64_t parts, int64_t stride, int64_t count, bool in_pairs,
            const Totals& totals) {
   using T = ComputeType<E>;
-  const hn::ScalableTag<double> wide;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(Tag<E>()));
+  const hn::ScalableTag<double> d;
+  using V = hn::Vec<decltype(d)>;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const T* const from = static_cast<const T*>(data);
   const double* const before = totals.before;
-  double* const after = totals.after;
   T* const rounded = static_cast<T*>(totals.rounded);
+  const auto load = [&](int64_t j) NORMD_INLINE_LAMBDA {
+    return before == nullptr ? hn::Zero(d) : hn::LoadU(d, before + j);
+  };
+  const auto store = [&](V v, int64_t j) NORMD_INLINE_LAMBDA {
+    rounded == nullptr ? hn::StoreU(v, d, totals.after + j) : StoreDoubles(d, v, rounded + j);
+  };
+  // `a` are elements at even places, `b` at odd ones.
+  [[maybe_unused]] const auto load_pair = [&](int64_t j, V& a, V& b) NORMD_INLINE_LAMBDA {
+    a = b = hn::Zero(d);
+    if constexpr (kPairsInterleave<E>) {
+      if (before != nullptr) hn::LoadInterleaved2(d, before + j, a, b);
+    }
+  };
+  [[maybe_unused]] const auto store_pair = [&](V a, V b, int64_t j) NORMD_INLINE_LAMBDA {
+    if constexpr (kPairsInterleave<E>) {
+      if (rounded == nullptr) return hn::StoreInterleaved2(a, b, d, totals.after + j);
+      const hn::Rebind<float, decltype(d)> df;
+      hn::StoreInterleaved2(hn::DemoteTo(df, a), hn::DemoteTo(df, b), df, rounded + j);
+    }
+  };
+  const bool interleave = kPairsInterleave<E> && in_pairs;
   int64_t j = 0;
-  if constexpr (kPairsInterleave<E>) {
-    const hn::Rebind<float, decltype(wide)> narrow;
-    const int64_t half = lanes / 2;
-    for (; in_pairs && j + 2 * lanes <= count; j += 2 * lanes) {
-      auto a0 = hn::Zero(wide), b0 = a0, a1 = a0, b1 = a0;
-      if (before != nullptr) {
-        hn::LoadInterleaved2(wide, before + j, a0, b0);
-        hn::LoadInterleaved2(wide, before + j + lanes, a1, b1);
-      }
-      for (int64_t part = 0; part < parts; ++part) {
-        const T* at = from + part * stride + j;
-        a0 = hn::Add(a0, LoadDoubles(wide, at));
-        a1 = hn::Add(a1, LoadDoubles(wide, at + half));
-        b0 = hn::Add(b0, LoadDoubles(wide, at + lanes));
-        b1 = hn::Add(b1, LoadDoubles(wide, at + lanes + half));
-      }
-      if (rounded != nullptr) {
-        hn::StoreInterleaved2(hn::DemoteTo(narrow, a0), hn::DemoteTo(narrow, b0), narrow,
-                              rounded + j);
-        hn::StoreInterleaved2(hn::DemoteTo(narrow, a1), hn::DemoteTo(narrow, b1), narrow,
-                              rounded + j + lanes);
-      } else {
-        hn::StoreInterleaved2(a0, b0, wide, after + j);
-        hn::StoreInterleaved2(a1, b1, wide, after + j + lanes);
-      }
+  for (; j + 4 * lanes <= count; j += 4 * lanes) {
+    // In pairs: two vectors of even elements, then two of odd ones.
+    V v0, v1, v2, v3;
+    if (interleave) {
+      load_pair(j, v0, v2);
+      load_pair(j + 2 * lanes, v1, v3);
+    } else {
+      v0 = load(j);
+      v1 = load(j + lanes);
+      v2 = load(j + 2 * lanes);
+      v3 = load(j + 3 * lanes);
     }
-  }
-  const int64_t step = static_cast<int64_t>(hn::Lanes(wide));
-  for (; j + step <= count; j += step) {
-    auto sum = before == nullptr ? hn::Zero(wide) : hn::LoadU(wide, before + j);
     for (int64_t part = 0; part < parts; ++part) {
-      sum = hn::Add(sum, LoadDoubles(wide, from + part * stride + j));
+      const T* at = from + part * stride + j;
+      v0 = hn::Add(v0, LoadDoubles(d, at));
+      v1 = hn::Add(v1, LoadDoubles(d, at + lanes));
+      v2 = hn::Add(v2, LoadDoubles(d, at + 2 * lanes));
+      v3 = hn::Add(v3, LoadDoubles(d, at + 3 * lanes));
     }
-    rounded == nullptr ? hn::StoreU(sum, wide, after + j) : StoreDoubles(wide, sum, rounded + j);
+    if (interleave) {
+      store_pair(v0, v2, j);
+      store_pair(v1, v3, j + 2 * lanes);
+    } else {
+      store(v0, j);
+      store(v1, j + lanes);
+      store(v2, j + 2 * lanes);
+      store(v3, j + 3 * lanes);
+    }
   }
   for (; j < count; ++j) {
     double sum = before == nullptr ? 0 : before[j];
     for (int64_t part = 0; part < parts; ++part) {
       sum += static_cast<double>(from[part * stride + j]);
     }
-    rounded == nullptr ? void(after[j] = sum) : void(rounded[j] = static_cast<T>(sum));
+    rounded == nullptr ? void(totals.after[j] = sum) : void(rounded[j] = static_cast<T>(sum));
   }
 }
 
