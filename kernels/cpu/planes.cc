@@ -87,6 +87,7 @@ struct Geometry {
     }
     if (unit_sets > on_lines) unit_sets -= unit_sets % on_lines;
     units = (sets + unit_sets - 1) / unit_sets;
+    outgrows_l2 = unit_sets > 1 && unit_sets * set_bytes > LargestInL2();
     if (set_bytes > 2 * kChunkBytes) {
       const int64_t wanted = std::min<int64_t>(set_bytes / kChunkBytes, 64);
       run_chunks = std::min(runs, wanted);
@@ -118,12 +119,15 @@ struct Geometry {
     return runs > 1 ? sets * run_length() : kAheadBytes / element_bytes;
   }
 
-  // Elements from a unit to the next, if both are small and it is not in the L2 already.
+  // Elements from a unit to the next, if both are small and it is not in the L2 already; to the
+  // next run, if the unit itself does not stay there.
   int64_t Ahead(int64_t unit, int64_t bytes) const {
+    if (outgrows_l2) return sets * run_length();
     const bool fetches = bytes > LargestInL2() && unit + 1 < units && chunks() == 1;
     return fetches ? unit_sets * run_length() : 0;
   }
 
+  int64_t AheadOfWriting() const { return outgrows_l2 ? sets * run_length() : 0; }
   // Where nothing was summed before: to the next run, if these come from far away.
   int64_t AheadAtOnce(int64_t unit, int64_t bytes) const {
     return bytes > LargestNearBytes() ? sets * run_length() : Ahead(unit, bytes);
@@ -162,6 +166,7 @@ struct Geometry {
   int64_t unit_sets, units;
   int64_t run_chunks = 1, pieces = 1;
   bool by_columns = false;
+  bool outgrows_l2 = false;
 };
 
 // A unit's elements, written a piece at a time in the order of memory.
@@ -333,7 +338,11 @@ class ForwardJob {
       kernels_.normalize_planes(tensors, planes, arrays_.From(0));
     });
   }
-  void Write(const Planes& planes) { kernels_.normalize_planes(tensors_, planes, arrays_.From(0)); }
+  void Write(const Planes& planes) {
+    ForwardTensors tensors = tensors_;
+    tensors.ahead = geometry_.AheadOfWriting();
+    kernels_.normalize_planes(tensors, planes, arrays_.From(0));
+  }
 
  private:
   void SetCoefficients(int64_t set, const SetConstants& constants) {
@@ -472,7 +481,9 @@ class BackwardJob {
     });
   }
   void Write(const Planes& planes) {
-    kernels_.gradient_of_planes(apply_tensors_, planes, arrays_.From(0));
+    BackwardTensors tensors = apply_tensors_;
+    tensors.ahead = geometry_.AheadOfWriting();
+    kernels_.gradient_of_planes(tensors, planes, arrays_.From(0));
   }
 
  private:

@@ -32,8 +32,20 @@ class RowInput {
   using D = Tag<E>;
   using V = hn::Vec<D>;
 
-  RowInput(const BackwardTensors& tensors, int64_t begin, T shift)
-      : input_(tensors), begin_(begin), ahead_(tensors.ahead), shift_(hn::Set(D(), shift)) {}
+  // The row begins at `begin`, what lies along it at `parameter`.
+  RowInput(const BackwardTensors& tensors, int64_t begin, const AlongRows& along, int64_t parameter,
+           const RowConstants& of, int64_t row)
+      : invstd(ConstantOf<E>(of.invstd, row)),
+        input_(tensors),
+        begin_(begin),
+        ahead_(tensors.ahead),
+        weight_(static_cast<const T*>(along.weight) + parameter),
+        shift_(ConstantOf<E>(of.shift, row)) {}
+
+  HWY_INLINE Pair<D> Weight(int64_t j) const {
+    return {hn::LoadU(D(), weight_ + j), hn::LoadU(D(), weight_ + j + hn::Lanes(D()))};
+  }
+  HWY_INLINE V PartialWeight(int64_t j, size_t n) const { return LoadPartial(D(), weight_ + j, n); }
 
   HWY_INLINE Pair<D> GradY(int64_t j) const {
     const int64_t i = begin_ + j;
@@ -63,6 +75,8 @@ class RowInput {
     FetchFrom(input_.x + begin_ + j, ahead_);
   }
 
+  const V invstd;
+
  private:
   HWY_INLINE V Shifted(V x) const {
     if constexpr (kShifted) return hn::Sub(x, shift_);
@@ -71,6 +85,7 @@ class RowInput {
 
   GradientInput<E, kMasked> input_;
   int64_t begin_, ahead_;
+  const T* weight_;
   V shift_;
 };
 
@@ -85,15 +100,12 @@ class TileGradients {
   using D = Tag<E>;
   using V = hn::Vec<D>;
 
-  // The row begins at `begin`, what lies along it at `parameter`.
   TileGradients(const BackwardTensors& tensors, int64_t begin, const AlongRows& along,
                 int64_t parameter, const RowConstants& of, int64_t row)
-      : input_(tensors, begin, static_cast<const T*>(of.shift)[row]),
-        weight_(static_cast<const T*>(along.weight) + parameter),
+      : input_(tensors, begin, along, parameter, of, row),
         grad_weight_(static_cast<T*>(along.grad_weight) + (kWeight ? parameter : 0)),
         grad_bias_(static_cast<T*>(along.grad_bias) + (kBias ? parameter : 0)),
-        invstd_(hn::Set(D(), static_cast<const T*>(of.invstd)[row])),
-        lost_(hn::Set(D(), static_cast<const T*>(of.lost)[row])) {}
+        lost_(ConstantOf<E>(of.lost, row)) {}
 
   struct Added {
     Pair<D> grad_weight, grad_bias;
@@ -102,9 +114,9 @@ class TileGradients {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     input_.Fetch(j);
-    const Pair<D> dy = input_.GradY(j), deviation = input_.Deviation(j);
-    Weighted(dy.a, deviation.a, hn::LoadU(d, weight_ + j), dy_a_, dy_d_a_);
-    Weighted(dy.b, deviation.b, hn::LoadU(d, weight_ + j + lanes), dy_b_, dy_d_b_);
+    const Pair<D> dy = input_.GradY(j), deviation = input_.Deviation(j), weight = input_.Weight(j);
+    Weighted(dy.a, deviation.a, weight.a, dy_a_, dy_d_a_);
+    Weighted(dy.b, deviation.b, weight.b, dy_b_, dy_d_b_);
     Added added{dy, dy};
     if constexpr (kWeight) {
       added.grad_weight = {WithWeight(dy.a, deviation.a, hn::LoadU(d, grad_weight_ + j)),
@@ -123,7 +135,7 @@ class TileGradients {
   HWY_INLINE void Part(int64_t j, size_t n) {
     const D d;
     const V dy = input_.PartialGradY(j, n), deviation = input_.PartialDeviation(j, n);
-    Weighted(dy, deviation, LoadPartial(d, weight_ + j, n), dy_a_, dy_d_a_);
+    Weighted(dy, deviation, input_.PartialWeight(j, n), dy_a_, dy_d_a_);
     if constexpr (kWeight) {
       StorePartial(d, WithWeight(dy, deviation, LoadPartial(d, grad_weight_ + j, n)),
                    grad_weight_ + j, n);
@@ -134,8 +146,8 @@ class TileGradients {
   }
 
   // Of dy * weight, and of that times x - shift.
-  HWY_INLINE hn::Vec<WideTag> Dy() const { return Doubles(D(), hn::Add(dy_a_, dy_b_)); }
-  HWY_INLINE hn::Vec<WideTag> DyD() const { return Doubles(D(), hn::Add(dy_d_a_, dy_d_b_)); }
+  HWY_INLINE hn::Vec<WideTag> First() const { return Doubles(D(), hn::Add(dy_a_, dy_b_)); }
+  HWY_INLINE hn::Vec<WideTag> Second() const { return Doubles(D(), hn::Add(dy_d_a_, dy_d_b_)); }
 
  private:
   static constexpr bool kWeight = kAlong != Along::kNone;
@@ -151,14 +163,13 @@ class TileGradients {
     product = hn::MulAdd(weighted, deviation, product);
   }
   HWY_INLINE V WithWeight(V dy, V deviation, V sum) const {
-    return hn::MulAdd(dy, hn::MulAdd(deviation, invstd_, lost_), sum);
+    return hn::MulAdd(dy, hn::MulAdd(deviation, input_.invstd, lost_), sum);
   }
 
   const RowInput<E, kMasked, kShifted> input_;
-  const T* const weight_;
   T* const grad_weight_;
   T* const grad_bias_;
-  const V invstd_, lost_;
+  const V lost_;
   V dy_a_ = hn::Zero(D()), dy_b_ = dy_a_, dy_d_a_ = dy_a_, dy_d_b_ = dy_a_;
 };
 
@@ -173,7 +184,7 @@ class WriteGradients {
 
   WriteGradients(const BackwardTensors& tensors, int64_t begin, const AlongRows& along,
                  int64_t parameter, const RowConstants& of, int64_t row)
-      : input_(tensors, begin, static_cast<const T*>(of.shift)[row]),
+      : input_(tensors, begin, along, parameter, of, row),
         grad_x_(tensors.grad_x == nullptr ? nullptr : static_cast<E*>(tensors.grad_x) + begin),
         grad_residual_(tensors.grad_residual == nullptr
                            ? nullptr
@@ -183,22 +194,18 @@ class WriteGradients {
         constant_(along.constant),
         stream_(tensors.stream && IsAlignedForPair(D(), grad_x_) &&
                 IsAlignedForPair(D(), grad_residual_)),
-        weight_(static_cast<const T*>(along.weight) + parameter),
-        invstd_(hn::Set(D(), static_cast<const T*>(of.invstd)[row])),
-        slope_(hn::Set(D(), static_cast<const T*>(of.slope)[row])),
-        offset_(hn::Set(D(), static_cast<const T*>(of.offset)[row])) {}
+        slope_(ConstantOf<E>(of.slope, row)),
+        offset_(ConstantOf<E>(of.offset, row)) {}
 
   struct Gradients {
     Pair<D> dx, dy;
   };
   HWY_INLINE Gradients Two(int64_t j) const {
-    const D d;
     const Pair<D> dy = input_.GradY(j);
     if (!kPlain && !wants_x_) return {dy, dy};
     const Pair<D> deviation = kPlain || !constant_ ? input_.Deviation(j) : dy;
-    return {{Dx(dy.a, deviation.a, hn::LoadU(d, weight_ + j)),
-             Dx(dy.b, deviation.b, hn::LoadU(d, weight_ + j + hn::Lanes(d)))},
-            dy};
+    const Pair<D> weight = input_.Weight(j);
+    return {{Dx(dy.a, deviation.a, weight.a), Dx(dy.b, deviation.b, weight.b)}, dy};
   }
   HWY_INLINE void Store(int64_t j, const Gradients& of) const {
     if (kPlain || wants_x_) StoreOne(of.dx, grad_x_ + j);
@@ -209,7 +216,7 @@ class WriteGradients {
     const V dy = input_.PartialGradY(j, n);
     if (kPlain || wants_x_) {
       const V deviation = kPlain || !constant_ ? input_.PartialDeviation(j, n) : dy;
-      const V dx = Dx(dy, deviation, LoadPartial(d, weight_ + j, n));
+      const V dx = Dx(dy, deviation, input_.PartialWeight(j, n));
       if (kStream && n == hn::Lanes(d)) {
         StoreElements(d, dx, grad_x_ + j, kStream);
       } else {
@@ -221,7 +228,7 @@ class WriteGradients {
 
  private:
   HWY_INLINE V Dx(V dy, V deviation, V weight) const {
-    const V scale = hn::Mul(weight, invstd_);
+    const V scale = hn::Mul(weight, input_.invstd);
     if (!kPlain && constant_) return hn::Mul(dy, scale);
     return hn::MulAdd(dy, scale, hn::MulAdd(deviation, slope_, offset_));
   }
@@ -238,8 +245,7 @@ class WriteGradients {
   E* const grad_x_;
   E* const grad_residual_;
   const bool wants_x_, wants_residual_, constant_, stream_;
-  const T* const weight_;
-  const V invstd_, slope_, offset_;
+  const V slope_, offset_;
 };
 
 // The part of the gradients that all elements of a row share, as SetGradient.
@@ -265,34 +271,26 @@ HWY_INLINE void SharedGradients(const RowStatistics& statistics, const AlongRows
 template <class E, bool kMasked, bool kShifted, Along kAlong, bool kPlain, bool kStream>
 HWY_NOINLINE void WriteAndSumGradients(const BackwardTensors& tensors, const AlongRows& along,
                                        const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
-  const Tag<E> d;
-  const int64_t both = std::min(now.count, next.count);
-  ForEachTile(d, along.length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
-    Parameter parameter_now(along, now), parameter_next(along, next);
-    const auto write_of = [&](int64_t r) NORMD_INLINE_LAMBDA {
-      return WriteGradients<E, kMasked, kShifted, kPlain, kStream>(
-          tensors, now.begin + r * along.length, along, parameter_now.Next(), now.constants, r);
-    };
-    const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
-      const int64_t parameter = parameter_next.Next();
-      if (kAlong != Along::kNone && r < next.fresh) {
-        for (void* sums_along : {along.grad_weight, along.grad_bias}) {
-          std::fill_n(static_cast<ComputeType<E>*>(sums_along) + parameter + begin, end - begin, 0);
+  using T = ComputeType<E>;
+  const auto zero = [](void* sums_along, int64_t first, int64_t last) {
+    T* const values = static_cast<T*>(sums_along);
+    std::fill(values + first, values + last, T{0});
+  };
+  SumAndWrite(
+      Tag<E>(), along, now, next, sums,
+      [&](int64_t row, int64_t parameter, int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
+        if (row < next.fresh) {
+          const int64_t first = parameter + begin, last = parameter + end;
+          if (kAlong != Along::kNone) zero(along.grad_weight, first, last);
+          if (kAlong == Along::kWeightAndBias) zero(along.grad_bias, first, last);
         }
-      }
-      TileGradients<E, kMasked, kShifted, kAlong> tile(tensors, next.begin + r * along.length,
-                                                       along, parameter, next.constants, r);
-      OverColumns(d, begin, end, tile, write);
-      sums.Add(r, 0, tile.Dy(), begin == 0);
-      sums.Add(r, 1, tile.DyD(), begin == 0);
-    };
-    for (int64_t r = 0; r < both; ++r) sum_up(r, write_of(r));
-    for (int64_t r = both; r < next.count; ++r) sum_up(r, Nothing());
-    for (int64_t r = both; r < now.count; ++r) {
-      Nothing nothing;
-      OverColumns(d, begin, end, nothing, write_of(r));
-    }
-  });
+        return TileGradients<E, kMasked, kShifted, kAlong>(tensors, next.begin + row * along.length,
+                                                           along, parameter, next.constants, row);
+      },
+      [&](int64_t row, int64_t parameter) NORMD_INLINE_LAMBDA {
+        return WriteGradients<E, kMasked, kShifted, kPlain, kStream>(
+            tensors, now.begin + row * along.length, along, parameter, now.constants, row);
+      });
 }
 
 template <class E>
@@ -343,54 +341,69 @@ template <class E>
 void AddUp(const void* data, int64_t parts, int64_t stride, int64_t count, bool in_pairs,
            const Totals& totals) {
   using T = ComputeType<E>;
-  const hn::ScalableTag<double> wide;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(Tag<E>()));
+  const hn::ScalableTag<double> d;
+  using V = hn::Vec<decltype(d)>;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const T* const from = static_cast<const T*>(data);
   const double* const before = totals.before;
-  double* const after = totals.after;
   T* const rounded = static_cast<T*>(totals.rounded);
+  const auto load = [&](int64_t j) NORMD_INLINE_LAMBDA {
+    return before == nullptr ? hn::Zero(d) : hn::LoadU(d, before + j);
+  };
+  const auto store = [&](V v, int64_t j) NORMD_INLINE_LAMBDA {
+    rounded == nullptr ? hn::StoreU(v, d, totals.after + j) : StoreDoubles(d, v, rounded + j);
+  };
+  // `a` are elements at even places, `b` at odd ones.
+  [[maybe_unused]] const auto load_pair = [&](int64_t j, V& a, V& b) NORMD_INLINE_LAMBDA {
+    a = b = hn::Zero(d);
+    if constexpr (kPairsInterleave<E>) {
+      if (before != nullptr) hn::LoadInterleaved2(d, before + j, a, b);
+    }
+  };
+  [[maybe_unused]] const auto store_pair = [&](V a, V b, int64_t j) NORMD_INLINE_LAMBDA {
+    if constexpr (kPairsInterleave<E>) {
+      if (rounded == nullptr) return hn::StoreInterleaved2(a, b, d, totals.after + j);
+      const hn::Rebind<float, decltype(d)> df;
+      hn::StoreInterleaved2(hn::DemoteTo(df, a), hn::DemoteTo(df, b), df, rounded + j);
+    }
+  };
+  const bool interleave = kPairsInterleave<E> && in_pairs;
   int64_t j = 0;
-  if constexpr (kPairsInterleave<E>) {
-    const hn::Rebind<float, decltype(wide)> narrow;
-    const int64_t half = lanes / 2;
-    for (; in_pairs && j + 2 * lanes <= count; j += 2 * lanes) {
-      auto a0 = hn::Zero(wide), b0 = a0, a1 = a0, b1 = a0;
-      if (before != nullptr) {
-        hn::LoadInterleaved2(wide, before + j, a0, b0);
-        hn::LoadInterleaved2(wide, before + j + lanes, a1, b1);
-      }
-      for (int64_t part = 0; part < parts; ++part) {
-        const T* at = from + part * stride + j;
-        a0 = hn::Add(a0, LoadDoubles(wide, at));
-        a1 = hn::Add(a1, LoadDoubles(wide, at + half));
-        b0 = hn::Add(b0, LoadDoubles(wide, at + lanes));
-        b1 = hn::Add(b1, LoadDoubles(wide, at + lanes + half));
-      }
-      if (rounded != nullptr) {
-        hn::StoreInterleaved2(hn::DemoteTo(narrow, a0), hn::DemoteTo(narrow, b0), narrow,
-                              rounded + j);
-        hn::StoreInterleaved2(hn::DemoteTo(narrow, a1), hn::DemoteTo(narrow, b1), narrow,
-                              rounded + j + lanes);
-      } else {
-        hn::StoreInterleaved2(a0, b0, wide, after + j);
-        hn::StoreInterleaved2(a1, b1, wide, after + j + lanes);
-      }
+  for (; j + 4 * lanes <= count; j += 4 * lanes) {
+    // In pairs: two vectors of even elements, then two of odd ones.
+    V v0, v1, v2, v3;
+    if (interleave) {
+      load_pair(j, v0, v2);
+      load_pair(j + 2 * lanes, v1, v3);
+    } else {
+      v0 = load(j);
+      v1 = load(j + lanes);
+      v2 = load(j + 2 * lanes);
+      v3 = load(j + 3 * lanes);
     }
-  }
-  const int64_t step = static_cast<int64_t>(hn::Lanes(wide));
-  for (; j + step <= count; j += step) {
-    auto sum = before == nullptr ? hn::Zero(wide) : hn::LoadU(wide, before + j);
     for (int64_t part = 0; part < parts; ++part) {
-      sum = hn::Add(sum, LoadDoubles(wide, from + part * stride + j));
+      const T* at = from + part * stride + j;
+      v0 = hn::Add(v0, LoadDoubles(d, at));
+      v1 = hn::Add(v1, LoadDoubles(d, at + lanes));
+      v2 = hn::Add(v2, LoadDoubles(d, at + 2 * lanes));
+      v3 = hn::Add(v3, LoadDoubles(d, at + 3 * lanes));
     }
-    rounded == nullptr ? hn::StoreU(sum, wide, after + j) : StoreDoubles(wide, sum, rounded + j);
+    if (interleave) {
+      store_pair(v0, v2, j);
+      store_pair(v1, v3, j + 2 * lanes);
+    } else {
+      store(v0, j);
+      store(v1, j + lanes);
+      store(v2, j + 2 * lanes);
+      store(v3, j + 3 * lanes);
+    }
   }
   for (; j < count; ++j) {
     double sum = before == nullptr ? 0 : before[j];
     for (int64_t part = 0; part < parts; ++part) {
       sum += static_cast<double>(from[part * stride + j]);
     }
-    rounded == nullptr ? void(after[j] = sum) : void(rounded[j] = static_cast<T>(sum));
+    rounded == nullptr ? void(totals.after[j] = sum) : void(rounded[j] = static_cast<T>(sum));
   }
 }
 

@@ -154,6 +154,31 @@ class SumsInLanes {
   HWY_ALIGN double values_[(kMostRows + kMaxWideLanes) * kKinds * kMaxWideLanes];
 };
 
+// Sums the rows `next` and writes `now` beside them, tile by tile. For a row and the place where
+// its own begins in the arrays along rows,
+//   tile_of(row, parameter, begin, end)   is a tile of columns that sums them: First(), Second()
+//   write_of(row, parameter)              writes them
+template <class D, class TileOf, class WriteOf>
+HWY_INLINE void SumAndWrite(D d, const AlongRows& along, const Rows& now, const Rows& next,
+                            SumsInLanes<2>& sums, TileOf tile_of, WriteOf write_of) {
+  const int64_t both = std::min(now.count, next.count);
+  ForEachTile(d, along.length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
+    Parameter of_now(along, now), of_next(along, next);
+    const auto sum_up = [&](int64_t row, auto write) NORMD_INLINE_LAMBDA {
+      auto tile = tile_of(row, of_next.Next(), begin, end);
+      OverColumns(d, begin, end, tile, write);
+      sums.Add(row, 0, tile.First(), begin == 0);
+      sums.Add(row, 1, tile.Second(), begin == 0);
+    };
+    for (int64_t row = 0; row < both; ++row) sum_up(row, write_of(row, of_now.Next()));
+    for (int64_t row = both; row < next.count; ++row) sum_up(row, Nothing());
+    for (int64_t row = both; row < now.count; ++row) {
+      Nothing nothing;
+      OverColumns(d, begin, end, nothing, write_of(row, of_now.Next()));
+    }
+  });
+}
+
 // By which a row's elements are shifted where they are summed for the first time.
 template <class E>
 HWY_INLINE ComputeType<E> FirstShift(const E* row) {
@@ -187,8 +212,8 @@ class TileMoments {
     Collect(x, sum_a_, square_a_);
   }
 
-  HWY_INLINE hn::Vec<WideTag> Sum() const { return Doubles(D(), hn::Add(sum_a_, sum_b_)); }
-  HWY_INLINE hn::Vec<WideTag> Square() const { return Doubles(D(), hn::Add(square_a_, square_b_)); }
+  HWY_INLINE hn::Vec<WideTag> First() const { return Doubles(D(), hn::Add(sum_a_, sum_b_)); }
+  HWY_INLINE hn::Vec<WideTag> Second() const { return Doubles(D(), hn::Add(square_a_, square_b_)); }
 
  private:
   HWY_INLINE V Shifted(V x) const {
@@ -219,8 +244,8 @@ HWY_NOINLINE PartialMoments MomentsOfFarRow(const E* x, int64_t length) {
     ForEachTile(d, length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
       TileMoments<E, true> tile(x, shift, 0);
       OverColumns(d, begin, end, tile, Nothing());
-      sums = hn::Add(sums, tile.Sum());
-      squares = hn::Add(squares, tile.Square());
+      sums = hn::Add(sums, tile.First());
+      squares = hn::Add(squares, tile.Second());
     });
     sum = SumOfDoubles(sums);
     square = SumOfDoubles(squares);
@@ -341,6 +366,12 @@ HWY_INLINE bool AreShifted(const Rows& rows) {
          std::any_of(shift, shift + rows.count, [](auto value) { return value != 0; });
 }
 
+// Of a row's constants, one kind of them.
+template <class E>
+HWY_INLINE Vector<E> ConstantOf(const void* values, int64_t row) {
+  return hn::Set(Tag<E>(), static_cast<const ComputeType<E>*>(values)[row]);
+}
+
 // Writes columns of a row. kStream: past the cache. Order: the element whose pairs' values are put
 // together from weight and bias. kBiased: there is a bias.
 template <class E, bool kStream, bool kShifted, bool kBiased, class Order>
@@ -355,9 +386,9 @@ class WriteRow {
         y_(y),
         weight_(weight),
         bias_(bias),
-        shift_(At(of.shift, row)),
-        invstd_(At(of.invstd, row)),
-        lost_(At(of.lost, row)) {}
+        shift_(ConstantOf<E>(of.shift, row)),
+        invstd_(ConstantOf<E>(of.invstd, row)),
+        lost_(ConstantOf<E>(of.lost, row)) {}
 
   HWY_INLINE Pair<D> Two(int64_t j) const {
     const D d;
@@ -382,9 +413,6 @@ class WriteRow {
   }
 
  private:
-  static HWY_INLINE V At(const void* values, int64_t row) {
-    return hn::Set(D(), static_cast<const T*>(values)[row]);
-  }
   HWY_INLINE V Y(V x, V weight, V bias) const {
     if constexpr (kShifted) x = hn::Sub(x, shift_);
     const V normalized = hn::MulAdd(x, invstd_, lost_);
@@ -416,35 +444,23 @@ HWY_NOINLINE void WriteAndSum(const ForwardTensors& tensors, const AlongRows& al
                               const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
   using T = ComputeType<E>;
   const Tag<E> d;
-  const int64_t length = along.length, ahead = tensors.ahead;
-  const int64_t both = std::min(now.count, next.count);
+  const int64_t length = along.length;
   const E* const x_now = static_cast<const E*>(tensors.x) + now.begin;
   const E* const x_next = static_cast<const E*>(tensors.x) + next.begin;
   E* const y = static_cast<E*>(tensors.y) + now.begin;
   const T* const weight = static_cast<const T*>(along.weight);
   const T* const bias = static_cast<const T*>(along.bias);
-  ForEachTile(d, length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
-    Parameter parameter(along, now);
-    const auto write_of = [&](int64_t r) NORMD_INLINE_LAMBDA {
-      const int64_t at = parameter.Next();
-      return WriteRow<E, kStream, kShifted, kBiased, Order>(
-          x_now + r * length, y + r * length, weight + at, kBiased ? bias + at : nullptr,
-          now.constants, r);
-    };
-    const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
-      const E* const x = x_next + r * length;
-      TileMoments<E, kAlwaysShifts<E>> tile(x, FirstShift(x), ahead);
-      OverColumns(d, begin, end, tile, write);
-      sums.Add(r, 0, tile.Sum(), begin == 0);
-      sums.Add(r, 1, tile.Square(), begin == 0);
-    };
-    for (int64_t r = 0; r < both; ++r) sum_up(r, write_of(r));
-    for (int64_t r = both; r < next.count; ++r) sum_up(r, Nothing());
-    for (int64_t r = both; r < now.count; ++r) {
-      Nothing nothing;
-      OverColumns(d, begin, end, nothing, write_of(r));
-    }
-  });
+  SumAndWrite(
+      d, along, now, next, sums,
+      [&](int64_t row, int64_t, int64_t, int64_t) NORMD_INLINE_LAMBDA {
+        const E* const x = x_next + row * length;
+        return TileMoments<E, kAlwaysShifts<E>>(x, FirstShift(x), tensors.ahead);
+      },
+      [&](int64_t row, int64_t parameter) NORMD_INLINE_LAMBDA {
+        return WriteRow<E, kStream, kShifted, kBiased, Order>(
+            x_now + row * length, y + row * length, weight + parameter,
+            kBiased ? bias + parameter : nullptr, now.constants, row);
+      });
 }
 
 template <class E>

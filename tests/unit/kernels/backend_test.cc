@@ -332,5 +332,53 @@ TEST_P(Conformance, LeavesOutWhatIsNotWanted) {
   }
 }
 
+// Neither the bias nor its gradient changes anything else by not being there.
+TEST_P(Conformance, DoesWithoutABiasWhatItDoesWithOneOfZeros) {
+  const auto problems = ManyProblems();
+  const size_t every = is_best() ? 1 : is_cpu() ? 5 : 11;
+  for (size_t i = 0; i < problems.size(); i += every) {
+    const NormProblem& problem = problems[i];
+    if (problem.set_size() < 2) continue;
+    SCOPED_TRACE(Describe(problem));
+    const int64_t size = problem.size();
+    const DType parameter = problem.parameter_dtype();
+    const auto values = RandomValues(problem.dtype, size, 0.5, 2, 1);
+    const auto moments = reference::MomentsOf(problem, values);
+    const auto var = reference::VarianceOf(problem, moments.m2);
+    const TestTensor x(problem.dtype, values);
+    const TestTensor grad_y(problem.dtype, RandomValues(problem.dtype, size, 0, 1, 4));
+    const TestTensor weight(parameter, RandomValues(parameter, problem.channels, 1, 0.3, 2));
+    const TestTensor zeros(parameter, reference::Values(static_cast<size_t>(problem.channels)));
+    TestTensor y[2] = {{problem.dtype, size}, {problem.dtype, size}};
+    TestTensor grad_x[2] = {{problem.dtype, size}, {problem.dtype, size}};
+    TestTensor grad_weight[2] = {{parameter, problem.channels}, {parameter, problem.channels}};
+    TestTensor grad_bias(parameter, problem.channels);
+    for (const int biased : {0, 1}) {
+      reference::Values mean(static_cast<size_t>(problem.num_sets())), m2(mean.size());
+      ASSERT_EQ(
+          backend_->ForwardByBatch(problem,
+                                   {.x = x.data(),
+                                    .y = y[biased].data(),
+                                    .affine = {weight.data(), biased ? zeros.data() : nullptr},
+                                    .moments = {mean.data(), m2.data()}},
+                                   Place::kHost, {}),
+          Outcome::kOk);
+      ASSERT_EQ(backend_->Backward(problem,
+                                   {.x = x.data(),
+                                    .grad_y = grad_y.data(),
+                                    .grad_x = grad_x[biased].data(),
+                                    .weight = weight.data(),
+                                    .statistics = {moments.mean.data(), var.data()},
+                                    .grad_weight = grad_weight[biased].data(),
+                                    .grad_bias = biased ? grad_bias.data() : nullptr},
+                                   Place::kHost, {}),
+                Outcome::kOk);
+    }
+    EXPECT_EQ(y[0].values(), y[1].values());
+    EXPECT_EQ(grad_x[0].values(), grad_x[1].values());
+    EXPECT_EQ(grad_weight[0].values(), grad_weight[1].values());
+  }
+}
+
 }  // namespace
 }  // namespace normd
