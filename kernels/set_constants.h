@@ -42,9 +42,7 @@ struct SetConstants {
   NORMD_HOST_DEVICE SetConstants(const NormProblem& problem, double set_mean, double var,
                                  bool of_batch)
       : mean(problem.center ? set_mean : 0),
-        shift(problem.dtype == DType::kFloat64
-                  ? mean
-                  : static_cast<double>(static_cast<float>(ShiftNear(mean, var)))),
+        shift(ShiftFor(problem.dtype, mean, var)),
         residual(std::isfinite(shift) ? mean - shift : 0),
         invstd(of_batch && problem.reduction == Reduction::kPerChannel && var + problem.eps == 0
                    ? 0
@@ -56,6 +54,13 @@ struct SetConstants {
                                  int64_t set, bool of_batch)
       : SetConstants(problem, statistics.mean == nullptr ? 0 : statistics.mean[set],
                      statistics.var[set], of_batch) {}
+
+  // Of what was found before.
+  NORMD_HOST_DEVICE SetConstants(double found_shift, double found_residual, double found_invstd)
+      : mean(found_shift + found_residual),
+        shift(found_shift),
+        residual(found_residual),
+        invstd(found_invstd) {}
 
   double mean;
   double shift;     // near the mean, in the computing type

@@ -43,6 +43,21 @@ struct GradientInput {
     if constexpr (kMasked) return hn::IfThenElseZero(ReadMask(D(), mask, i), dy);
     return dy;
   }
+  HWY_INLINE Pair<D> XPair(int64_t i) const { return LoadPair(D(), x + i); }
+  HWY_INLINE Pair<D> GradYPair(int64_t i) const {
+    if constexpr (kPairsInterleave<E>) {
+      return PairOfWords(D(), GradYWords(i));
+    } else {
+      return {GradY(i), GradY(i + static_cast<int64_t>(hn::Lanes(D())))};
+    }
+  }
+  // Those of a pair, as they are stored.
+  HWY_INLINE auto GradYWords(int64_t i) const {
+    const WordsTag<D> d;
+    const auto words = LoadWords(D(), grad_y + i);
+    if constexpr (kMasked) return hn::IfThenElseZero(ReadMask(d, mask, i), words);
+    return words;
+  }
   HWY_INLINE V PartialX(int64_t i, size_t n) const { return LoadPartial(D(), x + i, n); }
   HWY_INLINE V PartialGradY(int64_t i, size_t n) const {
     const V dy = LoadPartial(D(), grad_y + i, n);
@@ -62,8 +77,8 @@ HWY_INLINE auto WithInput(const BackwardTensors& tensors, Run run) {
   return run(GradientInput<E, false>(tensors));
 }
 
-// A run over which dy and dy * (x - shift) are summed.
-template <class E, bool kMasked>
+// A run over which dy and dy * (x - shift) are summed. kShifted: by more than 0.
+template <class E, bool kMasked, bool kShifted>
 struct GradientRun {
   using D = Tag<E>;
   using V = hn::Vec<D>;
@@ -78,7 +93,7 @@ struct GradientRun {
   template <int k, class M>
   HWY_INLINE void Add(int64_t i, Sums& sums, M mask) const {
     const V gradient = input.GradY(begin + i);
-    const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
+    const V product = hn::Mul(gradient, Deviation(input.X(begin + i)));
     V& dy = sums.first.template At<k>();
     V& dy_d = sums.second.template At<k>();
     dy = hn::Add(dy, hn::IfThenElseZero(mask, gradient));
@@ -90,23 +105,19 @@ struct GradientRun {
       FetchPairAhead(D(), input.grad_y + begin + i + ahead);
       FetchPairAhead(D(), input.x + begin + i + ahead);
     }
-    if constexpr (kPairsInterleave<E> && !kMasked) {
-      const Pair<D> gradient = LoadPair(D(), input.grad_y + begin + i);
-      const Pair<D> x = LoadPair(D(), input.x + begin + i);
-      Collect<k>(gradient.a, x.a, sums);
-      Collect<k + 1>(gradient.b, x.b, sums);
-    } else {
-      Add<k>(i, sums);
-      Add<k + 1>(i + static_cast<int64_t>(hn::Lanes(D())), sums);
-    }
+    const Pair<D> gradient = input.GradYPair(begin + i);
+    const Pair<D> x = input.XPair(begin + i);
+    Collect<k>(gradient.a, x.a, sums);
+    Collect<k + 1>(gradient.b, x.b, sums);
   }
   template <int k>
   HWY_INLINE void Collect(V gradient, V x, Sums& sums) const {
     V& dy = sums.first.template At<k>();
     V& dy_d = sums.second.template At<k>();
     dy = hn::Add(dy, gradient);
-    dy_d = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d);
+    dy_d = hn::MulAdd(gradient, Deviation(x), dy_d);
   }
+  HWY_INLINE V Deviation(V x) const { return kShifted ? hn::Sub(x, shift) : x; }
   HWY_INLINE void Skip(int64_t n) { begin += n; }
 
   GradientInput<E, kMasked> input;
@@ -114,6 +125,20 @@ struct GradientRun {
   V shift;
   int64_t ahead;
 };
+
+// Calls add(run) with the run that begins there.
+template <class E, bool kMasked, class Add>
+HWY_INLINE void WithGradientRun(const GradientInput<E, kMasked>& input, int64_t begin, double shift,
+                                int64_t ahead, Add add) {
+  const auto center = hn::Set(Tag<E>(), static_cast<ComputeType<E>>(shift));
+  if (kAlwaysShifts<E> || shift != 0) {
+    GradientRun<E, kMasked, true> run{input, begin, center, ahead};
+    add(run);
+  } else {
+    GradientRun<E, kMasked, kAlwaysShifts<E>> run{input, begin, center, ahead};
+    add(run);
+  }
+}
 
 // A run shorter than a vector.
 template <class E, bool kMasked>
@@ -133,7 +158,6 @@ template <class E>
 GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
                        double shift, const Meanwhile& meanwhile) {
   return WithInput<E>(tensors, [&](auto input) {
-    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     GradientSums total;
     const Tag<E> d;
     if (runs.length < static_cast<int64_t>(hn::Lanes(d))) {
@@ -144,16 +168,15 @@ GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs
       }
       return total;
     }
-    const auto center = hn::Set(d, static_cast<ComputeType<E>>(shift));
     Turns turns(meanwhile, 2 * sizeof(E));
     TwoSums<Tag<E>> sums;
     sums.Clear();
     ForEachPiece(
         d, runs,
         [&](int64_t run, int64_t from, int64_t n) NORMD_INLINE_LAMBDA {
-          GradientRun<E, kMasked> piece{input, begin + run * runs.stride + from, center,
-                                        runs.ahead};
-          AddRunInTurns(d, n, piece, sums, turns);
+          WithGradientRun(input, begin + run * runs.stride + from, shift, runs.ahead,
+                          [&](auto& piece)
+                              NORMD_INLINE_LAMBDA { AddRunInTurns(d, n, piece, sums, turns); });
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
           total.dy += SumInDouble(d, sums.first);
@@ -169,7 +192,6 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
                         const Runs& runs, const double* shift, GradientSums* totals,
                         const Meanwhile& meanwhile) {
   WithInput<E>(tensors, [&](auto input) {
-    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     const Tag<E> d;
     Turns turns(meanwhile, 2 * sizeof(E));
     WaitingSums<Tag<E>> waiting(sets);
@@ -179,10 +201,10 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
         [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
           TwoSums<Tag<E>> sums;
           sums.Clear();
-          GradientRun<E, kMasked> gradients{input, begin + run * runs.stride + set * runs.length,
-                                            hn::Set(d, static_cast<ComputeType<E>>(shift[set])),
-                                            runs.ahead};
-          AddRunInTurns(d, runs.length, gradients, sums, turns);
+          WithGradientRun(input, begin + run * runs.stride + set * runs.length, shift[set],
+                          runs.ahead, [&](auto& gradients) NORMD_INLINE_LAMBDA {
+                            AddRunInTurns(d, runs.length, gradients, sums, turns);
+                          });
           waiting.Add(set, sums);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
@@ -195,29 +217,22 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
 }
 
 // Of columns: dy, and dy * (x - shift).
-template <class E, bool kMasked>
+template <class E, bool kMasked, bool kIsShifted>
 struct ColumnGradients {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 2;
-  static constexpr bool kInPairs = kPairsInterleave<E> && !kMasked;
+  static constexpr bool kShifted = kIsShifted;
 
   HWY_INLINE void Fetch(int64_t i) const {
     FetchPairNear(D(), input.grad_y + begin + i);
     FetchPairNear(D(), input.x + begin + i);
   }
   HWY_INLINE void AddTwo(int64_t i, const Pair<D>& shift, Pair<D>& dy, Pair<D>& dy_d) const {
-    const D d;
-    if constexpr (kMasked) {
-      const auto all = [](V v) { return v; };
-      Add(i, shift.a, all, dy.a, dy_d.a);
-      Add(i + static_cast<int64_t>(hn::Lanes(d)), shift.b, all, dy.b, dy_d.b);
-    } else {
-      const Pair<D> gradient = LoadPair(d, input.grad_y + begin + i);
-      const Pair<D> x = LoadPair(d, input.x + begin + i);
-      Collect(gradient.a, hn::Sub(x.a, shift.a), dy.a, dy_d.a);
-      Collect(gradient.b, hn::Sub(x.b, shift.b), dy.b, dy_d.b);
-    }
+    const Pair<D> gradient = input.GradYPair(begin + i);
+    const Pair<D> x = input.XPair(begin + i);
+    Collect(gradient.a, hn::Sub(x.a, shift.a), dy.a, dy_d.a);
+    Collect(gradient.b, hn::Sub(x.b, shift.b), dy.b, dy_d.b);
   }
   template <class Keep>
   HWY_INLINE void Add(int64_t i, V shift, Keep keep, V& dy, V& dy_d) const {
@@ -232,35 +247,56 @@ struct ColumnGradients {
   int64_t begin;
 };
 
+// Calls add(sum, product) with the sums of each column over some rows after others. There is a
+// vector's columns or more. `scratch`: 3 * columns values, that begin with the shifts.
+template <class E, class Add>
+void SumColumnsByBlocks(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                        ComputeType<E>* scratch, Add add) {
+  using T = ComputeType<E>;
+  const int64_t columns = matrix.columns;
+  T* const shift = scratch;
+  T* const sum = shift + columns;
+  T* const product = sum + columns;
+  ToPairs<E>(columns, shift, shift);
+  WithInput<E>(tensors, [&](auto input) {
+    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
+    for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
+      const Matrix rows{std::min(kBlockRows, matrix.rows - block), columns, matrix.stride};
+      WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+        SumColumns<E>(ColumnGradients<E, kMasked, is_shifted>{input, begin + block * matrix.stride},
+                      rows, shift, sum, product);
+      });
+      FromPairs<E>(columns, sum);
+      FromPairs<E>(columns, product);
+      add(sum, product);
+    }
+  });
+}
+
 template <class E>
 void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
-                   const void* shift_array, void* scratch, double* HWY_RESTRICT dy,
+                   const void* shift, void* scratch, double* HWY_RESTRICT dy,
                    double* HWY_RESTRICT dy_d) {
   using T = ComputeType<E>;
   const int64_t columns = matrix.columns;
-  T* const shift = static_cast<T*>(scratch);
-  std::copy_n(static_cast<const T*>(shift_array), columns, shift);
-  WithInput<E>(tensors, [&](auto input) {
-    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
-    if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
+  const T* const shifts = static_cast<const T*>(shift);
+  if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
+    WithInput<E>(tensors, [&](auto input) {
       for (int64_t row = 0; row < matrix.rows; ++row) {
         for (int64_t j = 0; j < columns; ++j) {
-          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1, shift[j]);
+          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1, shifts[j]);
           dy[j] += sums.dy;
           dy_d[j] += sums.dy_d;
         }
       }
-      return;
-    }
-    T* const sum = shift + columns;
-    T* const product = sum + columns;
-    for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
-      SumColumns<E>(ColumnGradients<E, kMasked>{input, begin + block * matrix.stride},
-                    {std::min(kBlockRows, matrix.rows - block), columns, matrix.stride}, shift, sum,
-                    product);
-      for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
-      for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
-    }
+    });
+    return;
+  }
+  T* const memory = static_cast<T*>(scratch);
+  std::copy_n(shifts, columns, memory);
+  SumColumnsByBlocks<E>(tensors, begin, matrix, memory, [&](const T* sum, const T* product) {
+    for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
+    for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
   });
 }
 
@@ -269,20 +305,22 @@ template <class E>
 void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
                     const double* shift, GradientSums* sums) {
   using T = ComputeType<E>;
+  const Tag<E> d;
   const int64_t columns = sets * runs.length;
-  std::vector<T> shifts(static_cast<size_t>(columns)), scratch(static_cast<size_t>(3 * columns));
-  std::vector<double> dy(static_cast<size_t>(columns)), dy_d(dy);
+  const Scratch memory(static_cast<size_t>(3 * columns) * sizeof(T));
+  T* const shifts = memory.Get<T>();
   for (int64_t set = 0; set < sets; ++set) {
-    std::fill_n(shifts.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
+    std::fill_n(shifts + set * runs.length, runs.length, static_cast<T>(shift[set]));
+    sums[set] = {};
   }
-  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts.data(),
-                   scratch.data(), dy.data(), dy_d.data());
-  const hn::ScalableTag<double> d;
-  for (int64_t set = 0; set < sets; ++set) {
-    const int64_t first = set * runs.length;
-    sums[set] = {SumOfArray(d, dy.data() + first, runs.length),
-                 SumOfArray(d, dy_d.data() + first, runs.length)};
-  }
+  SumColumnsByBlocks<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts,
+                        [&](const T* sum, const T* product) {
+                          for (int64_t set = 0; set < sets; ++set) {
+                            const int64_t first = set * runs.length;
+                            sums[set].dy += SumOfArray(d, sum + first, runs.length);
+                            sums[set].dy_d += SumOfArray(d, product + first, runs.length);
+                          }
+                        });
 }
 
 template <class E>
@@ -323,7 +361,8 @@ class Gradient {
         ahead_(tensors.ahead) {}
 
   void FetchAheadBy(int64_t elements) { ahead_ = elements; }
-  int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(grad_x_ + i) : 0; }
+  int64_t UntilLine(int64_t i) const { return stream_ ? ElementsUntilLine(grad_x_ + i) : 0; }
+  int64_t PastLine(int64_t i) const { return stream_ ? ElementsPastLine(grad_x_ + i) : 0; }
   void Begin(int64_t) {}
   void End() {}
 
@@ -383,15 +422,16 @@ class Gradient {
   static HWY_INLINE void StoreGradientOfPair(const Input& input, int64_t i,
                                              const PairCoefficients<D>& c, const Outputs& out) {
     const D d;
-    const Pair<D> dy = LoadPair(d, input.grad_y + i);
+    const auto words = input.GradYWords(i);
+    const Pair<D> dy = PairOfWords(d, words);
     if (out.grad_x != nullptr) {
       Pair<D> x{hn::Zero(d), hn::Zero(d)};
-      if (kNeedsX) x = LoadPair(d, input.x + i);
+      if (kNeedsX) x = input.XPair(i);
       StorePair(d, Pair<D>{Dx<kNeedsX>(dy.a, x.a, c.a), Dx<kNeedsX>(dy.b, x.b, c.b)},
                 out.grad_x + i, out.stream);
     }
     if (out.grad_residual != nullptr) {
-      StorePair(d, dy, out.grad_residual + i, out.stream_residual);
+      StoreWords(d, words, out.grad_residual + i, out.stream_residual);
     }
   }
 
@@ -414,7 +454,7 @@ class Gradient {
     };
     if constexpr (kPairsInterleave<E>) {
       if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) at_one();
-      const bool in_pairs = !kMasked && at.HasPairs(i);
+      const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         Fetch<kNeedsX>(input, i, ahead);
         StoreGradientOfPair<kNeedsX>(input, i, at.PairAt(i), out);
@@ -459,7 +499,7 @@ class Gradient {
       i += lanes;
     };
     if constexpr (kPairsInterleave<E>) {
-      const bool in_pairs = !kMasked && at.HasPairs(i);
+      const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
         for (const int64_t k : {i, i + stride}) {
@@ -513,8 +553,12 @@ void GradientOfPlanes(const BackwardTensors& tensors, const Planes& planes,
 template <class E>
 void GradientOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                        const Coefficients& coefficients) {
-  const ArrayCoefficients<ComputeType<E>> source(coefficients);
-  WithGradient<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
+  using T = ComputeType<E>;
+  WithGradient<E>(tensors, [&](auto& op) {
+    WithShifts<E>(matrix.columns, static_cast<const T*>(coefficients.shift), [&](auto is_shifted) {
+      WalkColumns(op, begin, matrix, ArrayCoefficients<T, is_shifted>(coefficients));
+    });
+  });
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

@@ -74,6 +74,14 @@ class ParameterGradient {
   void* data_;
 };
 
+// Makes of the first `count` values as many groups of `times` equal ones.
+template <class T>
+void SpreadEach(T* values, int64_t count, int64_t times) {
+  for (int64_t i = count - 1; i >= 0 && times > 1; --i) {
+    std::fill_n(values + i * times, times, T{values[i]});
+  }
+}
+
 // `count` values each of the coefficients, in the computing type.
 class CoefficientArrays {
  public:
@@ -87,13 +95,27 @@ class CoefficientArrays {
         memory_(static_cast<size_t>(count * kinds) * (is_double_ ? 8 : 4)) {}
 
   void Set(int kind, int64_t i, double value) {
-    // A NaN's low bits must be clear: see StoreElements() for bfloat16.
-    if (std::isnan(value)) value = std::numeric_limits<double>::quiet_NaN();
-    const int64_t at = kind * count_ + i;
+    SetEach(kind, i, 1, [&](int64_t) { return value; });
+  }
+
+  // Those from the i-th on: value_of(0), value_of(1) and so on.
+  template <class ValueOf>
+  void SetEach(int kind, int64_t i, int64_t count, const ValueOf& value_of) {
     if (is_double_) {
-      memory_.Get<double>()[at] = value;
+      SetEachOf(memory_.Get<double>() + kind * count_ + i, count, value_of);
     } else {
-      memory_.Get<float>()[at] = static_cast<float>(value);
+      SetEachOf(memory_.Get<float>() + kind * count_ + i, count, value_of);
+    }
+  }
+
+  // SpreadEach() of all kinds, from the first-th on.
+  void Spread(int64_t first, int64_t count, int64_t times) {
+    for (int kind = 0; kind < kinds_; ++kind) {
+      if (is_double_) {
+        SpreadEach(memory_.Get<double>() + kind * count_ + first, count, times);
+      } else {
+        SpreadEach(memory_.Get<float>() + kind * count_ + first, count, times);
+      }
     }
   }
 
@@ -121,6 +143,15 @@ class CoefficientArrays {
   }
 
  private:
+  template <class T, class ValueOf>
+  static void SetEachOf(T* to, int64_t count, const ValueOf& value_of) {
+    for (int64_t i = 0; i < count; ++i) {
+      const double value = value_of(i);
+      // A NaN's low bits must be clear: see StoreElements() for bfloat16.
+      to[i] = std::isnan(value) ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(value);
+    }
+  }
+
   bool is_double_;
   int64_t count_;
   int kinds_;

@@ -17,39 +17,41 @@ HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Values along columns from the order of memory into that of pairs, or back.
+// Values along columns from the order of memory into that of pairs (elements-inl.h), to the same
+// array or another, and back. Those of the last columns, fewer than a pair's, stay as they are.
 template <class E>
-HWY_INLINE void ToPairs(int64_t columns, ComputeType<E>* values) {
+HWY_INLINE void ToPairs(int64_t columns, const ComputeType<E>* from, ComputeType<E>* to) {
   const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
-    const auto pair = LoadPairValues<E>(d, values + j);
-    hn::StoreU(pair.a, d, values + j);
-    hn::StoreU(pair.b, d, values + j + lanes);
+  int64_t j = 0;
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+    const auto pair = LoadPairValues<E>(d, from + j);
+    hn::StoreU(pair.a, d, to + j);
+    hn::StoreU(pair.b, d, to + j + lanes);
   }
+  if (from != to) std::copy(from + j, from + columns, to + j);
 }
 template <class E>
 HWY_INLINE void FromPairs(int64_t columns, ComputeType<E>* values) {
   using D = Tag<E>;
   const D d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
+  for (int64_t j = 0; kPairsInterleave<E> && j + 2 * lanes <= columns; j += 2 * lanes) {
     const Pair<D> pair{hn::LoadU(d, values + j), hn::LoadU(d, values + j + lanes)};
     StorePairValues<E>(d, pair, values + j);
   }
 }
 
-// Writes both sums over all rows of each column. There is a vector's columns or more; no more
-// rows than floats may collect (kBlockRows). `source` has
+// Writes both sums over all rows of each column, shifts and sums in the order of pairs. There is a
+// vector's columns or more; no more rows than floats may collect (kBlockRows). `source` has
 //   kInputs                           tensors it reads
-//   kInPairs                          whether AddTwo()'s pairs are those of elements-inl.h or two
-//                                     vectors one after the other
+//   kShifted                          whether shifts are read: else all are 0
 //   AddTwo(i, shift, first, second)   what the columns of a pair from element i on add to their
 //                                     sums, where they are shifted by `shift`
 //   Add(i, shift, keep, first, second)   the same of a vector; keep(v) leaves out some lanes
 //   Fetch(i)                          element i and its neighbours are wanted soon
 template <class E, class Source>
-HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, ComputeType<E>* shift,
+HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const ComputeType<E>* shift,
                            ComputeType<E>* HWY_RESTRICT first,
                            ComputeType<E>* HWY_RESTRICT second) {
   using D = Tag<E>;
@@ -64,9 +66,11 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, ComputeTy
   const int64_t columns = matrix.columns, stride = matrix.stride;
   const int64_t row_bytes = std::min(kTile, columns) * kElementBytes * Source::kInputs;
   const int64_t together = std::clamp(kNearBytes / row_bytes, kFewest, kMost);
+  const auto shift_at = [&](int64_t j) NORMD_INLINE_LAMBDA {
+    return Source::kShifted ? hn::LoadU(d, shift + j) : hn::Zero(d);
+  };
   std::fill(first, first + columns, T{0});
   std::fill(second, second + columns, T{0});
-  if constexpr (Source::kInPairs) ToPairs<E>(columns, shift);
   const int64_t paired = columns / (2 * lanes) * (2 * lanes);
   for (int64_t left = 0; left < paired; left += kTile) {
     const int64_t right = std::min(left + kTile, paired);
@@ -74,7 +78,7 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, ComputeTy
       const int64_t begin = row * stride;
       const int64_t end = begin + std::min(together, matrix.rows - row) * stride;
       for (int64_t j = left; j < right; j += 2 * lanes) {
-        const Pair<D> center{hn::LoadU(d, shift + j), hn::LoadU(d, shift + j + lanes)};
+        const Pair<D> center{shift_at(j), shift_at(j + lanes)};
         Pair<D> a{hn::LoadU(d, first + j), hn::LoadU(d, first + j + lanes)};
         Pair<D> b{hn::LoadU(d, second + j), hn::LoadU(d, second + j + lanes)};
         const auto add = [&](int64_t i) NORMD_INLINE_LAMBDA {
@@ -98,7 +102,7 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, ComputeTy
   for (int64_t j = paired; j < columns; j += lanes) {
     const int64_t at = std::min(j, columns - lanes);
     const auto seen = hn::FirstN(d, static_cast<size_t>(j - at));
-    const auto center = hn::LoadU(d, shift + at);
+    const auto center = shift_at(at);
     auto a = hn::Zero(d), b = hn::Zero(d);
     for (int64_t i = at; i < matrix.rows * stride; i += stride) {
       source.Add(
@@ -106,9 +110,6 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, ComputeTy
     }
     hn::StoreU(hn::Add(a, hn::LoadU(d, first + at)), d, first + at);
     hn::StoreU(hn::Add(b, hn::LoadU(d, second + at)), d, second + at);
-  }
-  if constexpr (Source::kInPairs) {
-    for (T* values : {shift, first, second}) FromPairs<E>(columns, values);
   }
 }
 

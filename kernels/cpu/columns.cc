@@ -110,8 +110,9 @@ const void* At(const Geometry& geometry, const void* data, int64_t element) {
 }
 
 // PartialMoments::Merge(), column by column; all columns have the same counts.
-void MergeMoments(int64_t columns, double count, double* mean, double* m2, double more_count,
-                  const double* more_mean, const double* more_m2) {
+void MergeMoments(int64_t columns, double count, double* __restrict mean, double* __restrict m2,
+                  double more_count, const double* __restrict more_mean,
+                  const double* __restrict more_m2) {
   const double part = more_count / (count + more_count);
   for (int64_t j = 0; j < columns; ++j) {
     const double delta = more_mean[j] - mean[j];
@@ -119,6 +120,57 @@ void MergeMoments(int64_t columns, double count, double* mean, double* m2, doubl
     m2[j] += more_m2[j] + delta * delta * (count * part);
   }
 }
+
+// From coefficients of channels to those of columns.
+void SpreadChannels(const Geometry& geometry, int64_t unit, CoefficientArrays& arrays) {
+  const int64_t first = unit * geometry.columns;
+  arrays.Spread(first, geometry.channels, geometry.inner);
+  arrays.Repeat(first, geometry.base, geometry.columns);
+}
+
+// SetConstants of the channels of some units, found for many sets at once.
+class ChannelConstants {
+ public:
+  ChannelConstants(const NormProblem& problem, int64_t units)
+      : problem_(problem),
+        per_channel_(problem.reduction == Reduction::kPerChannel),
+        count_(units * problem.channels),
+        memory_(static_cast<size_t>(3 * count_) * sizeof(double)) {}
+
+  // Those of the unit-th here, whose sets have these statistics; the variance is m2 / elements.
+  // Find: constants_of_sets() of kernels.h.
+  template <class Find>
+  void FindFor(int64_t unit, const Find& find, const double* mean, const double* m2,
+               double elements, bool of_batch) {
+    const ConstantsOfSets to{At(0, unit), At(1, unit), At(2, unit)};
+    const int64_t sets = per_channel_ ? problem_.channels : problem_.groups;
+    find({problem_.center ? mean : nullptr, m2, elements, problem_.eps, of_batch && per_channel_},
+         sets, to);
+    for (double* values : {to.shift, to.residual, to.invstd}) {
+      SpreadEach(values, sets, problem_.channels / sets);
+    }
+  }
+  // Of sets from first_set on.
+  template <class Find>
+  void FindFor(int64_t unit, const Find& find, const Statistics& statistics, int64_t first_set,
+               bool of_batch) {
+    const double* mean = statistics.mean == nullptr ? nullptr : statistics.mean + first_set;
+    FindFor(unit, find, mean, statistics.var + first_set, /*elements=*/1, of_batch);
+  }
+
+  // Of channel c of all units.
+  SetConstants operator[](int64_t c) const { return {At(0)[c], At(1)[c], At(2)[c]}; }
+
+ private:
+  double* At(int64_t kind, int64_t unit = 0) const {
+    return memory_.Get<double>() + kind * count_ + unit * problem_.channels;
+  }
+
+  const NormProblem& problem_;
+  bool per_channel_;
+  int64_t count_;
+  Scratch memory_;
+};
 
 class ForwardJob {
  public:
@@ -157,25 +209,26 @@ class ForwardJob {
 
   void Finish(int64_t unit) {
     if (reduces()) WriteMoments(unit);
-    const auto constants = [&](int64_t set) {
-      const int64_t i = unit * geometry_.sets + set;
-      if (reduces()) {
-        return SetConstants(problem_, call_.moments.mean[i],
-                            call_.moments.m2[i] / static_cast<double>(problem_.set_size()),
-                            /*of_batch=*/true);
-      }
-      return SetConstants(problem_, call_.statistics, i, /*of_batch=*/false);
-    };
-    const int64_t first = unit * geometry_.columns;
-    for (int64_t set = 0, c = 0; set < geometry_.sets; ++set) {
-      const SetConstants of_set = constants(set);
-      for (const int64_t end = c + geometry_.channels_of_set; c < end; ++c) {
-        for (int64_t j = c * geometry_.inner; j < (c + 1) * geometry_.inner; ++j) {
-          SetForward(arrays_, first + j, of_set, weight_[c], bias_[c]);
-        }
-      }
+    const int64_t first_set = unit * geometry_.sets;
+    ChannelConstants constants(problem_, 1);
+    if (reduces()) {
+      constants.FindFor(0, kernels_.constants_of_sets, call_.moments.mean + first_set,
+                        call_.moments.m2 + first_set, static_cast<double>(problem_.set_size()),
+                        /*of_batch=*/true);
+    } else {
+      constants.FindFor(0, kernels_.constants_of_sets, call_.statistics, first_set,
+                        /*of_batch=*/false);
     }
-    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+
+    const auto set = [&](int kind, const auto& value_of) {
+      arrays_.SetEach(kind, unit * geometry_.columns, geometry_.channels, value_of);
+    };
+    set(CoefficientArrays::kShift, [&](int64_t c) { return constants[c].shift; });
+    set(CoefficientArrays::kScale, [&](int64_t c) { return constants[c].invstd * weight_[c]; });
+    set(CoefficientArrays::kOffset, [&](int64_t c) {
+      return bias_[c] - constants[c].residual * (constants[c].invstd * weight_[c]);
+    });
+    SpreadChannels(geometry_, unit, arrays_);
   }
 
   void Apply(int64_t unit, int64_t index) {
@@ -203,39 +256,39 @@ class ForwardJob {
                    m2_.Get<double>() + geometry_.PartialAt(unit, chunk));
       count += more;
     }
-    std::vector<PartialMoments> of_sets(static_cast<size_t>(geometry_.sets));
-    const auto merge = [&](int64_t columns, double n, const double* means, const double* m2s) {
-      for (int64_t j = 0; j < columns;) {
-        for (int64_t set = 0; set < geometry_.sets && j < columns; ++set) {
-          PartialMoments& of_set = of_sets[static_cast<size_t>(set)];
-          for (int64_t k = 0; k < geometry_.columns_of_set() && j < columns; ++k, ++j) {
-            of_set.Merge({n, means[j], m2s[j]});
-          }
-        }
-      }
-    };
     const int64_t fold = geometry_.columns / geometry_.base;
     for (int64_t k = 1; k < fold; ++k) {
       MergeMoments(geometry_.base, count * static_cast<double>(k), mean, m2, count,
                    mean + k * geometry_.base, m2 + k * geometry_.base);
     }
-    merge(geometry_.base, count * static_cast<double>(fold), mean, m2);
-    if (geometry_.tail_columns != 0) {  // single values
-      std::vector<double> value(static_cast<size_t>(geometry_.tail_columns));
-      std::vector<double> zero(value.size());
-      const int64_t begin = unit * geometry_.matrix_size() + geometry_.rows * geometry_.columns;
-      kernels_.moments_of_columns(At(geometry_, call_.x, begin),
-                                  {1, geometry_.tail_columns, geometry_.tail_columns}, nullptr,
-                                  value.data(), zero.data());
-      merge(geometry_.tail_columns, 1, value.data(), zero.data());
-    }
+    count *= static_cast<double>(fold);
+    const std::vector<double> tail = ValuesOfTail(unit);
+    const int64_t columns = geometry_.columns_of_set();
     for (int64_t set = 0; set < geometry_.sets; ++set) {
+      const int64_t first = set * columns;
+      PartialMoments of_set{count, mean[first], m2[first]};
+      for (int64_t j = first + 1; j < first + columns; ++j) of_set.Merge({count, mean[j], m2[j]});
+      for (int64_t row = first; row < geometry_.tail_columns; row += geometry_.base) {
+        for (int64_t j = row; j < std::min(row + columns, geometry_.tail_columns); ++j) {
+          of_set.Merge({1, tail[static_cast<size_t>(j)], 0});
+        }
+      }
       const int64_t i = unit * geometry_.sets + set;
-      SetMoments moments = CenteredAsAsked(problem_, of_sets[static_cast<size_t>(set)]);
+      SetMoments moments = CenteredAsAsked(problem_, of_set);
       if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, i);
       call_.moments.mean[i] = moments.mean;
       call_.moments.m2[i] = moments.m2;
     }
+  }
+
+  // Those of the last rows, which do not fill a folded one.
+  std::vector<double> ValuesOfTail(int64_t unit) const {
+    const int64_t columns = geometry_.tail_columns;
+    std::vector<double> values(static_cast<size_t>(columns)), m2(values);
+    const int64_t begin = unit * geometry_.matrix_size() + geometry_.rows * geometry_.columns;
+    kernels_.moments_of_columns(At(geometry_, call_.x, begin), {1, columns, columns}, nullptr,
+                                values.data(), m2.data());
+    return values;
   }
 
   const ForwardCall& call_;
@@ -260,6 +313,7 @@ class BackwardJob {
         kernels_(BackwardKernelsFor(problem_.dtype)),
         geometry_(problem_),
         weight_(problem_.dtype, args_.weight, 1),
+        constants_(problem_, geometry_.outer),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -269,8 +323,8 @@ class BackwardJob {
   }
 
   Outcome Execute(const Context& context) {
+    for (int64_t unit = 0; unit < geometry_.outer; ++unit) FindConstants(unit);
     if (reduces()) {
-      for (int64_t unit = 0; unit < geometry_.outer; ++unit) SetShifts(unit);
       dy_.resize(static_cast<size_t>(geometry_.partial_count()));
       dy_d_.resize(static_cast<size_t>(geometry_.partial_count()));
       grad_weight_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
@@ -298,19 +352,30 @@ class BackwardJob {
   }
 
   void Finish(int64_t unit) {
-    std::vector<double> sum_g(static_cast<size_t>(geometry_.sets));
-    std::vector<double> sum_gx(static_cast<size_t>(geometry_.sets));
-    if (reduces()) MergeSums(unit, sum_g, sum_gx);
-    const int64_t first = unit * geometry_.columns;
-    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
-      const SetConstants constants = ConstantsOf(unit, set);
-      const SetGradient gradient(problem_, constants, sum_g[static_cast<size_t>(set)],
-                                 sum_gx[static_cast<size_t>(set)]);
-      for (int64_t end = j + geometry_.columns_of_set(); j < end; ++j) {
-        SetBackward(arrays_, first + j, constants, weight_[geometry_.ChannelOf(j)], gradient);
-      }
+    const auto sets = static_cast<size_t>(geometry_.sets);
+    std::vector<double> sum_g(sets), sum_gx(sets);
+    if (reduces()) MergeSums(unit, sum_g.data(), sum_gx.data());
+    const auto channels = static_cast<size_t>(geometry_.channels);
+    std::vector<double> offset(channels), slope(channels);
+    const int64_t first = unit * geometry_.channels;
+    for (size_t set = 0; set < sets; ++set) {
+      const int64_t c = first + static_cast<int64_t>(set) * geometry_.channels_of_set;
+      const SetGradient gradient(problem_, constants_[c], sum_g[set], sum_gx[set]);
+      offset[set] = gradient.offset;
+      slope[set] = gradient.slope;
     }
-    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+    SpreadEach(offset.data(), geometry_.sets, geometry_.channels_of_set);
+    SpreadEach(slope.data(), geometry_.sets, geometry_.channels_of_set);
+
+    const auto set = [&](int kind, const auto& value_of) {
+      arrays_.SetEach(kind, unit * geometry_.columns, geometry_.channels, value_of);
+    };
+    set(CoefficientArrays::kShift, [&](int64_t c) { return constants_[first + c].shift; });
+    set(CoefficientArrays::kScale,
+        [&](int64_t c) { return constants_[first + c].invstd * weight_[c]; });
+    set(CoefficientArrays::kOffset, [&](int64_t c) { return offset[static_cast<size_t>(c)]; });
+    set(CoefficientArrays::kSlope, [&](int64_t c) { return slope[static_cast<size_t>(c)]; });
+    SpreadChannels(geometry_, unit, arrays_);
   }
 
   void Apply(int64_t unit, int64_t index) {
@@ -323,24 +388,17 @@ class BackwardJob {
   }
 
  private:
-  SetConstants ConstantsOf(int64_t unit, int64_t set) const {
-    return SetConstants(problem_, args_.statistics, unit * geometry_.sets + set,
-                        args_.statistics_of_batch);
-  }
-
-  void SetShifts(int64_t unit) {
-    const int64_t first = unit * geometry_.columns;
-    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
-      const double shift = ConstantsOf(unit, set).shift;
-      for (int64_t end = j + geometry_.columns_of_set(); j < end; ++j) {
-        arrays_.Set(CoefficientArrays::kShift, first + j, shift);
-      }
-    }
-    arrays_.Repeat(first, geometry_.base, geometry_.columns);
+  void FindConstants(int64_t unit) {
+    constants_.FindFor(unit, kernels_.constants_of_sets, args_.statistics, unit * geometry_.sets,
+                       args_.statistics_of_batch);
+    if (!reduces()) return;
+    arrays_.SetEach(CoefficientArrays::kShift, unit * geometry_.columns, geometry_.channels,
+                    [&](int64_t c) { return constants_[unit * geometry_.channels + c].shift; });
+    SpreadChannels(geometry_, unit, arrays_);
   }
 
   // From the chunks' sums to those of each channel and set.
-  void MergeSums(int64_t unit, std::vector<double>& sum_g, std::vector<double>& sum_gx) {
+  void MergeSums(int64_t unit, double* sum_g, double* sum_gx) {
     double* dy = dy_.data() + geometry_.PartialAt(unit, 0);
     double* dy_d = dy_d_.data() + geometry_.PartialAt(unit, 0);
     for (int64_t chunk = 1; chunk < geometry_.row_chunks; ++chunk) {
@@ -354,7 +412,6 @@ class BackwardJob {
       for (int64_t j = 0; j < geometry_.base; ++j) dy_d[j] += dy_d[k + j];
     }
     for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
-      const SetConstants constants = ConstantsOf(unit, set);
       for (int64_t k = 0; k < geometry_.channels_of_set; ++k) {
         const int64_t c = set * geometry_.channels_of_set + k;
         GradientSums sums;
@@ -362,11 +419,12 @@ class BackwardJob {
           sums.dy += dy[j];
           sums.dy_d += dy_d[j];
         }
-        const auto at = static_cast<size_t>(unit * geometry_.channels + c);
+        const int64_t of_unit = unit * geometry_.channels + c;
+        const auto at = static_cast<size_t>(of_unit);
         grad_bias_[at] = sums.dy;
-        grad_weight_[at] = GradWeight(constants, sums);
-        sum_g[static_cast<size_t>(set)] += weight_[c] * sums.dy;
-        sum_gx[static_cast<size_t>(set)] += weight_[c] * grad_weight_[at];
+        grad_weight_[at] = GradWeight(constants_[of_unit], sums);
+        sum_g[set] += weight_[c] * sums.dy;
+        sum_gx[set] += weight_[c] * grad_weight_[at];
       }
     }
   }
@@ -391,7 +449,8 @@ class BackwardJob {
   const BackwardKernels& kernels_;
   const Geometry geometry_;
   const Parameter weight_;
-  CoefficientArrays arrays_;  // [unit][column]
+  ChannelConstants constants_;  // [unit][channel]
+  CoefficientArrays arrays_;    // [unit][column]
   BackwardTensors tensors_;
   BackwardTensors apply_tensors_;
   int64_t bytes_;
@@ -428,11 +487,13 @@ Outcome RangeByColumns(const RangeCall& call, const Context& context) {
     const int64_t first_set = per_channel ? 0 : first / sample * problem.groups;
     const int64_t repeat = std::min(base, count);
     const int64_t columns = repeat * (repeat < base ? 1 : FoldOf(base, count / base));
+    ChannelConstants constants(problem, 1);
+    constants.FindFor(0, kernels.constants_of_sets, call.args.statistics, first_set,
+                      call.args.statistics_of_batch);
     CoefficientArrays arrays(problem.dtype, columns, 3);
     for (int64_t j = 0; j < repeat; ++j) {
       const int64_t c = (first + j) % base / inner;
-      const int64_t set = per_channel ? c : first_set + c / (problem.channels / problem.groups);
-      SetForward(arrays, j, call.ConstantsOf(set), weight[c], bias[c]);
+      SetForward(arrays, j, constants[c], weight[c], bias[c]);
     }
     arrays.Repeat(0, repeat, columns);
     const int64_t rows = count / columns;

@@ -29,6 +29,11 @@ using Tag = hn::ScalableTag<ComputeType<E>>;
 template <class E>
 using Vector = hn::Vec<Tag<E>>;
 
+// Whether x - shift is computed for every set. For halves, which keep the processor busier than
+// memory, only where some are far from 0.
+template <class E>
+inline constexpr bool kAlwaysShifts = sizeof(E) != 2;
+
 // Lanes of the widest vector that a partial vector's buffer must hold.
 inline constexpr size_t kMaxLanes = 64;
 
@@ -173,14 +178,51 @@ struct Pair {
   hn::Vec<D> a, b;
 };
 
+// Of a pair of bfloat16, the words that are stored.
+template <class D>
+using WordsTag = hn::Repartition<uint16_t, D>;
+template <class D>
+using Words = hn::Vec<WordsTag<D>>;
+
+template <class D>
+HWY_INLINE Words<D> LoadWords(D, const BFloat16* from) {
+  return hn::LoadU(WordsTag<D>(), reinterpret_cast<const uint16_t*>(from));
+}
+template <class D>
+HWY_INLINE Pair<D> PairOfWords(D d, Words<D> words) {
+  const hn::Rebind<uint32_t, D> du32;
+  const auto both = hn::BitCast(du32, words);
+  return {hn::BitCast(d, hn::ShiftLeft<16>(both)),
+          hn::BitCast(d, hn::And(both, hn::Set(du32, 0xffff0000u)))};
+}
+template <class D>
+HWY_INLINE Words<D> RoundedToWords([[maybe_unused]] D d, const Pair<D>& pair) {
+  const hn::Rebind<uint32_t, D> du32;
+  const WordsTag<D> du16;
+  const auto upper = hn::Set(du32, 0xffff0000u);
+#if HWY_TARGET == HWY_AVX3  // both rounded at once, where masks cost nothing
+  const auto a = hn::BitCast(du32, pair.a), b = hn::BitCast(du32, pair.b);
+  const auto one = hn::Set(du16, 1);
+  const auto high = hn::BitCast(du16, hn::OrAnd(hn::ShiftRight<16>(a), b, upper));
+  const auto low = hn::BitCast(du16, hn::OrAnd(hn::ShiftLeft<16>(b), a, hn::Set(du32, 0xffffu)));
+  // Above one half, or one half and odd.
+  const auto up = hn::Gt(hn::OrAnd(low, high, one), hn::Set(du16, 0x8000));
+  return hn::IfThenElse(up, hn::Add(high, one), high);
+#else
+  return hn::BitCast(du16, hn::OrAnd(hn::ShiftRight<16>(RoundedToBFloat16(d, pair.a)),
+                                     RoundedToBFloat16(d, pair.b), upper));
+#endif
+}
+// If `stream`, `to` is aligned to what a pair stores.
+template <class D>
+HWY_INLINE void StoreWords(D, Words<D> words, BFloat16* to, bool stream) {
+  StoreRaw(WordsTag<D>(), words, reinterpret_cast<uint16_t*>(to), stream);
+}
+
 template <class D, class E>
 HWY_INLINE Pair<D> LoadPair(D d, const E* from) {
   if constexpr (kPairsInterleave<E>) {
-    const hn::Rebind<uint32_t, D> du32;
-    const hn::Repartition<uint16_t, D> du16;
-    const auto words = hn::BitCast(du32, hn::LoadU(du16, reinterpret_cast<const uint16_t*>(from)));
-    return {hn::BitCast(d, hn::ShiftLeft<16>(words)),
-            hn::BitCast(d, hn::And(words, hn::Set(du32, 0xffff0000u)))};
+    return PairOfWords(d, LoadWords(d, from));
   } else {
     return {LoadElements(d, from), LoadElements(d, from + hn::Lanes(d))};
   }
@@ -190,23 +232,7 @@ HWY_INLINE Pair<D> LoadPair(D d, const E* from) {
 template <class D, class E>
 HWY_INLINE void StorePair(D d, const Pair<D>& pair, E* to, bool stream) {
   if constexpr (kPairsInterleave<E>) {
-    const hn::Rebind<uint32_t, D> du32;
-    const hn::Repartition<uint16_t, D> du16;
-    const auto upper = hn::Set(du32, 0xffff0000u);
-#if HWY_TARGET == HWY_AVX3  // both rounded at once, where masks cost nothing
-    const auto a = hn::BitCast(du32, pair.a), b = hn::BitCast(du32, pair.b);
-    const auto one = hn::Set(du16, 1);
-    const auto high = hn::BitCast(du16, hn::OrAnd(hn::ShiftRight<16>(a), b, upper));
-    const auto low = hn::BitCast(du16, hn::OrAnd(hn::ShiftLeft<16>(b), a, hn::Set(du32, 0xffffu)));
-    // Above one half, or one half and odd.
-    const auto up = hn::Gt(hn::OrAnd(low, high, one), hn::Set(du16, 0x8000));
-    const auto halves = hn::IfThenElse(up, hn::Add(high, one), high);
-#else
-    const auto halves =
-        hn::BitCast(du16, hn::OrAnd(hn::ShiftRight<16>(RoundedToBFloat16(d, pair.a)),
-                                    RoundedToBFloat16(d, pair.b), upper));
-#endif
-    StoreRaw(du16, halves, reinterpret_cast<uint16_t*>(to), stream);
+    StoreWords(d, RoundedToWords(d, pair), to, stream);
   } else {
     StoreElements(d, pair.a, to, stream);
     StoreElements(d, pair.b, to + hn::Lanes(d), stream);

@@ -108,6 +108,22 @@ struct RowStatistics {
   double eps;
 };
 
+// A value a set. The variance is m2 / elements.
+struct SetStatistics {
+  const double* mean;  // null: 0
+  const double* m2;
+  double elements;
+  double eps;
+  bool zero_if_constant;  // 1 / 0 is 0: see SetConstants
+};
+
+// SetConstants, an array of each.
+struct ConstantsOfSets {
+  double* shift;
+  double* residual;
+  double* invstd;
+};
+
 struct ForwardTensors {
   const void* x = nullptr;
   void* y = nullptr;
@@ -151,6 +167,8 @@ struct ForwardKernels {
   // Of each column; `scratch`: 3 * columns values.
   void (*moments_of_columns)(const void* x, const Matrix& matrix, void* scratch, double* mean,
                              double* m2);
+  void (*constants_of_sets)(const SetStatistics& statistics, int64_t count,
+                            const ConstantsOfSets& to);
   void (*normalize_planes)(const ForwardTensors& tensors, const Planes& planes,
                            const Coefficients& coefficients);
   // The coefficients of `planes` planes as those of columns, one a position. `memory`:
@@ -178,6 +196,9 @@ struct BackwardKernels {
   // Added to sums of each column; `scratch`: 3 * columns values.
   void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                           const void* shift, void* scratch, double* dy, double* dy_d);
+  // As in ForwardKernels.
+  void (*constants_of_sets)(const SetStatistics& statistics, int64_t count,
+                            const ConstantsOfSets& to);
   // Adds up `parts` arrays, `stride` apart, in doubles. Totals are not in pairs.
   void (*add_up)(const void* parts_data, int64_t parts, int64_t stride, int64_t count,
                  bool in_pairs, const Totals& totals);

@@ -17,9 +17,11 @@
 #include <vector>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/column_sums-inl.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/set_constants-inl.h"
 #include "kernels/cpu/sums-inl.h"
 #include "kernels/shift.h"
 
@@ -36,8 +38,8 @@ HWY_INLINE ComputeType<E> ScalarAt(const E* x, int64_t i) {
   }
 }
 
-// A run whose values and squares are summed, after a shift.
-template <class E>
+// A run whose values and squares are summed, after a shift. kShifted: by more than 0.
+template <class E, bool kShifted>
 struct MomentRun {
   using D = Tag<E>;
   using V = hn::Vec<D>;
@@ -47,19 +49,20 @@ struct MomentRun {
 
   template <int k>
   HWY_INLINE void Add(int64_t i, Sums& sums) const {
-    Collect<k>(hn::Sub(LoadElements(D(), x + i), shift), sums);
+    Collect<k>(Deviation(LoadElements(D(), x + i)), sums);
   }
   template <int k, class M>
   HWY_INLINE void Add(int64_t i, Sums& sums, M mask) const {
-    Collect<k>(hn::IfThenElseZero(mask, hn::Sub(LoadElements(D(), x + i), shift)), sums);
+    Collect<k>(hn::IfThenElseZero(mask, Deviation(LoadElements(D(), x + i))), sums);
   }
   template <int k>
   HWY_INLINE void AddTwo(int64_t i, Sums& sums) const {
     const Pair<D> values = LoadPair(D(), x + i);
     if (ahead != 0) FetchPairAhead(D(), x + i + ahead);
-    Collect<k>(hn::Sub(values.a, shift), sums);
-    Collect<k + 1>(hn::Sub(values.b, shift), sums);
+    Collect<k>(Deviation(values.a), sums);
+    Collect<k + 1>(Deviation(values.b), sums);
   }
+  HWY_INLINE V Deviation(V v) const { return kShifted ? hn::Sub(v, shift) : v; }
   template <int k>
   static HWY_INLINE void Collect(V deviation, Sums& sums) {
     V& sum = sums.first.template At<k>();
@@ -74,10 +77,25 @@ struct MomentRun {
   int64_t ahead;
 };
 
+// Calls add(run) with the run of those elements.
+template <class E, class Add>
+HWY_INLINE void WithMomentRun(const E* x, ComputeType<E> shift, int64_t ahead, Add add) {
+  const auto center = hn::Set(Tag<E>(), shift);
+  if (kAlwaysShifts<E> || shift != 0) {
+    MomentRun<E, true> run{x, center, ahead};
+    add(run);
+  } else {
+    MomentRun<E, kAlwaysShifts<E>> run{x, center, ahead};
+    add(run);
+  }
+}
+
 // The next shift, from `n` values' sums of x - shift and of their squares.
-HWY_INLINE double ShiftOfSums(double shift, double sum, double square, double n) {
-  const double mean = sum / n;
-  return ShiftNear(shift + mean, square / n - mean * mean);
+template <class E>
+HWY_INLINE ComputeType<E> ShiftOfSums(double shift, double sum, double square, double n) {
+  const double missed = sum / n, mean = shift + missed, var = square / n - missed * missed;
+  if (!kAlwaysShifts<E> && normd::IsNearZero(mean, var)) return 0;
+  return static_cast<ComputeType<E>>(ShiftNear(mean, var));
 }
 
 // A first shift: the mean of the first few vectors, themselves shifted by the
@@ -95,9 +113,8 @@ HWY_INLINE ComputeType<E> PilotShift(const E* x, int64_t n) {
     sum = hn::Add(sum, deviation);
     square = hn::MulAdd(deviation, deviation, square);
   }
-  return static_cast<T>(ShiftOfSums(first, hn::GetLane(hn::SumOfLanes(d, sum)),
-                                    hn::GetLane(hn::SumOfLanes(d, square)),
-                                    static_cast<double>(end)));
+  return ShiftOfSums<E>(first, hn::GetLane(hn::SumOfLanes(d, sum)),
+                        hn::GetLane(hn::SumOfLanes(d, square)), static_cast<double>(end));
 }
 
 template <class E>
@@ -120,33 +137,33 @@ HWY_INLINE void Merge(double elements, double shift, double sum, double square,
 }
 
 // The same, and moves the shift to the block's mean.
-template <class T>
-HWY_INLINE void MergeBlock(double elements, double sum, double square, T& shift,
+template <class E>
+HWY_INLINE void MergeBlock(double elements, double sum, double square, ComputeType<E>& shift,
                            PartialMoments& total) {
   Merge(elements, static_cast<double>(shift), sum, square, total);
-  shift = static_cast<T>(ShiftOfSums(shift, sum, square, elements));
+  shift = ShiftOfSums<E>(shift, sum, square, elements);
 }
 
-// A set that is one block: shifted by its first value, which is at hand at once, and only
-// if that was far off (2.4 deviations) a second time, by the mean.
+// A set that is one block: shifted by its first value, which is at hand at once (halves: by 0), and
+// only if that was far off (2.4 deviations) a second time, by the mean.
 template <class E>
 PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead, const Meanwhile& meanwhile) {
   const Tag<E> d;
-  ComputeType<E> shift = ScalarAt(x, 0);
+  ComputeType<E> shift = kAlwaysShifts<E> ? ScalarAt(x, 0) : ComputeType<E>{0};
   const double elements = static_cast<double>(n);
   double sum = 0, square = 0;
   Turns turns(meanwhile, sizeof(E));
   const auto add_up = [&]() NORMD_INLINE_LAMBDA {
     TwoSums<Tag<E>> sums;
     sums.Clear();
-    MomentRun<E> run{x, hn::Set(d, shift), ahead};
-    AddRunInTurns(d, n, run, sums, turns);
+    WithMomentRun(x, shift, ahead,
+                  [&](auto& run) NORMD_INLINE_LAMBDA { AddRunInTurns(d, n, run, sums, turns); });
     sum = SumInDouble(d, sums.first);
     square = SumInDouble(d, sums.second);
   };
   add_up();
   if (HWY_UNLIKELY(sum * sum > 0.85 * elements * square)) {
-    shift = static_cast<ComputeType<E>>(ShiftOfSums(shift, sum, square, elements));
+    shift = ShiftOfSums<E>(shift, sum, square, elements);
     add_up();
   }
   PartialMoments moments;
@@ -168,24 +185,25 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& 
   ForEachPiece(
       d, runs,
       [&](int64_t run, int64_t begin, int64_t n) NORMD_INLINE_LAMBDA {
-        MomentRun<E> piece{x + run * runs.stride + begin, hn::Set(d, shift), runs.ahead};
-        AddRunInTurns(d, n, piece, sums, turns);
+        WithMomentRun(x + run * runs.stride + begin, shift, runs.ahead,
+                      [&](auto& piece)
+                          NORMD_INLINE_LAMBDA { AddRunInTurns(d, n, piece, sums, turns); });
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
-        MergeBlock(static_cast<double>(elements), SumInDouble(d, sums.first),
-                   SumInDouble(d, sums.second), shift, total);
+        MergeBlock<E>(static_cast<double>(elements), SumInDouble(d, sums.first),
+                      SumInDouble(d, sums.second), shift, total);
         sums.Clear();
       });
   return total;
 }
 
 // Of columns: x - shift, and its square.
-template <class E>
+template <class E, bool kIsShifted = true>
 struct ColumnMoments {
   using D = Tag<E>;
   using V = hn::Vec<D>;
   static constexpr int64_t kInputs = 1;
-  static constexpr bool kInPairs = kPairsInterleave<E>;
+  static constexpr bool kShifted = kIsShifted;
 
   HWY_INLINE void Fetch(int64_t i) const { FetchPairNear(D(), x + i); }
   HWY_INLINE void AddTwo(int64_t i, const Pair<D>& shift, Pair<D>& sum, Pair<D>& square) const {
@@ -206,29 +224,49 @@ struct ColumnMoments {
 };
 
 // Sets whose runs are a few vectors, as a matrix with a column for each position of each
-// set: a position's sums wait for the next run, and a set's are added up in the end.
+// set: a position's sums wait for the next run, and a set's are added up in the end. Halves are
+// shifted by 0, and summed again if that was far off for some.
 template <class E>
 void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
   using T = ComputeType<E>;
   const Tag<E> d;
   const int64_t columns = sets * runs.length;
-  std::vector<T> shift(static_cast<size_t>(columns)), sum(shift), square(shift);
+  const Scratch memory(static_cast<size_t>(3 * columns + sets) * sizeof(T));
+  T* const shift = memory.Get<T>();
+  T* const sum = shift + columns;
+  T* const square = sum + columns;
+  T* const shift_of = square + columns;  // of sets
   for (int64_t set = 0; set < sets; ++set) {
-    const int64_t first = set * runs.length;
-    std::fill_n(shift.begin() + first, runs.length, PilotShift(x + first, runs.length));
+    shift_of[set] = kAlwaysShifts<E> ? PilotShift(x + set * runs.length, runs.length) : T{0};
     moments[set] = {};
   }
-  for (int64_t block = 0; block < runs.count; block += kBlockRows) {
-    const int64_t end = std::min(block + kBlockRows, runs.count);
-    SumColumns<E>(ColumnMoments<E>{x + block * runs.stride}, {end - block, columns, runs.stride},
-                  shift.data(), sum.data(), square.data());
+  // Returns whether the shift of a set was far off.
+  const auto add_block = [&](int64_t begin, int64_t rows) {
     for (int64_t set = 0; set < sets; ++set) {
-      const int64_t first = set * runs.length;
-      T center = shift[static_cast<size_t>(first)];
-      MergeBlock(static_cast<double>((end - block) * runs.length),
-                 SumOfArray(d, sum.data() + first, runs.length),
-                 SumOfArray(d, square.data() + first, runs.length), center, moments[set]);
-      std::fill_n(shift.begin() + first, runs.length, center);
+      std::fill_n(shift + set * runs.length, runs.length, shift_of[set]);
+    }
+    ToPairs<E>(columns, shift, shift);
+    WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+      SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * runs.stride},
+                    {rows, columns, runs.stride}, shift, sum, square);
+    });
+    FromPairs<E>(columns, sum);
+    FromPairs<E>(columns, square);
+    bool any_far = false;
+    const double elements = static_cast<double>(rows * runs.length);
+    for (int64_t set = 0; set < sets; ++set) {
+      const double s = SumOfArray(d, sum + set * runs.length, runs.length);
+      const double q = SumOfArray(d, square + set * runs.length, runs.length);
+      any_far |= s * s > 0.85 * elements * q;
+      MergeBlock<E>(elements, s, q, shift_of[set], moments[set]);
+    }
+    return any_far;
+  };
+  for (int64_t begin = 0; begin < runs.count; begin += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, runs.count - begin);
+    if (add_block(begin, rows) && begin == 0 && !kAlwaysShifts<E>) {
+      std::fill_n(moments, sets, PartialMoments{});
+      add_block(begin, rows);
     }
   }
 }
@@ -249,16 +287,17 @@ void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMo
       [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
         TwoSums<Tag<E>> sums;
         sums.Clear();
-        MomentRun<E> values{x + run * runs.stride + set * runs.length,
-                            hn::Set(d, shift[static_cast<size_t>(set)]), runs.ahead};
-        AddRunInTurns(d, runs.length, values, sums, turns);
+        WithMomentRun(x + run * runs.stride + set * runs.length, shift[static_cast<size_t>(set)],
+                      runs.ahead, [&](auto& values) NORMD_INLINE_LAMBDA {
+                        AddRunInTurns(d, runs.length, values, sums, turns);
+                      });
         waiting.Add(set, sums);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
         for (int64_t set = 0; set < sets; ++set) {
           const double sum = waiting.Take(set, 0);
-          MergeBlock(static_cast<double>(elements), sum, waiting.Take(set, 1),
-                     shift[static_cast<size_t>(set)], moments[set]);
+          MergeBlock<E>(static_cast<double>(elements), sum, waiting.Take(set, 1),
+                        shift[static_cast<size_t>(set)], moments[set]);
         }
       });
 }
@@ -282,39 +321,11 @@ void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMome
   }
 }
 
-// Values of the computing type as doubles, and back.
-template <class D64, class T>
-HWY_INLINE hn::Vec<D64> LoadDoubles(D64 d, const T* from) {
-  if constexpr (std::is_same_v<T, double>) {
-    return hn::LoadU(d, from);
-  } else {
-    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<float, D64>(), from));
-  }
-}
-template <class D64, class T>
-HWY_INLINE void StoreDoubles(D64 d, hn::Vec<D64> v, T* to) {
-  if constexpr (std::is_same_v<T, double>) {
-    hn::StoreU(v, d, to);
-  } else {
-    const hn::Rebind<float, D64> df;
-    hn::StoreU(hn::DemoteTo(df, v), df, to);
-  }
-}
-
-// ShiftNear() of each lane.
-template <class D64>
-HWY_INLINE hn::Vec<D64> ShiftsNear(D64 d, hn::Vec<D64> mean, hn::Vec<D64> deviation) {
-  const auto exponent = hn::BitCast(d, hn::Set(hn::RebindToUnsigned<D64>(), uint64_t{0x7ff} << 52));
-  const auto large = hn::Mul(hn::And(deviation, exponent), hn::Set(d, 0x1.8p52 / 8));
-  const auto rounded = hn::Sub(hn::Add(mean, large), large);
-  return hn::IfThenElse(hn::IsFinite(rounded), rounded, mean);
-}
-
 // MergeBlock() for columns, all of which have `done` rows in mean and m2, and `n` more in
 // sum and square. The same operations in each column, on whatever vectors it falls.
 template <class D64, class T>
-HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, T* shift, const T* sum,
-                               const T* square, double* mean, double* m2) {
+HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, const T* shift,
+                               const T* sum, const T* square, double* mean, double* m2) {
   const auto inverse = hn::Set(d, 1.0 / n);
   const auto s = LoadDoubles(d, sum + j);
   const auto q = LoadDoubles(d, square + j);
@@ -336,12 +347,10 @@ HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, T* shift
                           hn::Add(hn::LoadU(d, m2 + j), block_m2)),
                d, m2 + j);
   }
-  const auto variance = hn::Sub(hn::Mul(q, inverse), hn::Mul(missed, missed));
-  StoreDoubles(d, ShiftsNear(d, block_mean, hn::Sqrt(variance)), shift + j);
 }
 
 template <class T>
-void MergeColumns(int64_t columns, double done, double n, T* HWY_RESTRICT shift,
+void MergeColumns(int64_t columns, double done, double n, const T* HWY_RESTRICT shift,
                   const T* HWY_RESTRICT sum, const T* HWY_RESTRICT square,
                   double* HWY_RESTRICT mean, double* HWY_RESTRICT m2) {
   const hn::ScalableTag<double> d;
@@ -352,6 +361,52 @@ void MergeColumns(int64_t columns, double done, double n, T* HWY_RESTRICT shift,
   }
   const hn::CappedTag<double, 1> one;
   for (; j < columns; ++j) MergeColumnsAt(one, j, done, n, shift, sum, square, mean, m2);
+}
+
+// Moves the shifts of columns to the means of the `n` rows in sum and square, or to 0 where halves
+// are near it.
+template <class E, class T = ComputeType<E>>
+void ShiftColumns(int64_t columns, int64_t n, const T* HWY_RESTRICT sum,
+                  const T* HWY_RESTRICT square, T* HWY_RESTRICT shift) {
+  const Tag<E> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto inverse = hn::Set(d, T{1} / static_cast<T>(n));
+  const auto moved = [&](hn::Vec<decltype(d)> from, auto s, auto q) NORMD_INLINE_LAMBDA {
+    const auto missed = hn::Mul(s, inverse);
+    const auto var = hn::Sub(hn::Mul(q, inverse), hn::Mul(missed, missed));
+    const auto mean = hn::Add(from, missed);
+    const auto near = ShiftsNear(d, mean, var);
+    return kAlwaysShifts<E> ? near : hn::IfThenZeroElse(IsNearZero(d, mean, var), near);
+  };
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) {
+    const auto from = hn::LoadU(d, shift + j);
+    hn::StoreU(moved(from, hn::LoadU(d, sum + j), hn::LoadU(d, square + j)), d, shift + j);
+  }
+  if (j == columns) return;
+  const size_t rest = static_cast<size_t>(columns - j);
+  const auto part = [&](const T* from) { return LoadPartial(d, from + j, rest); };
+  StorePartial(d, moved(part(shift), part(sum), part(square)), shift + j, rest);
+}
+
+// Whether the mean of the `n` rows of a column in sum and square is more than 2.4 deviations from
+// what they were shifted by.
+template <class T>
+bool AreFar(int64_t columns, int64_t n, const T* sum, const T* square) {
+  const hn::ScalableTag<T> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto most = hn::Set(d, T(0.85) * static_cast<T>(n));
+  const auto far = [&](auto s, auto q) { return hn::Gt(hn::Mul(s, s), hn::Mul(most, q)); };
+  auto any = hn::FirstN(d, 0);
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) {
+    any = hn::Or(any, far(hn::LoadU(d, sum + j), hn::LoadU(d, square + j)));
+  }
+  if (j < columns) {
+    const size_t rest = static_cast<size_t>(columns - j);
+    any = hn::Or(any, far(LoadPartial(d, sum + j, rest), LoadPartial(d, square + j, rest)));
+  }
+  return !hn::AllFalse(d, any);
 }
 
 // Rows that the first shift comes from.
@@ -375,20 +430,40 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
     return;
   }
 
-  T* HWY_RESTRICT shift = static_cast<T*>(scratch);
-  T* HWY_RESTRICT sum = shift + columns;
-  T* HWY_RESTRICT square = sum + columns;
-  const auto add = [&](int64_t begin, int64_t rows, double done) {
-    SumColumns<E>(ColumnMoments<E>{x + begin * stride}, {rows, columns, stride}, shift, sum,
-                  square);
-    MergeColumns(columns, done, static_cast<double>(rows), shift, sum, square, mean, m2);
+  T* const shift = static_cast<T*>(scratch);
+  T* const sum = shift + columns;
+  T* const square = sum + columns;
+  const auto add = [&](int64_t begin, int64_t rows) {
+    WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+      SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * stride}, {rows, columns, stride},
+                    shift, sum, square);
+    });
   };
 
   // The first shift: the mean of the first rows, shifted by the first of them.
-  for (int64_t j = 0; j < columns; ++j) shift[j] = ScalarAt(x, j);
-  add(0, std::min(kPilotRows, matrix.rows), 0);
+  int64_t j = 0;
+  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+    const auto first = LoadPair(d, x + j);
+    hn::StoreU(first.a, d, shift + j);
+    hn::StoreU(first.b, d, shift + j + lanes);
+  }
+  for (; j < columns; ++j) shift[j] = ScalarAt(x, j);
+  const int64_t pilot = std::min(kPilotRows, matrix.rows);
+  add(0, pilot);
+  ShiftColumns<E>(columns, pilot, sum, square, shift);
   for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows) {
-    add(begin, std::min(kBlockRows, matrix.rows - begin), static_cast<double>(begin));
+    const int64_t rows = std::min(kBlockRows, matrix.rows - begin);
+    add(begin, rows);
+    if (HWY_UNLIKELY(!kAlwaysShifts<E> && AreFar(columns, rows, sum, square))) {
+      ShiftColumns<E>(columns, rows, sum, square, shift);
+      add(begin, rows);
+    }
+    for (T* values : {shift, sum, square}) FromPairs<E>(columns, values);
+    MergeColumns(columns, static_cast<double>(begin), static_cast<double>(rows), shift, sum, square,
+                 mean, m2);
+    if (begin + rows == matrix.rows) return;
+    ShiftColumns<E>(columns, rows, sum, square, shift);
+    if constexpr (kPairsInterleave<E>) ToPairs<E>(columns, shift, shift);
   }
 }
 

@@ -14,18 +14,24 @@
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/relu_mask-inl.h"
+#include "kernels/cpu/set_constants-inl.h"
 #include "kernels/cpu/walk-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Elements before `to` + n is aligned as StoreElements(stream) wants it.
+// Elements before `to` that lie on its cache line: what is written past the cache is whole lines,
+// since the rest of one that is begun so has to wait for memory.
 template <class E>
-HWY_INLINE int64_t ElementsUntilAligned(const E* to) {
-  const uintptr_t bytes = hn::Lanes(Tag<E>()) * sizeof(E);
-  const uintptr_t past = reinterpret_cast<uintptr_t>(to) % bytes;
-  return static_cast<int64_t>(past == 0 ? 0 : (bytes - past) / sizeof(E));
+HWY_INLINE int64_t ElementsPastLine(const E* to) {
+  constexpr uintptr_t kLineBytes = 64;
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes / sizeof(E));
+}
+template <class E>
+HWY_INLINE int64_t ElementsUntilLine(const E* to) {
+  constexpr int64_t kLine = 64 / sizeof(E);
+  return (kLine - ElementsPastLine(to)) % kLine;
 }
 
 // kFused: there is a residual or an activation.
@@ -47,7 +53,8 @@ class Normalize {
         ahead_(tensors.ahead) {}
 
   void FetchAheadBy(int64_t elements) { ahead_ = elements; }
-  int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(y_ + i) : 0; }
+  int64_t UntilLine(int64_t i) const { return stream_ ? ElementsUntilLine(y_ + i) : 0; }
+  int64_t PastLine(int64_t i) const { return stream_ ? ElementsPastLine(y_ + i) : 0; }
 
   void Begin(int64_t i) {
     if constexpr (kFused) bits_.Begin(mask_, i);
@@ -55,13 +62,13 @@ class Normalize {
 
   template <class At>
   HWY_INLINE int64_t Vectors(int64_t i, int64_t end, const At& at) {
-    const Tensors tensors{x_, y_, residual_, relu_, mask_ != nullptr, ahead_};
+    const Tensors tensors{x_, y_, residual_, relu_, ahead_};
     return stream_ ? Loop<true>(i, end, at, tensors, bits_)
                    : Loop<false>(i, end, at, tensors, bits_);
   }
 
   // Not where stores bypass the cache: two streams of them take twice the time of one. Nor
-  // with a mask, which is written in the order of memory.
+  // with a mask, whose bits are written one row after the other.
   bool TakesTwo() const { return !kFused && !stream_; }
   template <class At>
   HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
@@ -73,7 +80,7 @@ class Normalize {
     V y = Scaled(LoadPartial(d, x_ + i, n), c);
     if constexpr (kFused) {
       if (residual_ != nullptr) y = hn::Add(y, LoadPartial(d, residual_ + i, n));
-      if (relu_) y = Activate(y, n, mask_ != nullptr, bits_);
+      if (relu_) y = Activate(y, n, bits_);
     }
     StorePartial(d, y, y_ + i, n);
   }
@@ -88,7 +95,6 @@ class Normalize {
     E* y;
     const E* residual;
     bool relu;
-    bool masks;
     int64_t ahead;
   };
 
@@ -106,7 +112,7 @@ class Normalize {
     const auto finish = [&](V y, V residual) NORMD_INLINE_LAMBDA {
       if constexpr (kFused) {
         if (t.residual != nullptr) y = hn::Add(y, residual);
-        if (t.relu) y = Activate(y, static_cast<size_t>(lanes), t.masks, bits);
+        if (t.relu) y = Activate(y, static_cast<size_t>(lanes), bits);
       }
       return y;
     };
@@ -128,16 +134,19 @@ class Normalize {
         StoreElements(d, at_one(i), t.y + i, kStream);
         i += lanes;
       }
-      // A mask's bits follow elements one after the other.
-      const bool in_pairs = at.HasPairs(i) && !(kFused && t.masks);
+      const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
         fetch(i);
         const Pair<D> x = LoadPair(d, t.x + i);
-        Pair<D> residual{hn::Zero(d), hn::Zero(d)};
-        if (kFused && t.residual != nullptr) residual = LoadPair(d, t.residual + i);
-        const Pair<D> y{finish(Scaled(x.a, c.a), residual.a), finish(Scaled(x.b, c.b), residual.b)};
-        StorePair(d, y, t.y + i, kStream);
+        Pair<D> y{Scaled(x.a, c.a), Scaled(x.b, c.b)};
+        if (kFused && t.residual != nullptr) {
+          const Pair<D> residual = LoadPair(d, t.residual + i);
+          y = {hn::Add(y.a, residual.a), hn::Add(y.b, residual.b)};
+        }
+        auto words = RoundedToWords(d, y);
+        if (kFused && t.relu) words = ActivateWords(words, bits);
+        StoreWords(d, words, t.y + i, kStream);
       }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const V first = at_one(i);
@@ -187,12 +196,24 @@ class Normalize {
   }
 
   // The first n lanes count.
-  static HWY_INLINE V Activate(V y, size_t n, bool masks, MaskWriter& bits) {
+  static HWY_INLINE V Activate(V y, size_t n, MaskWriter& bits) {
     const D d;
     const auto passes = hn::Not(hn::Le(y, hn::Zero(d)));  // NaN passes
-    if (masks) bits.Append(BitsOf(d, passes) & ((uint64_t{1} << n) - 1), n);
+    if (bits.IsWanted()) bits.Append(BitsOf(d, passes) & ((uint64_t{1} << n) - 1), n);
     return hn::IfThenElseZero(passes, y);
   }
+  // The same of what is stored of a pair, which is in the order of the mask.
+  template <class VWords>
+  static HWY_INLINE VWords ActivateWords(VWords words, MaskWriter& bits) {
+    const hn::DFromV<VWords> d;
+    const hn::RebindToSigned<decltype(d)> di;
+    const auto is_positive =
+        hn::RebindMask(d, hn::Gt(hn::BitCast(di, words), hn::Zero(di)));  // or NaN
+    const auto passes = hn::Or(is_positive, hn::Gt(words, hn::Set(d, kNegativeInf)));
+    bits.Append(BitsOf(d, passes), hn::Lanes(d));
+    return hn::IfThenElseZero(passes, words);
+  }
+  static constexpr uint16_t kNegativeInf = 0xff80;  // as bfloat16
 
   const E* x_;
   E* y_;
@@ -225,8 +246,12 @@ void NormalizePlanes(const ForwardTensors& tensors, const Planes& planes,
 template <class E>
 void NormalizeColumns(const ForwardTensors& tensors, int64_t begin, const Matrix& matrix,
                       const Coefficients& coefficients) {
-  const ArrayCoefficients<ComputeType<E>> source(coefficients);
-  WithNormalize<E>(tensors, [&](auto& op) { WalkColumns(op, begin, matrix, source); });
+  using T = ComputeType<E>;
+  WithNormalize<E>(tensors, [&](auto& op) {
+    WithShifts<E>(matrix.columns, static_cast<const T*>(coefficients.shift), [&](auto is_shifted) {
+      WalkColumns(op, begin, matrix, ArrayCoefficients<T, is_shifted>(coefficients));
+    });
+  });
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

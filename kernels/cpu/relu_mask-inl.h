@@ -44,24 +44,27 @@ class MaskWriter {
     bits_ = 0;
   }
 
+  bool IsWanted() const { return to_ != nullptr; }
+
   // `count` <= 32 bits, zeros above.
   HWY_INLINE void Append(uint64_t bits, size_t count) {
     if (to_ == nullptr) return;
     bits_ |= bits << filled_;
+    if (count % 8 == 0 && foreign_ == 0) {  // whole bytes; what is left keeps its place
+      std::memcpy(to_, &bits_, count / 8);
+      to_ += count / 8;
+      bits_ >>= count;
+      return;
+    }
     filled_ += static_cast<unsigned>(count);
     if (foreign_ != 0 && filled_ >= 8) {
       SetBits(foreign_, 8);
-      Drop(1);
+      Drop();
       foreign_ = 0;
-    }
-    if (filled_ >= 16) {
-      const uint16_t half = static_cast<uint16_t>(bits_);
-      std::memcpy(to_, &half, sizeof(half));
-      Drop(2);
     }
     while (filled_ >= 8 && foreign_ == 0) {
       *to_ = static_cast<uint8_t>(bits_);
-      Drop(1);
+      Drop();
     }
   }
 
@@ -71,10 +74,10 @@ class MaskWriter {
   }
 
  private:
-  void Drop(unsigned bytes) {
-    to_ += bytes;
-    bits_ >>= 8 * bytes;
-    filled_ -= 8 * bytes;
+  void Drop() {
+    ++to_;
+    bits_ >>= 8;
+    filled_ -= 8;
   }
 
   // Bits [first, last) of the current byte.

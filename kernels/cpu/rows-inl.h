@@ -155,9 +155,8 @@ class SumsInLanes {
 };
 
 // Sums the rows `next` and writes `now` beside them, tile by tile. For a row and the place where
-// its own begins in the arrays along rows,
-//   tile_of(row, parameter, begin, end)   is a tile of columns that sums them: its First(),
-//   Second() write_of(row, parameter)              writes them
+// its own begins in the arrays along rows, tile_of(row, parameter, begin, end) is what sums a tile
+// of columns, with the sums First() and Second(), and write_of(row, parameter) is what writes them.
 template <class D, class TileOf, class WriteOf>
 HWY_INLINE void SumAndWrite(D d, const AlongRows& along, const Rows& now, const Rows& next,
                             SumsInLanes<2>& sums, TileOf tile_of, WriteOf write_of) {
@@ -178,11 +177,6 @@ HWY_INLINE void SumAndWrite(D d, const AlongRows& along, const Rows& now, const 
     }
   });
 }
-
-// Whether x - shift is computed for every row. For halves, which keep the processor busier than
-// memory, only for those far from 0.
-template <class E>
-inline constexpr bool kAlwaysShifts = sizeof(E) != 2;
 
 // By which a row's elements are shifted where they are summed for the first time.
 template <class E>
@@ -255,7 +249,7 @@ HWY_NOINLINE PartialMoments MomentsOfFarRow(const E* x, int64_t length) {
     sum = SumOfDoubles(sums);
     square = SumOfDoubles(squares);
     if (pass == 1 || !(sum * sum > 0.85 * elements * square)) break;
-    shift = static_cast<ComputeType<E>>(ShiftOfSums(shift, sum, square, elements));
+    shift = ShiftOfSums<E>(shift, sum, square, elements);
   }
   PartialMoments moments;
   Merge(elements, static_cast<double>(shift), sum, square, moments);

@@ -10,7 +10,8 @@
 //   op.TakesTwo()                         whether it can do two rows at once
 //   op.VectorsOfTwo(i, end, stride, at)   as Vectors(), of both: coefficients are loaded once
 //   op.FetchAheadBy(n)                    elements n after those read are fetched
-//   op.UntilAligned(i)                    elements before a vector may be stored
+//   op.UntilLine(i), op.PastLine(i)       elements from i to a cache line of what is written, or
+//                                         from one to i: what Vectors() may not write. 0: nothing
 #if defined(NORMD_KERNELS_CPU_WALK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMD_KERNELS_CPU_WALK_INL_H_
 #undef NORMD_KERNELS_CPU_WALK_INL_H_
@@ -20,11 +21,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/set_constants-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
@@ -50,12 +53,15 @@ struct PairCoefficients {
 };
 
 // Where an operation gets its coefficients: the same for all elements, or by element.
-// HasPairs(i): whether PairAt() has those of pairs (elements-inl.h), from i on.
-template <class D>
+// HasPairs(i): whether PairAt() has those of pairs (elements-inl.h), from i on. kShifted: the shift
+// is not 0.
+template <class D, bool kShifted>
 struct Uniform {
-  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const { return values; }
+  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const {
+    return {kShifted ? values.shift : hn::Zero(D()), values.scale, values.offset, values.slope};
+  }
   HWY_INLINE bool HasPairs(int64_t) const { return true; }
-  HWY_INLINE PairCoefficients<D> PairAt(int64_t) const { return {values, values}; }
+  HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const { return {(*this)(i), (*this)(i)}; }
   VectorCoefficients<D> values;
 };
 template <class D, class Source>
@@ -76,8 +82,8 @@ struct Varying {
   static HWY_INLINE VectorCoefficients<D> VectorsAt(const T* from) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    return {hn::LoadU(d, from), hn::LoadU(d, from + lanes), hn::LoadU(d, from + 2 * lanes),
-            hn::LoadU(d, from + 3 * lanes)};
+    return {Source::kShifted ? hn::LoadU(d, from) : hn::Zero(d), hn::LoadU(d, from + lanes),
+            hn::LoadU(d, from + 2 * lanes), hn::LoadU(d, from + 3 * lanes)};
   }
 
   const Source source;
@@ -85,10 +91,11 @@ struct Varying {
   const T* const paired;  // InPairs(); null: none
 };
 
-// Coefficients as arrays; a forward's slope is never read.
-template <class T>
+// Coefficients as arrays; a forward's slope is never read. kIsShifted: not all shifts are 0.
+template <class T, bool kIsShifted = true>
 struct ArrayCoefficients {
   static constexpr bool kIsArrays = true;
+  static constexpr bool kShifted = kIsShifted;
 
   explicit ArrayCoefficients(const Coefficients& from)
       : shift(static_cast<const T*>(from.shift)),
@@ -107,13 +114,13 @@ struct ArrayCoefficients {
   // Those from `i` on, a lane each.
   template <class D>
   HWY_INLINE VectorCoefficients<D> Load(D d, int64_t i) const {
-    return {hn::LoadU(d, shift + i), hn::LoadU(d, scale + i), hn::LoadU(d, offset + i),
-            hn::LoadU(d, slope + i)};
+    return {kShifted ? hn::LoadU(d, shift + i) : hn::Zero(d), hn::LoadU(d, scale + i),
+            hn::LoadU(d, offset + i), hn::LoadU(d, slope + i)};
   }
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> LoadPartial(D d, int64_t i, size_t n) const {
-    return {PartialVector(d, shift + i, n), PartialVector(d, scale + i, n),
+    return {kShifted ? PartialVector(d, shift + i, n) : hn::Zero(d), PartialVector(d, scale + i, n),
             PartialVector(d, offset + i, n), PartialVector(d, slope + i, n)};
   }
 
@@ -126,58 +133,106 @@ struct ArrayCoefficients {
 
 // Writes kKinds * columns values: the coefficients of columns in the order of pairs, those of a
 // pair's first vector, a vector of each kind, then those of its second.
-template <class E, class T>
-void InPairs(int64_t columns, const ArrayCoefficients<T>& arrays, T* paired) {
+template <class E, class T, bool kShifted>
+void InPairs(int64_t columns, const ArrayCoefficients<T, kShifted>& arrays, T* paired) {
   const Tag<E> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
     int64_t kind = 0;
     for (const T* array : {arrays.shift, arrays.scale, arrays.offset, arrays.slope}) {
-      if (kind == 3 && arrays.slope == arrays.offset) break;  // a forward's
+      const bool is_read = (kind != 0 || kShifted) &&
+                           (kind != 3 || arrays.slope != arrays.offset);  // not a forward's
+      T* const to = paired + kKinds * j + kind++ * lanes;
+      if (!is_read) continue;
       const auto pair = LoadPairValues<E>(d, array + j);
-      T* to = paired + kKinds * j + kind++ * lanes;
       hn::StoreU(pair.a, d, to);
       hn::StoreU(pair.b, d, to + kKinds * lanes);
     }
   }
 }
 
+// A vector of columns that are the positions of planes, one plane after the other. The first lies
+// `skip` columns after the beginning of a plane; each other is kStep, one or two, further on.
+// Planes are no smaller than a vector, so that there are two of them, or three.
+template <class D, int kStep>
+class ColumnsOfPlanes {
+ public:
+  using T = hn::TFromD<D>;
+
+  HWY_INLINE ColumnsOfPlanes(int64_t planes, int64_t plane_size, int64_t plane, int64_t skip)
+      : first_(plane),
+        second_(std::min(plane + 1, planes - 1)),
+        third_(std::min(plane + 2, planes - 1)) {
+    const D d;
+    const auto size = hn::Set(d, static_cast<T>(plane_size));
+    const auto position =
+        hn::MulAdd(hn::Iota(d, T{0}), hn::Set(d, T{kStep}), hn::Set(d, static_cast<T>(skip)));
+    in_second_ = hn::Ge(position, size);
+    in_third_ = hn::Ge(position, hn::Add(size, size));
+  }
+
+  // Each one's plane's value.
+  HWY_INLINE hn::Vec<D> ValuesOf(const T* values) const {
+    const D d;
+    auto v = hn::IfThenElse(in_second_, hn::Set(d, values[second_]), hn::Set(d, values[first_]));
+    if (kStep > 1) v = hn::IfThenElse(in_third_, hn::Set(d, values[third_]), v);
+    return v;
+  }
+
+ private:
+  int64_t first_, second_, third_;
+  hn::Mask<D> in_second_, in_third_;
+};
+
 template <class E>
 Coefficients SpreadOverPlanes(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
                               void* memory) {
   using T = ComputeType<E>;
-  const Tag<E> d;
+  using D = Tag<E>;
+  const D d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t columns = planes * plane_size;
   const int64_t stride = (columns + lanes + 15) / 16 * 16;
+  const T* const shift = static_cast<const T*>(of_planes.shift);
+  const bool shifted = kAlwaysShifts<E> || AreShifted(planes, shift);
+  const T* from[kKinds] = {shifted ? shift : nullptr, static_cast<const T*>(of_planes.scale),
+                           static_cast<const T*>(of_planes.offset),
+                           static_cast<const T*>(of_planes.slope)};
+  T* to[kKinds] = {};
   T* next = static_cast<T*>(memory);
-  const auto spread = [&](const void* values) -> const void* {
-    if (values == nullptr) return nullptr;
-    T* const array = next;
-    next += stride;
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      const auto value = hn::Set(d, static_cast<const T*>(values)[plane]);
-      // What is written too far is the next plane's, and written again.
-      T* to = array + plane * plane_size;
-      for (int64_t i = 0; i < plane_size; i += lanes) hn::StoreU(value, d, to + i);
-    }
-    return array;
-  };
-  Coefficients columns_of{.shift = spread(of_planes.shift),
-                          .scale = spread(of_planes.scale),
-                          .offset = spread(of_planes.offset),
-                          .slope = spread(of_planes.slope)};
-  if constexpr (kPairsInterleave<E>) {
-    InPairs<E>(columns, ArrayCoefficients<T>(columns_of), next);
-    columns_of.paired = next;
+  for (int64_t kind = 0; kind < kKinds; ++kind, next += stride) {
+    if (from[kind] != nullptr) to[kind] = next;
   }
-  return columns_of;
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, 2> kTwo;
+  int64_t plane = 0, skip = 0;
+  for (int64_t j = 0; j < columns; j += lanes) {
+    const auto spread = [&](auto step, int64_t begin, auto place) NORMD_INLINE_LAMBDA {
+      const ColumnsOfPlanes<D, step> at(planes, plane_size, plane, begin);
+      for (int64_t kind = 0; kind < kKinds; ++kind) {
+        if (from[kind] != nullptr) hn::StoreU(at.ValuesOf(from[kind]), d, place(kind));
+      }
+    };
+    spread(kOne, skip, [&](int64_t kind) { return to[kind] + j; });
+    if (kPairsInterleave<E> && j % (2 * lanes) == 0 && j + 2 * lanes <= columns) {
+      T* const pairs = next + kKinds * j;
+      spread(kTwo, skip, [&](int64_t kind) { return pairs + kind * lanes; });
+      spread(kTwo, skip + 1, [&](int64_t kind) { return pairs + (kKinds + kind) * lanes; });
+    }
+    for (skip += lanes; skip >= plane_size; skip -= plane_size) ++plane;
+  }
+  return {.shift = to[0],
+          .scale = to[1],
+          .offset = to[2],
+          .slope = to[3],
+          .paired = kPairsInterleave<E> ? next : nullptr};
 }
 
 // LayerNorm's forward: scalars of a row, weight and bias along it.
 template <class T>
 struct RowCoefficients {
   static constexpr bool kIsArrays = false;
+  static constexpr bool kShifted = true;
 
   // Those of the r-th of `rows`, whose own begin at `parameter` in the arrays along rows.
   RowCoefficients(const AlongRows& along, const Rows& rows, int64_t r, int64_t parameter)
@@ -221,10 +276,10 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   const int64_t end = planes.begin + planes.count;
   int64_t plane = planes.first_plane;
   int64_t plane_end = i - planes.skip + planes.plane_size;
-  // Fewer than a vector, one plane at a time.
+  // Parts of vectors, of one plane each.
   const auto partial = [&](int64_t until) {
     while (i < until) {
-      const int64_t n = std::min(until, plane_end) - i;
+      const int64_t n = std::min(std::min(until, plane_end) - i, lanes);
       op.Partial(i, static_cast<size_t>(n), arrays.Broadcast(d, plane));
       i += n;
       if (i == plane_end) {
@@ -235,14 +290,16 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   };
 
   op.Begin(i);
-  partial(std::min(end, i + op.UntilAligned(i)));
-  while (i + lanes <= end) {
+  partial(std::min(end, i + op.UntilLine(i)));
+  const int64_t last = end - op.PastLine(end);
+  while (i + lanes <= last) {
     if (i == plane_end) {
       ++plane;
       plane_end += planes.plane_size;
     }
     auto values = arrays.Broadcast(d, plane);
-    int64_t stop = std::min(plane_end, end);
+    bool shifted = kAlwaysShifts<typename Op::Element> || arrays.shift[plane] != 0;
+    int64_t stop = std::min(plane_end, last);
     if (i + lanes > plane_end) {  // a vector across two planes
       const auto first = hn::FirstN(d, static_cast<size_t>(plane_end - i));
       const auto next = arrays.Broadcast(d, ++plane);
@@ -252,8 +309,11 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
                 hn::IfThenElse(first, values.slope, next.slope)};
       plane_end += planes.plane_size;
       stop = i + lanes;
+      shifted = true;
     }
-    i = op.Vectors(i, stop, Uniform<typename Op::D>{values});
+    i = shifted ? op.Vectors(i, stop, Uniform<typename Op::D, true>{values})
+                : op.Vectors(i, stop,
+                             Uniform<typename Op::D, kAlwaysShifts<typename Op::Element>>{values});
   }
   if (i == plane_end) {
     ++plane;
@@ -267,6 +327,7 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
 template <class Op, class Source>
 void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& source) {
   const hn::ScalableTag<typename Op::Type> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   // The coefficients of wide rows do not stay in L1: these are walked some rows at a
   // time, a tile of columns after the other. The next tile is fetched by hand, since
   // pieces this short give the processor no pattern to follow.
@@ -296,19 +357,21 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
         const int64_t count = row + 1 < last && op.TakesTwo() ? 2 : 1;
         const int64_t start = begin + row * matrix.stride;
         const auto partial = [&](int64_t from, int64_t to) {
-          if (from == to) return;
-          const size_t n = static_cast<size_t>(to - from);
-          const auto coefficients = source.LoadPartial(d, from, n);
-          for (int64_t r = 0; r < count; ++r) {
-            op.Partial(start + r * matrix.stride + from, n, coefficients);
+          for (; from < to; from += lanes) {
+            const size_t n = static_cast<size_t>(std::min(to - from, lanes));
+            const auto coefficients = source.LoadPartial(d, from, n);
+            for (int64_t r = 0; r < count; ++r) {
+              op.Partial(start + r * matrix.stride + from, n, coefficients);
+            }
           }
         };
         op.Begin(start + left);
-        int64_t j = std::min(right, left + op.UntilAligned(start + left));
+        int64_t j = std::min(right, left + op.UntilLine(start + left));
         partial(left, j);
         const Varying<typename Op::D, Source> at{source, start, paired};
-        j = count == 2 ? op.VectorsOfTwo(start + j, start + right, matrix.stride, at) - start
-                       : op.Vectors(start + j, start + right, at) - start;
+        const int64_t end = std::max(j, right - op.PastLine(start + right));
+        j = count == 2 ? op.VectorsOfTwo(start + j, start + end, matrix.stride, at) - start
+                       : op.Vectors(start + j, start + end, at) - start;
         partial(j, right);
         op.End();
         row += count;

@@ -19,12 +19,16 @@ so that what else runs on the machine counts less; on several it is the clock's.
                squares or products; widen, multiply and add, round.
   peer_ratio   best peer's time / ours: above 1, ours is faster. In nchw oneDNN may
                use its own private layout (onednn_blocked).
+
+--past-cache times ours alone on batches so large that not even a tensor of halves fits
+the last-level cache, and shows how many times as fast as float32 halves are.
 """
 
 import argparse
 import ctypes
 import json
 import math
+import pathlib
 import random
 import statistics
 import sys
@@ -191,7 +195,7 @@ class Unfused:
             part.close()
 
 
-def contenders(library, torch, tensors, case, threads):
+def contenders(library, torch, tensors, case, threads, alone):
     count = case.count()
     bench = BenchCase(
         operation=OPERATIONS.index(case.operation), layer=LAYERS.index(case.layer),
@@ -212,7 +216,7 @@ def contenders(library, torch, tensors, case, threads):
         found[f"floor{stream}"] = native(
             library.bench_floor(reference, reads, inputs, outputs, stream))
         found[f"bound{stream}"] = native(library.bench_bound(reference, inputs, outputs, stream))
-    if hasattr(library, "bench_onednn"):
+    if hasattr(library, "bench_onednn") and not alone:
         for blocked, name in ((0, "onednn"), (1, "onednn_blocked")):
             if blocked and case.layout != "nchw":
                 continue
@@ -294,6 +298,22 @@ def summarize(case, threads, times):
     return row
 
 
+def last_level_cache_bytes():
+    sizes = {int(index.read_text()): (index.parent / "size").read_text().strip()
+             for index in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/level")}
+    return int(sizes[max(sizes)].removesuffix("K")) << 10
+
+
+def print_halves(rows):
+    times = {row["case"]: row["ours_ms"] for row in rows}
+    for dtype in ("bf16", "f16"):
+        ratios = {name: times[name.replace(f"/{dtype}/", "/f32/")] / time
+                  for name, time in times.items() if f"/{dtype}/" in name}
+        for name, ratio in ratios.items():
+            print(f"{name:58} {ratio:.2f} times as fast as float32")
+        print(f"{dtype}: {geometric_mean(ratios.values()):.2f} times by geometric mean")
+
+
 def geometric_mean(values):
     values = [value for value in values if value]
     return math.exp(sum(map(math.log, values)) / len(values)) if values else float("nan")
@@ -315,6 +335,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", required=True)
     parser.add_argument("--quick", action="store_true", help="a telling tenth, under a minute")
+    parser.add_argument("--past-cache", action="store_true", help="see above")
     parser.add_argument("--json", help="write the rows there")
     parser.add_argument("--plot", help="draw the bandwidths there, as PNG")
     parser.add_argument("--filter", default="", help="only cases whose name has this in it;"
@@ -325,7 +346,7 @@ def main():
     arguments = parser.parse_args()
 
     torch = None
-    if not arguments.no_torch:
+    if not arguments.no_torch and not arguments.past_cache:
         try:
             import torch
         except ImportError:
@@ -337,10 +358,15 @@ def main():
     seconds = 0.008 if arguments.quick else 0.02
     rows = []
     print_header()
-    for case, threads in case_lists.select(arguments.quick, arguments.threads):
+    if arguments.past_cache:
+        counts = [int(part) for part in (arguments.threads or "1").split(",")]
+        cases = case_lists.past_cache(counts, last_level_cache_bytes())
+    else:
+        cases = case_lists.select(arguments.quick, arguments.threads)
+    for case, threads in cases:
         if not all(part in f"{case.name()}/t{threads}" for part in arguments.filter.split(",")):
             continue
-        found = contenders(library, torch, tensors, case, threads)
+        found = contenders(library, torch, tensors, case, threads, arguments.past_cache)
         try:
             row = summarize(case, threads, measure(found, rounds, seconds))
         finally:
@@ -357,6 +383,8 @@ def main():
           f"{geometric_mean(row['floor_ratio'] for row in rows):.2f}, same layout's best peer "
           f"{geometric_mean(row['same_layout_peer_ratio'] for row in rows):.2f}, any peer "
           f"{geometric_mean(row['peer_ratio'] for row in rows):.2f}")
+    if arguments.past_cache:
+        print_halves(rows)
     if arguments.plot:
         import plot
         plot.draw(rows, arguments.plot)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 
 DType = collections.namedtuple("DType", "code bytes torch")
 DTYPES = {
@@ -82,6 +83,20 @@ def family():
             for shape in FUSED:
                 for layout in ("nchw", "nhwc"):
                     yield Case(operation, layout, dtype, shape, fused=True)
+
+
+def past_cache(counts, cache_bytes):
+    """BatchNorm's large shapes, of so many images that not even halves fit the cache."""
+    for shape in BATCH_NORM:
+        image = math.prod(shape[1:]) * DTYPES["bf16"].bytes
+        if image * shape[0] < 1 << 22:
+            continue
+        batch = -(-cache_bytes // image // 32) * 32
+        for operation in OPERATIONS:
+            for layout in ("nchw", "nhwc"):
+                for dtype in ("f32", "bf16", "f16"):
+                    for count in counts:
+                        yield Case(operation, layout, dtype, (batch, *shape[1:])), count
 
 
 def select(quick, threads):
