@@ -155,9 +155,8 @@ class SumsInLanes {
 };
 
 // Sums the rows `next` and writes `now` beside them, tile by tile. For a row and the place where
-// its own begins in the arrays along rows,
-//   tile_of(row, parameter, begin, end)   is a tile of columns that sums them: First(), Second()
-//   write_of(row, parameter)              writes them
+// its own begins in the arrays along rows, tile_of(row, parameter, begin, end) is what sums a tile
+// of columns, with the sums First() and Second(), and write_of(row, parameter) is what writes them.
 template <class D, class TileOf, class WriteOf>
 HWY_INLINE void SumAndWrite(D d, const AlongRows& along, const Rows& now, const Rows& next,
                             SumsInLanes<2>& sums, TileOf tile_of, WriteOf write_of) {
