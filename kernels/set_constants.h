@@ -42,9 +42,7 @@ struct SetConstants {
   NORMD_HOST_DEVICE SetConstants(const NormProblem& problem, double set_mean, double var,
                                  bool of_batch)
       : mean(problem.center ? set_mean : 0),
-        shift(problem.dtype == DType::kFloat64
-                  ? mean
-                  : static_cast<double>(static_cast<float>(ShiftNear(mean, var)))),
+        shift(ShiftFor(problem.dtype, mean, var)),
         residual(std::isfinite(shift) ? mean - shift : 0),
         invstd(of_batch && problem.reduction == Reduction::kPerChannel && var + problem.eps == 0
                    ? 0

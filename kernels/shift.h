@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/dtype.h"
 #include "kernels/host_device.h"
 
 namespace normd {
@@ -26,6 +27,17 @@ NORMD_HOST_DEVICE inline double ShiftNear(double mean, double var) {
   const double large = power * (0x1.8p52 / 8);
   const double rounded = (mean + large) - large;
   return std::isfinite(rounded) ? rounded : mean;
+}
+
+// Whether halves of such a set are as good unshifted: their own rounding is coarser than what
+// float32 loses within two deviations of 0.
+NORMD_HOST_DEVICE inline bool IsNearZero(double mean, double var) { return mean * mean <= 4 * var; }
+
+// The shift of a set in the type that elements are computed in.
+NORMD_HOST_DEVICE inline double ShiftFor(DType dtype, double mean, double var) {
+  if (dtype == DType::kFloat64) return mean;
+  if (dtype != DType::kFloat32 && IsNearZero(mean, var)) return 0;
+  return static_cast<double>(static_cast<float>(ShiftNear(mean, var)));
 }
 
 }  // namespace normd

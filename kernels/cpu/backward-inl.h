@@ -77,8 +77,8 @@ HWY_INLINE auto WithInput(const BackwardTensors& tensors, Run run) {
   return run(GradientInput<E, false>(tensors));
 }
 
-// A run over which dy and dy * (x - shift) are summed.
-template <class E, bool kMasked>
+// A run over which dy and dy * (x - shift) are summed. kShifted: by more than 0.
+template <class E, bool kMasked, bool kShifted>
 struct GradientRun {
   using D = Tag<E>;
   using V = hn::Vec<D>;
@@ -93,7 +93,7 @@ struct GradientRun {
   template <int k, class M>
   HWY_INLINE void Add(int64_t i, Sums& sums, M mask) const {
     const V gradient = input.GradY(begin + i);
-    const V product = hn::Mul(gradient, hn::Sub(input.X(begin + i), shift));
+    const V product = hn::Mul(gradient, Deviation(input.X(begin + i)));
     V& dy = sums.first.template At<k>();
     V& dy_d = sums.second.template At<k>();
     dy = hn::Add(dy, hn::IfThenElseZero(mask, gradient));
@@ -115,8 +115,9 @@ struct GradientRun {
     V& dy = sums.first.template At<k>();
     V& dy_d = sums.second.template At<k>();
     dy = hn::Add(dy, gradient);
-    dy_d = hn::MulAdd(gradient, hn::Sub(x, shift), dy_d);
+    dy_d = hn::MulAdd(gradient, Deviation(x), dy_d);
   }
+  HWY_INLINE V Deviation(V x) const { return kShifted ? hn::Sub(x, shift) : x; }
   HWY_INLINE void Skip(int64_t n) { begin += n; }
 
   GradientInput<E, kMasked> input;
@@ -124,6 +125,20 @@ struct GradientRun {
   V shift;
   int64_t ahead;
 };
+
+// Calls add(run) with the run that begins there.
+template <class E, bool kMasked, class Add>
+HWY_INLINE void WithGradientRun(const GradientInput<E, kMasked>& input, int64_t begin, double shift,
+                                int64_t ahead, Add add) {
+  const auto center = hn::Set(Tag<E>(), static_cast<ComputeType<E>>(shift));
+  if (kAlwaysShifts<E> || shift != 0) {
+    GradientRun<E, kMasked, true> run{input, begin, center, ahead};
+    add(run);
+  } else {
+    GradientRun<E, kMasked, kAlwaysShifts<E>> run{input, begin, center, ahead};
+    add(run);
+  }
+}
 
 // A run shorter than a vector.
 template <class E, bool kMasked>
@@ -143,7 +158,6 @@ template <class E>
 GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs& runs,
                        double shift, const Meanwhile& meanwhile) {
   return WithInput<E>(tensors, [&](auto input) {
-    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     GradientSums total;
     const Tag<E> d;
     if (runs.length < static_cast<int64_t>(hn::Lanes(d))) {
@@ -154,16 +168,15 @@ GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs
       }
       return total;
     }
-    const auto center = hn::Set(d, static_cast<ComputeType<E>>(shift));
     Turns turns(meanwhile, 2 * sizeof(E));
     TwoSums<Tag<E>> sums;
     sums.Clear();
     ForEachPiece(
         d, runs,
         [&](int64_t run, int64_t from, int64_t n) NORMD_INLINE_LAMBDA {
-          GradientRun<E, kMasked> piece{input, begin + run * runs.stride + from, center,
-                                        runs.ahead};
-          AddRunInTurns(d, n, piece, sums, turns);
+          WithGradientRun(input, begin + run * runs.stride + from, shift, runs.ahead,
+                          [&](auto& piece)
+                              NORMD_INLINE_LAMBDA { AddRunInTurns(d, n, piece, sums, turns); });
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
           total.dy += SumInDouble(d, sums.first);
@@ -179,7 +192,6 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
                         const Runs& runs, const double* shift, GradientSums* totals,
                         const Meanwhile& meanwhile) {
   WithInput<E>(tensors, [&](auto input) {
-    constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     const Tag<E> d;
     Turns turns(meanwhile, 2 * sizeof(E));
     WaitingSums<Tag<E>> waiting(sets);
@@ -189,10 +201,10 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
         [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
           TwoSums<Tag<E>> sums;
           sums.Clear();
-          GradientRun<E, kMasked> gradients{input, begin + run * runs.stride + set * runs.length,
-                                            hn::Set(d, static_cast<ComputeType<E>>(shift[set])),
-                                            runs.ahead};
-          AddRunInTurns(d, runs.length, gradients, sums, turns);
+          WithGradientRun(input, begin + run * runs.stride + set * runs.length, shift[set],
+                          runs.ahead, [&](auto& gradients) NORMD_INLINE_LAMBDA {
+                            AddRunInTurns(d, runs.length, gradients, sums, turns);
+                          });
           waiting.Add(set, sums);
         },
         [&](int64_t) NORMD_INLINE_LAMBDA {
@@ -235,28 +247,19 @@ struct ColumnGradients {
   int64_t begin;
 };
 
-template <class E>
-void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
-                   const void* shift_array, void* scratch, double* HWY_RESTRICT dy,
-                   double* HWY_RESTRICT dy_d) {
+// Calls add(sum, product) with the sums of each column over some rows after others. There is a
+// vector's columns or more. `scratch`: 3 * columns values, that begin with the shifts.
+template <class E, class Add>
+void SumColumnsByBlocks(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                        ComputeType<E>* scratch, Add add) {
   using T = ComputeType<E>;
   const int64_t columns = matrix.columns;
-  T* const shift = static_cast<T*>(scratch);
-  ToPairs<E>(columns, static_cast<const T*>(shift_array), shift);
+  T* const shift = scratch;
+  T* const sum = shift + columns;
+  T* const product = sum + columns;
+  ToPairs<E>(columns, shift, shift);
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
-    if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
-      for (int64_t row = 0; row < matrix.rows; ++row) {
-        for (int64_t j = 0; j < columns; ++j) {
-          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1, shift[j]);
-          dy[j] += sums.dy;
-          dy_d[j] += sums.dy_d;
-        }
-      }
-      return;
-    }
-    T* const sum = shift + columns;
-    T* const product = sum + columns;
     for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
       const Matrix rows{std::min(kBlockRows, matrix.rows - block), columns, matrix.stride};
       WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
@@ -265,9 +268,35 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
       });
       FromPairs<E>(columns, sum);
       FromPairs<E>(columns, product);
-      for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
-      for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
+      add(sum, product);
     }
+  });
+}
+
+template <class E>
+void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
+                   const void* shift, void* scratch, double* HWY_RESTRICT dy,
+                   double* HWY_RESTRICT dy_d) {
+  using T = ComputeType<E>;
+  const int64_t columns = matrix.columns;
+  const T* const shifts = static_cast<const T*>(shift);
+  if (columns < static_cast<int64_t>(hn::Lanes(Tag<E>()))) {
+    WithInput<E>(tensors, [&](auto input) {
+      for (int64_t row = 0; row < matrix.rows; ++row) {
+        for (int64_t j = 0; j < columns; ++j) {
+          const auto sums = SumsOfShortRun(input, begin + row * matrix.stride + j, 1, shifts[j]);
+          dy[j] += sums.dy;
+          dy_d[j] += sums.dy_d;
+        }
+      }
+    });
+    return;
+  }
+  T* const memory = static_cast<T*>(scratch);
+  std::copy_n(shifts, columns, memory);
+  SumColumnsByBlocks<E>(tensors, begin, matrix, memory, [&](const T* sum, const T* product) {
+    for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
+    for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
   });
 }
 
@@ -276,20 +305,22 @@ template <class E>
 void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets, const Runs& runs,
                     const double* shift, GradientSums* sums) {
   using T = ComputeType<E>;
+  const Tag<E> d;
   const int64_t columns = sets * runs.length;
-  std::vector<T> scratch(static_cast<size_t>(3 * columns));
-  std::vector<double> dy(static_cast<size_t>(columns)), dy_d(dy);
+  const Scratch memory(static_cast<size_t>(3 * columns) * sizeof(T));
+  T* const shifts = memory.Get<T>();
   for (int64_t set = 0; set < sets; ++set) {
-    std::fill_n(scratch.begin() + set * runs.length, runs.length, static_cast<T>(shift[set]));
+    std::fill_n(shifts + set * runs.length, runs.length, static_cast<T>(shift[set]));
+    sums[set] = {};
   }
-  SumsOfColumns<E>(tensors, begin, {runs.count, columns, runs.stride}, scratch.data(),
-                   scratch.data(), dy.data(), dy_d.data());
-  const hn::ScalableTag<double> d;
-  for (int64_t set = 0; set < sets; ++set) {
-    const int64_t first = set * runs.length;
-    sums[set] = {SumOfArray(d, dy.data() + first, runs.length),
-                 SumOfArray(d, dy_d.data() + first, runs.length)};
-  }
+  SumColumnsByBlocks<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts,
+                        [&](const T* sum, const T* product) {
+                          for (int64_t set = 0; set < sets; ++set) {
+                            const int64_t first = set * runs.length;
+                            sums[set].dy += SumOfArray(d, sum + first, runs.length);
+                            sums[set].dy_d += SumOfArray(d, product + first, runs.length);
+                          }
+                        });
 }
 
 template <class E>
@@ -330,7 +361,8 @@ class Gradient {
         ahead_(tensors.ahead) {}
 
   void FetchAheadBy(int64_t elements) { ahead_ = elements; }
-  int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(grad_x_ + i) : 0; }
+  int64_t UntilLine(int64_t i) const { return stream_ ? ElementsUntilLine(grad_x_ + i) : 0; }
+  int64_t PastLine(int64_t i) const { return stream_ ? ElementsPastLine(grad_x_ + i) : 0; }
   void Begin(int64_t) {}
   void End() {}
 

@@ -68,12 +68,13 @@ struct AlongRows {
   int64_t length = 0;      // of a row
   int64_t parameters = 0;  // of the arrays: a row or several
   const void* weight = nullptr;
-  const void* bias = nullptr;
+  const void* bias = nullptr;   // null: 0
   void* grad_weight = nullptr;  // both or none
   void* grad_bias = nullptr;
-  bool in_pairs = false;  // the arrays are in the order of in_pairs()
-  bool constant = false;  // constant statistics: dx = dy * (weight * invstd)
-  bool center = true;     // as in NormProblem
+  bool wants_bias = true;  // else grad_bias may be left as it is
+  bool in_pairs = false;   // the arrays are in the order of in_pairs()
+  bool constant = false;   // constant statistics: dx = dy * (weight * invstd)
+  bool center = true;      // as in NormProblem
 };
 
 // What rows are normalized by, arrays with a value a row, of kMostRows each.
@@ -95,6 +96,8 @@ struct Rows {
   int64_t parameter = 0;  // of the first, in the arrays along rows
   int64_t count = 0;      // kMostRows or fewer
   RowConstants constants = {};
+  // The sums along rows begin with so many of the first ones: whatever is there is no sum yet.
+  int64_t fresh = 0;
 };
 
 // A value a row. The variance is m2 / elements.
@@ -149,6 +152,13 @@ using Meanwhile = std::function<void(int64_t elements)>;
 // Read between two calls, where runs are so long: what a processor can have under way.
 inline constexpr int64_t kBytesMeanwhile = 4096;
 
+// Where sums of several parts go.
+struct Totals {
+  const double* before;  // added to them; null: nothing
+  double* after;
+  void* rounded;  // not null: in the computing type, instead of `after`
+};
+
 struct ForwardKernels {
   // Of each of `sets` sets whose runs follow each other: set s has the runs that begin
   // s * runs.length further on.
@@ -189,9 +199,9 @@ struct BackwardKernels {
   // As in ForwardKernels.
   void (*constants_of_sets)(const SetStatistics& statistics, int64_t count,
                             const ConstantsOfSets& to);
-  // Adds each of `parts` arrays, `stride` apart, to an array of totals, which is not in pairs.
+  // Adds up `parts` arrays, `stride` apart, in doubles. Totals are not in pairs.
   void (*add_up)(const void* parts_data, int64_t parts, int64_t stride, int64_t count,
-                 bool in_pairs, double* total);
+                 bool in_pairs, const Totals& totals);
   void (*gradient_of_planes)(const BackwardTensors& tensors, const Planes& planes,
                              const Coefficients& coefficients);
   // As in ForwardKernels.

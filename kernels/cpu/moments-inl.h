@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/column_sums-inl.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
@@ -37,8 +38,8 @@ HWY_INLINE ComputeType<E> ScalarAt(const E* x, int64_t i) {
   }
 }
 
-// A run whose values and squares are summed, after a shift.
-template <class E>
+// A run whose values and squares are summed, after a shift. kShifted: by more than 0.
+template <class E, bool kShifted>
 struct MomentRun {
   using D = Tag<E>;
   using V = hn::Vec<D>;
@@ -48,19 +49,20 @@ struct MomentRun {
 
   template <int k>
   HWY_INLINE void Add(int64_t i, Sums& sums) const {
-    Collect<k>(hn::Sub(LoadElements(D(), x + i), shift), sums);
+    Collect<k>(Deviation(LoadElements(D(), x + i)), sums);
   }
   template <int k, class M>
   HWY_INLINE void Add(int64_t i, Sums& sums, M mask) const {
-    Collect<k>(hn::IfThenElseZero(mask, hn::Sub(LoadElements(D(), x + i), shift)), sums);
+    Collect<k>(hn::IfThenElseZero(mask, Deviation(LoadElements(D(), x + i))), sums);
   }
   template <int k>
   HWY_INLINE void AddTwo(int64_t i, Sums& sums) const {
     const Pair<D> values = LoadPair(D(), x + i);
     if (ahead != 0) FetchPairAhead(D(), x + i + ahead);
-    Collect<k>(hn::Sub(values.a, shift), sums);
-    Collect<k + 1>(hn::Sub(values.b, shift), sums);
+    Collect<k>(Deviation(values.a), sums);
+    Collect<k + 1>(Deviation(values.b), sums);
   }
+  HWY_INLINE V Deviation(V v) const { return kShifted ? hn::Sub(v, shift) : v; }
   template <int k>
   static HWY_INLINE void Collect(V deviation, Sums& sums) {
     V& sum = sums.first.template At<k>();
@@ -75,10 +77,25 @@ struct MomentRun {
   int64_t ahead;
 };
 
+// Calls add(run) with the run of those elements.
+template <class E, class Add>
+HWY_INLINE void WithMomentRun(const E* x, ComputeType<E> shift, int64_t ahead, Add add) {
+  const auto center = hn::Set(Tag<E>(), shift);
+  if (kAlwaysShifts<E> || shift != 0) {
+    MomentRun<E, true> run{x, center, ahead};
+    add(run);
+  } else {
+    MomentRun<E, kAlwaysShifts<E>> run{x, center, ahead};
+    add(run);
+  }
+}
+
 // The next shift, from `n` values' sums of x - shift and of their squares.
-HWY_INLINE double ShiftOfSums(double shift, double sum, double square, double n) {
-  const double mean = sum / n;
-  return ShiftNear(shift + mean, square / n - mean * mean);
+template <class E>
+HWY_INLINE ComputeType<E> ShiftOfSums(double shift, double sum, double square, double n) {
+  const double missed = sum / n, mean = shift + missed, var = square / n - missed * missed;
+  if (!kAlwaysShifts<E> && normd::IsNearZero(mean, var)) return 0;
+  return static_cast<ComputeType<E>>(ShiftNear(mean, var));
 }
 
 // A first shift: the mean of the first few vectors, themselves shifted by the
@@ -96,9 +113,8 @@ HWY_INLINE ComputeType<E> PilotShift(const E* x, int64_t n) {
     sum = hn::Add(sum, deviation);
     square = hn::MulAdd(deviation, deviation, square);
   }
-  return static_cast<T>(ShiftOfSums(first, hn::GetLane(hn::SumOfLanes(d, sum)),
-                                    hn::GetLane(hn::SumOfLanes(d, square)),
-                                    static_cast<double>(end)));
+  return ShiftOfSums<E>(first, hn::GetLane(hn::SumOfLanes(d, sum)),
+                        hn::GetLane(hn::SumOfLanes(d, square)), static_cast<double>(end));
 }
 
 template <class E>
@@ -121,33 +137,33 @@ HWY_INLINE void Merge(double elements, double shift, double sum, double square,
 }
 
 // The same, and moves the shift to the block's mean.
-template <class T>
-HWY_INLINE void MergeBlock(double elements, double sum, double square, T& shift,
+template <class E>
+HWY_INLINE void MergeBlock(double elements, double sum, double square, ComputeType<E>& shift,
                            PartialMoments& total) {
   Merge(elements, static_cast<double>(shift), sum, square, total);
-  shift = static_cast<T>(ShiftOfSums(shift, sum, square, elements));
+  shift = ShiftOfSums<E>(shift, sum, square, elements);
 }
 
-// A set that is one block: shifted by its first value, which is at hand at once, and only
-// if that was far off (2.4 deviations) a second time, by the mean.
+// A set that is one block: shifted by its first value, which is at hand at once (halves: by 0), and
+// only if that was far off (2.4 deviations) a second time, by the mean.
 template <class E>
 PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead, const Meanwhile& meanwhile) {
   const Tag<E> d;
-  ComputeType<E> shift = ScalarAt(x, 0);
+  ComputeType<E> shift = kAlwaysShifts<E> ? ScalarAt(x, 0) : ComputeType<E>{0};
   const double elements = static_cast<double>(n);
   double sum = 0, square = 0;
   Turns turns(meanwhile, sizeof(E));
   const auto add_up = [&]() NORMD_INLINE_LAMBDA {
     TwoSums<Tag<E>> sums;
     sums.Clear();
-    MomentRun<E> run{x, hn::Set(d, shift), ahead};
-    AddRunInTurns(d, n, run, sums, turns);
+    WithMomentRun(x, shift, ahead,
+                  [&](auto& run) NORMD_INLINE_LAMBDA { AddRunInTurns(d, n, run, sums, turns); });
     sum = SumInDouble(d, sums.first);
     square = SumInDouble(d, sums.second);
   };
   add_up();
   if (HWY_UNLIKELY(sum * sum > 0.85 * elements * square)) {
-    shift = static_cast<ComputeType<E>>(ShiftOfSums(shift, sum, square, elements));
+    shift = ShiftOfSums<E>(shift, sum, square, elements);
     add_up();
   }
   PartialMoments moments;
@@ -169,12 +185,13 @@ PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& 
   ForEachPiece(
       d, runs,
       [&](int64_t run, int64_t begin, int64_t n) NORMD_INLINE_LAMBDA {
-        MomentRun<E> piece{x + run * runs.stride + begin, hn::Set(d, shift), runs.ahead};
-        AddRunInTurns(d, n, piece, sums, turns);
+        WithMomentRun(x + run * runs.stride + begin, shift, runs.ahead,
+                      [&](auto& piece)
+                          NORMD_INLINE_LAMBDA { AddRunInTurns(d, n, piece, sums, turns); });
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
-        MergeBlock(static_cast<double>(elements), SumInDouble(d, sums.first),
-                   SumInDouble(d, sums.second), shift, total);
+        MergeBlock<E>(static_cast<double>(elements), SumInDouble(d, sums.first),
+                      SumInDouble(d, sums.second), shift, total);
         sums.Clear();
       });
   return total;
@@ -207,32 +224,49 @@ struct ColumnMoments {
 };
 
 // Sets whose runs are a few vectors, as a matrix with a column for each position of each
-// set: a position's sums wait for the next run, and a set's are added up in the end.
+// set: a position's sums wait for the next run, and a set's are added up in the end. Halves are
+// shifted by 0, and summed again if that was far off for some.
 template <class E>
 void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments) {
   using T = ComputeType<E>;
   const Tag<E> d;
   const int64_t columns = sets * runs.length;
-  std::vector<T> shift(static_cast<size_t>(columns)), paired(shift), sum(shift), square(shift);
+  const Scratch memory(static_cast<size_t>(3 * columns + sets) * sizeof(T));
+  T* const shift = memory.Get<T>();
+  T* const sum = shift + columns;
+  T* const square = sum + columns;
+  T* const shift_of = square + columns;  // of sets
   for (int64_t set = 0; set < sets; ++set) {
-    const int64_t first = set * runs.length;
-    std::fill_n(shift.begin() + first, runs.length, PilotShift(x + first, runs.length));
+    shift_of[set] = kAlwaysShifts<E> ? PilotShift(x + set * runs.length, runs.length) : T{0};
     moments[set] = {};
   }
-  for (int64_t block = 0; block < runs.count; block += kBlockRows) {
-    const int64_t end = std::min(block + kBlockRows, runs.count);
-    ToPairs<E>(columns, shift.data(), paired.data());
-    SumColumns<E>(ColumnMoments<E>{x + block * runs.stride}, {end - block, columns, runs.stride},
-                  paired.data(), sum.data(), square.data());
-    FromPairs<E>(columns, sum.data());
-    FromPairs<E>(columns, square.data());
+  // Returns whether the shift of a set was far off.
+  const auto add_block = [&](int64_t begin, int64_t rows) {
     for (int64_t set = 0; set < sets; ++set) {
-      const int64_t first = set * runs.length;
-      T center = shift[static_cast<size_t>(first)];
-      MergeBlock(static_cast<double>((end - block) * runs.length),
-                 SumOfArray(d, sum.data() + first, runs.length),
-                 SumOfArray(d, square.data() + first, runs.length), center, moments[set]);
-      std::fill_n(shift.begin() + first, runs.length, center);
+      std::fill_n(shift + set * runs.length, runs.length, shift_of[set]);
+    }
+    ToPairs<E>(columns, shift, shift);
+    WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+      SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * runs.stride},
+                    {rows, columns, runs.stride}, shift, sum, square);
+    });
+    FromPairs<E>(columns, sum);
+    FromPairs<E>(columns, square);
+    bool any_far = false;
+    const double elements = static_cast<double>(rows * runs.length);
+    for (int64_t set = 0; set < sets; ++set) {
+      const double s = SumOfArray(d, sum + set * runs.length, runs.length);
+      const double q = SumOfArray(d, square + set * runs.length, runs.length);
+      any_far |= s * s > 0.85 * elements * q;
+      MergeBlock<E>(elements, s, q, shift_of[set], moments[set]);
+    }
+    return any_far;
+  };
+  for (int64_t begin = 0; begin < runs.count; begin += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, runs.count - begin);
+    if (add_block(begin, rows) && begin == 0 && !kAlwaysShifts<E>) {
+      std::fill_n(moments, sets, PartialMoments{});
+      add_block(begin, rows);
     }
   }
 }
@@ -253,16 +287,17 @@ void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMo
       [&](int64_t run, int64_t set) NORMD_INLINE_LAMBDA {
         TwoSums<Tag<E>> sums;
         sums.Clear();
-        MomentRun<E> values{x + run * runs.stride + set * runs.length,
-                            hn::Set(d, shift[static_cast<size_t>(set)]), runs.ahead};
-        AddRunInTurns(d, runs.length, values, sums, turns);
+        WithMomentRun(x + run * runs.stride + set * runs.length, shift[static_cast<size_t>(set)],
+                      runs.ahead, [&](auto& values) NORMD_INLINE_LAMBDA {
+                        AddRunInTurns(d, runs.length, values, sums, turns);
+                      });
         waiting.Add(set, sums);
       },
       [&](int64_t elements) NORMD_INLINE_LAMBDA {
         for (int64_t set = 0; set < sets; ++set) {
           const double sum = waiting.Take(set, 0);
-          MergeBlock(static_cast<double>(elements), sum, waiting.Take(set, 1),
-                     shift[static_cast<size_t>(set)], moments[set]);
+          MergeBlock<E>(static_cast<double>(elements), sum, waiting.Take(set, 1),
+                        shift[static_cast<size_t>(set)], moments[set]);
         }
       });
 }

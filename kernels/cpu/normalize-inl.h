@@ -21,12 +21,17 @@ HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Elements before `to` + n is aligned as StoreElements(stream) wants it.
+// Elements before `to` that lie on its cache line: what is written past the cache is whole lines,
+// since the rest of one that is begun so has to wait for memory.
 template <class E>
-HWY_INLINE int64_t ElementsUntilAligned(const E* to) {
-  const uintptr_t bytes = hn::Lanes(Tag<E>()) * sizeof(E);
-  const uintptr_t past = reinterpret_cast<uintptr_t>(to) % bytes;
-  return static_cast<int64_t>(past == 0 ? 0 : (bytes - past) / sizeof(E));
+HWY_INLINE int64_t ElementsPastLine(const E* to) {
+  constexpr uintptr_t kLineBytes = 64;
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes / sizeof(E));
+}
+template <class E>
+HWY_INLINE int64_t ElementsUntilLine(const E* to) {
+  constexpr int64_t kLine = 64 / sizeof(E);
+  return (kLine - ElementsPastLine(to)) % kLine;
 }
 
 // kFused: there is a residual or an activation.
@@ -48,7 +53,8 @@ class Normalize {
         ahead_(tensors.ahead) {}
 
   void FetchAheadBy(int64_t elements) { ahead_ = elements; }
-  int64_t UntilAligned(int64_t i) const { return stream_ ? ElementsUntilAligned(y_ + i) : 0; }
+  int64_t UntilLine(int64_t i) const { return stream_ ? ElementsUntilLine(y_ + i) : 0; }
+  int64_t PastLine(int64_t i) const { return stream_ ? ElementsPastLine(y_ + i) : 0; }
 
   void Begin(int64_t i) {
     if constexpr (kFused) bits_.Begin(mask_, i);

@@ -35,6 +35,7 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLargestTinyPlane = 64;
 constexpr int64_t kFewestTinyRuns = 4;
 constexpr int64_t kAheadBytes = int64_t{1} << 13;  // within a run
+constexpr int64_t kFewestRunBytes = 1024;          // of a unit that is not all the tensor
 constexpr int64_t kMostRowBytes = 3200;            // of columns whose coefficients stay in L1
 
 struct Range {
@@ -77,6 +78,13 @@ struct Geometry {
     if (by_columns) unit_sets = std::min(unit_sets, kMostRowBytes / (plane * element_bytes));
     // Where it can be had, each unit begins at a cache line: loads that lie on two cost twice.
     const int64_t on_lines = kLineBytes / std::gcd(kLineBytes, run_length() * element_bytes);
+    // Of many short runs a unit takes more than the L2 holds: runs of a few lines, far from each
+    // other, cost more than reading a second time from where they came.
+    if (runs > 1 && set_bytes <= 2 * kChunkBytes) {
+      const int64_t run_bytes = run_length() * element_bytes;
+      const int64_t fewest = (kFewestRunBytes / run_bytes + on_lines - 1) / on_lines * on_lines;
+      unit_sets = std::max(unit_sets, std::min(fewest, sets / 16));
+    }
     if (unit_sets > on_lines) unit_sets -= unit_sets % on_lines;
     units = (sets + unit_sets - 1) / unit_sets;
     if (set_bytes > 2 * kChunkBytes) {

@@ -33,10 +33,7 @@ class RowInput {
   using V = hn::Vec<D>;
 
   RowInput(const BackwardTensors& tensors, int64_t begin, T shift)
-      : input_(tensors),
-        begin_(begin),
-        ahead_(begin + tensors.ahead),
-        shift_(hn::Set(D(), shift)) {}
+      : input_(tensors), begin_(begin), ahead_(tensors.ahead), shift_(hn::Set(D(), shift)) {}
 
   HWY_INLINE Pair<D> GradY(int64_t j) const {
     const int64_t i = begin_ + j;
@@ -62,8 +59,8 @@ class RowInput {
     return Shifted(input_.PartialX(begin_ + j, n));
   }
   HWY_INLINE void Fetch(int64_t j) const {
-    FetchPairAhead(D(), input_.grad_y + ahead_ + j);
-    FetchPairAhead(D(), input_.x + ahead_ + j);
+    FetchFrom(input_.grad_y + begin_ + j, ahead_);
+    FetchFrom(input_.x + begin_ + j, ahead_);
   }
 
  private:
@@ -77,9 +74,11 @@ class RowInput {
   V shift_;
 };
 
-// The sums over a tile of a row, of dy * weight, and (kParameters) what it adds to those along
-// rows, grad_weight and grad_bias.
-template <class E, bool kMasked, bool kShifted, bool kParameters>
+// Which sums along rows are wanted.
+enum class Along { kNone, kWeight, kWeightAndBias };
+
+// The sums over a tile of a row, of dy * weight, and what it adds to those along rows.
+template <class E, bool kMasked, bool kShifted, Along kAlong>
 class TileGradients {
  public:
   using T = ComputeType<E>;
@@ -91,47 +90,45 @@ class TileGradients {
                 int64_t parameter, const RowConstants& of, int64_t row)
       : input_(tensors, begin, static_cast<const T*>(of.shift)[row]),
         weight_(static_cast<const T*>(along.weight) + parameter),
-        grad_weight_(static_cast<T*>(along.grad_weight) + (kParameters ? parameter : 0)),
-        grad_bias_(static_cast<T*>(along.grad_bias) + (kParameters ? parameter : 0)),
+        grad_weight_(static_cast<T*>(along.grad_weight) + (kWeight ? parameter : 0)),
+        grad_bias_(static_cast<T*>(along.grad_bias) + (kBias ? parameter : 0)),
         invstd_(hn::Set(D(), static_cast<const T*>(of.invstd)[row])),
         lost_(hn::Set(D(), static_cast<const T*>(of.lost)[row])) {}
 
-  struct Along {
+  struct Added {
     Pair<D> grad_weight, grad_bias;
   };
-  HWY_INLINE Along Two(int64_t j) {
+  HWY_INLINE Added Two(int64_t j) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     input_.Fetch(j);
     const Pair<D> dy = input_.GradY(j), deviation = input_.Deviation(j);
     Weighted(dy.a, deviation.a, hn::LoadU(d, weight_ + j), dy_a_, dy_d_a_);
     Weighted(dy.b, deviation.b, hn::LoadU(d, weight_ + j + lanes), dy_b_, dy_d_b_);
-    Along along{dy, dy};
-    if constexpr (kParameters) {
-      along.grad_weight = {WithWeight(dy.a, deviation.a, hn::LoadU(d, grad_weight_ + j)),
+    Added added{dy, dy};
+    if constexpr (kWeight) {
+      added.grad_weight = {WithWeight(dy.a, deviation.a, hn::LoadU(d, grad_weight_ + j)),
                            WithWeight(dy.b, deviation.b, hn::LoadU(d, grad_weight_ + j + lanes))};
-      along.grad_bias = {hn::Add(hn::LoadU(d, grad_bias_ + j), dy.a),
+    }
+    if constexpr (kBias) {
+      added.grad_bias = {hn::Add(hn::LoadU(d, grad_bias_ + j), dy.a),
                          hn::Add(hn::LoadU(d, grad_bias_ + j + lanes), dy.b)};
     }
-    return along;
+    return added;
   }
-  HWY_INLINE void Store(int64_t j, const Along& along) const {
-    if constexpr (kParameters) {
-      const D d;
-      const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-      hn::StoreU(along.grad_weight.a, d, grad_weight_ + j);
-      hn::StoreU(along.grad_weight.b, d, grad_weight_ + j + lanes);
-      hn::StoreU(along.grad_bias.a, d, grad_bias_ + j);
-      hn::StoreU(along.grad_bias.b, d, grad_bias_ + j + lanes);
-    }
+  HWY_INLINE void Store(int64_t j, const Added& added) const {
+    if constexpr (kWeight) StoreTwoAt(grad_weight_ + j, added.grad_weight);
+    if constexpr (kBias) StoreTwoAt(grad_bias_ + j, added.grad_bias);
   }
   HWY_INLINE void Part(int64_t j, size_t n) {
     const D d;
     const V dy = input_.PartialGradY(j, n), deviation = input_.PartialDeviation(j, n);
     Weighted(dy, deviation, LoadPartial(d, weight_ + j, n), dy_a_, dy_d_a_);
-    if constexpr (kParameters) {
+    if constexpr (kWeight) {
       StorePartial(d, WithWeight(dy, deviation, LoadPartial(d, grad_weight_ + j, n)),
                    grad_weight_ + j, n);
+    }
+    if constexpr (kBias) {
       StorePartial(d, hn::Add(LoadPartial(d, grad_bias_ + j, n), dy), grad_bias_ + j, n);
     }
   }
@@ -141,6 +138,13 @@ class TileGradients {
   HWY_INLINE hn::Vec<WideTag> DyD() const { return Doubles(D(), hn::Add(dy_d_a_, dy_d_b_)); }
 
  private:
+  static constexpr bool kWeight = kAlong != Along::kNone;
+  static constexpr bool kBias = kAlong == Along::kWeightAndBias;
+
+  static HWY_INLINE void StoreTwoAt(T* to, const Pair<D>& values) {
+    hn::StoreU(values.a, D(), to);
+    hn::StoreU(values.b, D(), to + hn::Lanes(D()));
+  }
   static HWY_INLINE void Weighted(V dy, V deviation, V weight, V& sum, V& product) {
     const V weighted = hn::Mul(dy, weight);
     sum = hn::Add(sum, weighted);
@@ -258,7 +262,7 @@ HWY_INLINE void SharedGradients(const RowStatistics& statistics, const AlongRows
 }
 
 // Not inlined: all of them in one function are more than a compiler with sanitizers can take.
-template <class E, bool kMasked, bool kShifted, bool kParameters, bool kPlain, bool kStream>
+template <class E, bool kMasked, bool kShifted, Along kAlong, bool kPlain, bool kStream>
 HWY_NOINLINE void WriteAndSumGradients(const BackwardTensors& tensors, const AlongRows& along,
                                        const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
   const Tag<E> d;
@@ -270,8 +274,14 @@ HWY_NOINLINE void WriteAndSumGradients(const BackwardTensors& tensors, const Alo
           tensors, now.begin + r * along.length, along, parameter_now.Next(), now.constants, r);
     };
     const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
-      TileGradients<E, kMasked, kShifted, kParameters> tile(
-          tensors, next.begin + r * along.length, along, parameter_next.Next(), next.constants, r);
+      const int64_t parameter = parameter_next.Next();
+      if (kAlong != Along::kNone && r < next.fresh) {
+        for (void* sums_along : {along.grad_weight, along.grad_bias}) {
+          std::fill_n(static_cast<ComputeType<E>*>(sums_along) + parameter + begin, end - begin, 0);
+        }
+      }
+      TileGradients<E, kMasked, kShifted, kAlong> tile(tensors, next.begin + r * along.length,
+                                                       along, parameter, next.constants, r);
       OverColumns(d, begin, end, tile, write);
       sums.Add(r, 0, tile.Dy(), begin == 0);
       sums.Add(r, 1, tile.DyD(), begin == 0);
@@ -296,16 +306,24 @@ void BackwardRows(const BackwardTensors& tensors, const AlongRows& along, const 
   const E* const to = static_cast<const E*>(tensors.grad_x) + now.begin;
   const bool stream =
       tensors.stream && IsAlignedForPair(d, to) && IsAlignedForPair(d, to + along.length);
-  const auto run = [&]<bool kMasked, bool kShifted, bool kPlain, bool kStream>()
-                       NORMD_INLINE_LAMBDA {
-                         if (along.grad_weight != nullptr) {
-                           WriteAndSumGradients<E, kMasked, kShifted, true, kPlain, kStream>(
-                               tensors, along, now, next, sums);
-                         } else {
-                           WriteAndSumGradients<E, kMasked, kShifted, false, kPlain, kStream>(
-                               tensors, along, now, next, sums);
-                         }
-                       };
+  const auto run_along = [&]<bool kMasked, bool kShifted, Along kAlong, bool kPlain, bool kStream>()
+                             NORMD_INLINE_LAMBDA {
+                               WriteAndSumGradients<E, kMasked, kShifted, kAlong, kPlain, kStream>(
+                                   tensors, along, now, next, sums);
+                             };
+  // What is rare is not worth a loop of its own without a bias.
+  const auto run =
+      [&]<bool kMasked, bool kShifted, bool kPlain, bool kStream>() NORMD_INLINE_LAMBDA {
+        constexpr Along kLeast = kPlain ? Along::kWeight : Along::kWeightAndBias;
+        if (along.grad_weight == nullptr) {
+          run_along.template operator()<kMasked, kShifted, Along::kNone, kPlain, kStream>();
+        } else if (along.wants_bias) {
+          run_along
+              .template operator()<kMasked, kShifted, Along::kWeightAndBias, kPlain, kStream>();
+        } else {
+          run_along.template operator()<kMasked, kShifted, kLeast, kPlain, kStream>();
+        }
+      };
   if (tensors.relu_mask != nullptr) {
     run.template operator()<true, true, false, false>();
   } else if (!plain) {
@@ -323,19 +341,24 @@ void BackwardRows(const BackwardTensors& tensors, const AlongRows& along, const 
 
 template <class E>
 void AddUp(const void* data, int64_t parts, int64_t stride, int64_t count, bool in_pairs,
-           double* HWY_RESTRICT total) {
+           const Totals& totals) {
   using T = ComputeType<E>;
-  const Tag<E> d;
   const hn::ScalableTag<double> wide;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  const T* HWY_RESTRICT from = static_cast<const T*>(data);
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(Tag<E>()));
+  const T* const from = static_cast<const T*>(data);
+  const double* const before = totals.before;
+  double* const after = totals.after;
+  T* const rounded = static_cast<T*>(totals.rounded);
   int64_t j = 0;
   if constexpr (kPairsInterleave<E>) {
+    const hn::Rebind<float, decltype(wide)> narrow;
     const int64_t half = lanes / 2;
     for (; in_pairs && j + 2 * lanes <= count; j += 2 * lanes) {
-      hn::Vec<decltype(wide)> a0, b0, a1, b1;
-      hn::LoadInterleaved2(wide, total + j, a0, b0);
-      hn::LoadInterleaved2(wide, total + j + lanes, a1, b1);
+      auto a0 = hn::Zero(wide), b0 = a0, a1 = a0, b1 = a0;
+      if (before != nullptr) {
+        hn::LoadInterleaved2(wide, before + j, a0, b0);
+        hn::LoadInterleaved2(wide, before + j + lanes, a1, b1);
+      }
       for (int64_t part = 0; part < parts; ++part) {
         const T* at = from + part * stride + j;
         a0 = hn::Add(a0, LoadDoubles(wide, at));
@@ -343,22 +366,31 @@ void AddUp(const void* data, int64_t parts, int64_t stride, int64_t count, bool 
         b0 = hn::Add(b0, LoadDoubles(wide, at + lanes));
         b1 = hn::Add(b1, LoadDoubles(wide, at + lanes + half));
       }
-      hn::StoreInterleaved2(a0, b0, wide, total + j);
-      hn::StoreInterleaved2(a1, b1, wide, total + j + lanes);
+      if (rounded != nullptr) {
+        hn::StoreInterleaved2(hn::DemoteTo(narrow, a0), hn::DemoteTo(narrow, b0), narrow,
+                              rounded + j);
+        hn::StoreInterleaved2(hn::DemoteTo(narrow, a1), hn::DemoteTo(narrow, b1), narrow,
+                              rounded + j + lanes);
+      } else {
+        hn::StoreInterleaved2(a0, b0, wide, after + j);
+        hn::StoreInterleaved2(a1, b1, wide, after + j + lanes);
+      }
     }
   }
   const int64_t step = static_cast<int64_t>(hn::Lanes(wide));
   for (; j + step <= count; j += step) {
-    auto sum = hn::LoadU(wide, total + j);
+    auto sum = before == nullptr ? hn::Zero(wide) : hn::LoadU(wide, before + j);
     for (int64_t part = 0; part < parts; ++part) {
       sum = hn::Add(sum, LoadDoubles(wide, from + part * stride + j));
     }
-    hn::StoreU(sum, wide, total + j);
+    rounded == nullptr ? hn::StoreU(sum, wide, after + j) : StoreDoubles(wide, sum, rounded + j);
   }
   for (; j < count; ++j) {
+    double sum = before == nullptr ? 0 : before[j];
     for (int64_t part = 0; part < parts; ++part) {
-      total[j] += static_cast<double>(from[part * stride + j]);
+      sum += static_cast<double>(from[part * stride + j]);
     }
+    rounded == nullptr ? void(after[j] = sum) : void(rounded[j] = static_cast<T>(sum));
   }
 }
 

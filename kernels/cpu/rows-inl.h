@@ -68,6 +68,18 @@ HWY_INLINE void OverColumns(D d, int64_t j, int64_t end, Sum& sum, Write write) 
   }
 }
 
+// Fetches what is summed a while after the pair at `from`: into L2, so many elements ahead; if that
+// is 0, into L1, what comes next.
+template <class E>
+HWY_INLINE void FetchFrom(const E* from, int64_t ahead) {
+  constexpr int64_t kNear = 512 / sizeof(E);
+  if (ahead == 0) {
+    FetchPairNear(Tag<E>(), from + kNear);
+  } else {
+    FetchPairAhead(Tag<E>(), from + ahead);
+  }
+}
+
 // Calls run(begin, end) for tiles of columns: whole pairs, and so small that what lies along rows
 // stays in L1 while all of them pass.
 template <class D, class Run>
@@ -161,7 +173,7 @@ class TileMoments {
 
   HWY_INLINE int Two(int64_t j) {
     const D d;
-    FetchPairAhead(d, x_ + j + ahead_);
+    FetchFrom(x_ + j, ahead_);
     const Pair<D> x = LoadPair(d, x_ + j);
     Collect(Shifted(x.a), sum_a_, square_a_);
     Collect(Shifted(x.b), sum_b_, square_b_);
@@ -213,7 +225,7 @@ HWY_NOINLINE PartialMoments MomentsOfFarRow(const E* x, int64_t length) {
     sum = SumOfDoubles(sums);
     square = SumOfDoubles(squares);
     if (pass == 1 || !(sum * sum > 0.85 * elements * square)) break;
-    shift = static_cast<ComputeType<E>>(ShiftOfSums(shift, sum, square, elements));
+    shift = ShiftOfSums<E>(shift, sum, square, elements);
   }
   PartialMoments moments;
   Merge(elements, static_cast<double>(shift), sum, square, moments);
@@ -330,8 +342,8 @@ HWY_INLINE bool AreShifted(const Rows& rows) {
 }
 
 // Writes columns of a row. kStream: past the cache. Order: the element whose pairs' values are put
-// together from weight and bias.
-template <class E, bool kStream, bool kShifted, class Order>
+// together from weight and bias. kBiased: there is a bias.
+template <class E, bool kStream, bool kShifted, bool kBiased, class Order>
 class WriteRow {
  public:
   using T = ComputeType<E>;
@@ -350,15 +362,18 @@ class WriteRow {
   HWY_INLINE Pair<D> Two(int64_t j) const {
     const D d;
     const Pair<D> weight = LoadPairValues<Order>(d, weight_ + j);
-    const Pair<D> bias = LoadPairValues<Order>(d, bias_ + j);
+    Pair<D> bias = weight;
+    if constexpr (kBiased) bias = LoadPairValues<Order>(d, bias_ + j);
     const Pair<D> x = LoadPair(d, x_ + j);
     return {Y(x.a, weight.a, bias.a), Y(x.b, weight.b, bias.b)};
   }
   HWY_INLINE void Store(int64_t j, const Pair<D>& y) const { StorePair(D(), y, y_ + j, kStream); }
   HWY_INLINE void Part(int64_t j, size_t n) const {
     const D d;
-    const V y =
-        Y(LoadPartial(d, x_ + j, n), LoadPartial(d, weight_ + j, n), LoadPartial(d, bias_ + j, n));
+    const V weight = LoadPartial(d, weight_ + j, n);
+    V bias = weight;
+    if constexpr (kBiased) bias = LoadPartial(d, bias_ + j, n);
+    const V y = Y(LoadPartial(d, x_ + j, n), weight, bias);
     if (kStream && n == hn::Lanes(d)) {
       StoreElements(d, y, y_ + j, kStream);
     } else {
@@ -372,7 +387,9 @@ class WriteRow {
   }
   HWY_INLINE V Y(V x, V weight, V bias) const {
     if constexpr (kShifted) x = hn::Sub(x, shift_);
-    return hn::MulAdd(hn::MulAdd(x, invstd_, lost_), weight, bias);
+    const V normalized = hn::MulAdd(x, invstd_, lost_);
+    if constexpr (!kBiased) return hn::Mul(normalized, weight);
+    return hn::MulAdd(normalized, weight, bias);
   }
 
   const E* const x_;
@@ -394,7 +411,7 @@ void WriteRowsFused(const ForwardTensors& tensors, const AlongRows& along, const
 }
 
 // Not inlined: all of them in one function are more than a compiler with sanitizers can take.
-template <class E, bool kStream, bool kShifted, class Order>
+template <class E, bool kStream, bool kShifted, bool kBiased, class Order>
 HWY_NOINLINE void WriteAndSum(const ForwardTensors& tensors, const AlongRows& along,
                               const Rows& now, const Rows& next, SumsInLanes<2>& sums) {
   using T = ComputeType<E>;
@@ -410,8 +427,9 @@ HWY_NOINLINE void WriteAndSum(const ForwardTensors& tensors, const AlongRows& al
     Parameter parameter(along, now);
     const auto write_of = [&](int64_t r) NORMD_INLINE_LAMBDA {
       const int64_t at = parameter.Next();
-      return WriteRow<E, kStream, kShifted, Order>(x_now + r * length, y + r * length, weight + at,
-                                                   bias + at, now.constants, r);
+      return WriteRow<E, kStream, kShifted, kBiased, Order>(
+          x_now + r * length, y + r * length, weight + at, kBiased ? bias + at : nullptr,
+          now.constants, r);
     };
     const auto sum_up = [&](int64_t r, auto write) NORMD_INLINE_LAMBDA {
       const E* const x = x_next + r * length;
@@ -443,14 +461,18 @@ void ForwardRows(const ForwardTensors& tensors, const AlongRows& along, const Ro
   const bool stream =
       tensors.stream && IsAlignedForPair(d, static_cast<const E*>(tensors.y) + now.begin) &&
       IsAlignedForPair(d, static_cast<const E*>(tensors.y) + now.begin + along.length);
-  const auto run = [&]<bool kShifted>() NORMD_INLINE_LAMBDA {
+  const auto run_biased = [&]<bool kShifted, bool kBiased>() NORMD_INLINE_LAMBDA {
     if (kPairsInterleave<E> && !along.in_pairs) {
-      WriteAndSum<E, false, kShifted, E>(tensors, along, written, next, sums);
+      WriteAndSum<E, false, kShifted, kBiased, E>(tensors, along, written, next, sums);
     } else if (stream) {
-      WriteAndSum<E, true, kShifted, T>(tensors, along, written, next, sums);
+      WriteAndSum<E, true, kShifted, kBiased, T>(tensors, along, written, next, sums);
     } else {
-      WriteAndSum<E, false, kShifted, T>(tensors, along, written, next, sums);
+      WriteAndSum<E, false, kShifted, kBiased, T>(tensors, along, written, next, sums);
     }
+  };
+  const auto run = [&]<bool kShifted>() NORMD_INLINE_LAMBDA {
+    along.bias == nullptr ? run_biased.template operator()<kShifted, false>()
+                          : run_biased.template operator()<kShifted, true>();
   };
   if (AreShifted<E>(written)) {
     run.template operator()<true>();

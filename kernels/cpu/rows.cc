@@ -10,10 +10,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <numeric>
 #include <stop_token>
 #include <utility>
-#include <vector>
 
 #include "kernels/cpu/call.h"
 #include "kernels/cpu/coefficients.h"
@@ -31,7 +30,6 @@ constexpr int64_t kNearBytes = int64_t{1} << 14;
 constexpr int64_t kFewestSharing = 8;
 // Whose statistics are a vector.
 constexpr int64_t kRowsAtOnce = 8;
-constexpr int64_t kShortestAheadBytes = int64_t{1} << 13;
 // Of a unit of a backward: in so few floats lose little, in so many the units' sums are a
 // small part of the data.
 constexpr int64_t kFewestSamples = 16, kMostSamples = 64;
@@ -47,18 +45,19 @@ struct Geometry {
     parameters = problem.channels * inner;
   }
 
-  void CutForForward() {
+  // `bytes_of_all`: tensors.
+  void CutForForward(int64_t bytes_of_all) {
     unit_rows = std::clamp<int64_t>(kUnitBytes / row_bytes(), 1, rows);
-    Take(1);
+    Take(1, bytes_of_all);
   }
 
   // A parameter's gradient gets a value from each sample.
-  void CutForBackward() {
+  void CutForBackward(int64_t bytes_of_all) {
     const int64_t rows_of_sample = parameters / length, samples = rows / rows_of_sample;
     unit_rows = rows_of_sample *
                 std::min(samples, std::clamp((samples + kUnitsTogether - 1) / kUnitsTogether,
                                              kFewestSamples, kMostSamples));
-    Take(2);
+    Take(2, bytes_of_all);
   }
 
   int64_t row_bytes() const { return length * element_bytes; }
@@ -77,7 +76,7 @@ struct Geometry {
 
  private:
   // Rows are of `inputs` tensors.
-  void Take(int64_t inputs) {
+  void Take(int64_t inputs, int64_t bytes_of_all) {
     const int64_t bytes = inputs * row_bytes();
     const int64_t cached = LargestReadTwice() / bytes;
     if (cached == 0) return;
@@ -85,7 +84,8 @@ struct Geometry {
     const int64_t sharing = parameter_bytes > kNearBytes ? kFewestSharing : 1;
     together = std::min({cached, kMostRows, std::max(sharing, kTogetherBytes / bytes)});
     if (together > kRowsAtOnce) together -= together % kRowsAtOnce;
-    ahead = std::max<int64_t>(1, (kShortestAheadBytes + row_bytes() - 1) / row_bytes()) * length;
+    // The same columns of the next row. What is read in the order of memory needs no such help.
+    if (sharing > 1 && bytes_of_all > LargestNearBytes()) ahead = length;
   }
 };
 
@@ -104,10 +104,12 @@ class ConstantsOfMostRows {
 // own array if it is that already.
 class Expanded {
  public:
-  // `in_pairs`: as in the kernels; null: as it is.
+  // `in_pairs`: as in the kernels; null: as it is. Without `data` it is `otherwise`, or, if that is
+  // 0, null as well.
   Expanded(const NormProblem& problem, const Geometry& geometry, const void* data, double otherwise,
            decltype(ForwardKernels::in_pairs) in_pairs)
       : width_(static_cast<int64_t>(SizeOf(problem.parameter_dtype()))), data_(data) {
+    if (data == nullptr && otherwise == 0) return;
     const size_t bytes = static_cast<size_t>(geometry.parameters * width_);
     if (data == nullptr || geometry.inner != 1) {
       const Parameter values(problem.dtype, data, otherwise);
@@ -131,7 +133,9 @@ class Expanded {
     data_ = memory_.Get();
   }
 
-  const void* From(int64_t i) const { return static_cast<const char*>(data_) + i * width_; }
+  const void* From(int64_t i) const {
+    return data_ == nullptr ? nullptr : static_cast<const char*>(data_) + i * width_;
+  }
 
  private:
   int64_t width_;
@@ -165,7 +169,7 @@ class ForwardJob {
                .center = problem_.center} {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
-    geometry_.CutForForward();
+    geometry_.CutForForward(bytes_);
     tensors_.ahead = geometry_.ahead;
   }
 
@@ -244,7 +248,7 @@ class BackwardJob {
         in_pairs_(args_.relu_mask == nullptr ? ForwardKernelsFor(problem_.dtype).in_pairs
                                              : nullptr),
         weight_(problem_, geometry_, args_.weight, 1, in_pairs_) {
-    geometry_.CutForBackward();
+    geometry_.CutForBackward(bytes_);
     bytes_ = call.bytes();
     tensors_ = call.tensors();
     tensors_.ahead = geometry_.ahead;
@@ -252,28 +256,31 @@ class BackwardJob {
 
   Outcome Execute(const Context& context) {
     if (!call_.wants_elements() && !wants_parameters()) return Outcome::kOk;
+    const int64_t units = geometry_.units();
     if (wants_parameters()) {
-      sums_ = Scratch(
-          static_cast<size_t>(std::min(geometry_.units(), kUnitsTogether) * sums() * width()));
-      totals_.resize(static_cast<size_t>(sums()));
+      sums_ = Scratch(static_cast<size_t>(std::min(units, kUnitsTogether) * sums() * width()));
+      if (units > kUnitsTogether || geometry_.inner != 1) {
+        totals_ = Scratch(static_cast<size_t>(sums()) * sizeof(double));
+      }
     }
-    for (int64_t first = 0; first < geometry_.units(); first += kUnitsTogether) {
-      const int64_t count = std::min(kUnitsTogether, geometry_.units() - first);
+    for (int64_t first = 0; first < units; first += kUnitsTogether) {
+      const int64_t count = std::min(kUnitsTogether, units - first);
       const Outcome outcome = RunSpans(
           count, bytes_, context, [&](const Span& units) { Apply(first, units, context.stop); });
       if (outcome != Outcome::kOk) return outcome;
-      if (wants_parameters()) AddUp(count);
+      if (wants_parameters()) AddUp(count, first == 0, first + count == units);
     }
-    if (wants_parameters()) WriteParameterGradients();
+    if (wants_parameters() && geometry_.inner != 1) WriteParameterGradients();
     return Outcome::kOk;
   }
 
  private:
-  // `units` after the `first`: their sums for weight and bias have these places.
+  // `units` after the `first_unit`: their sums for weight and bias have these places.
   void Apply(int64_t first_unit, const Span& units, const std::stop_token& stop) {
     AlongRows along{.length = geometry_.length,
                     .parameters = geometry_.parameters,
                     .weight = weight_.From(0),
+                    .wants_bias = args_.grad_bias != nullptr,
                     .in_pairs = in_pairs_ != nullptr,
                     .constant = !args_.statistics_of_batch,
                     .center = problem_.center};
@@ -289,29 +296,44 @@ class BackwardJob {
       if (wants_parameters()) {
         std::byte* const sums =
             sums_.Get<std::byte>(static_cast<size_t>(unit * this->sums() * width()));
-        std::memset(sums, 0, static_cast<size_t>(this->sums() * width()));
         along.grad_weight = sums;
         along.grad_bias = sums + geometry_.parameters * width();
       }
       const int64_t last = geometry_.FirstRow(first_unit + unit + 1);
+      int64_t fresh = geometry_.parameters / geometry_.length;  // the unit's first sample
       for (int64_t row = geometry_.FirstRow(first_unit + unit); row < last;
            row += geometry_.together) {
         if (stop.stop_requested()) return;
         go_on({.begin = row * geometry_.length,
                .parameter = geometry_.ParameterOf(row),
                .count = std::min(geometry_.together, last - row),
-               .constants = constants[turn++ % 2]},
+               .constants = constants[turn++ % 2],
+               .fresh = fresh},
               row);
+        fresh = std::max<int64_t>(0, fresh - geometry_.together);
       }
     }
     go_on({}, 0);
   }
 
-  void AddUp(int64_t units) {
-    for (int64_t row = 0; row < sums(); row += geometry_.length) {
-      kernels_.add_up(sums_.Get(static_cast<size_t>(row * width())), units, sums(),
-                      geometry_.length, in_pairs_ != nullptr, totals_.data() + row);
-    }
+  // Of so many units: the first ones or the last, or both.
+  void AddUp(int64_t units, bool first, bool last) {
+    const auto add_up = [&](int64_t sum, void* gradient) {
+      if (gradient == nullptr) return;
+      for (int64_t row = 0; row < geometry_.parameters; row += geometry_.length) {
+        Totals totals{};
+        if (!first) totals.before = TotalsFrom(sum + row);
+        if (last && geometry_.inner == 1) {
+          totals.rounded = static_cast<std::byte*>(gradient) + row * width();
+        } else {
+          totals.after = TotalsFrom(sum + row);
+        }
+        kernels_.add_up(sums_.Get(static_cast<size_t>((sum + row) * width())), units, sums(),
+                        geometry_.length, in_pairs_ != nullptr, totals);
+      }
+    };
+    add_up(0, args_.grad_weight);
+    add_up(geometry_.parameters, args_.grad_bias);
   }
 
   bool wants_parameters() const {
@@ -322,32 +344,24 @@ class BackwardJob {
   int64_t sums() const { return 2 * geometry_.parameters; }
   int64_t width() const { return static_cast<int64_t>(SizeOf(problem_.parameter_dtype())); }
 
+  // Where several elements have the same parameter.
   void WriteParameterGradients() const {
-    const double* const grad_bias = totals_.data() + geometry_.parameters;
-    if (problem_.dtype == DType::kFloat64) {
-      Write(totals_.data(), static_cast<double*>(args_.grad_weight));
-      Write(grad_bias, static_cast<double*>(args_.grad_bias));
-    } else {
-      Write(totals_.data(), static_cast<float*>(args_.grad_weight));
-      Write(grad_bias, static_cast<float*>(args_.grad_bias));
+    const ParameterGradient grad_weight(problem_.dtype, args_.grad_weight);
+    const ParameterGradient grad_bias(problem_.dtype, args_.grad_bias);
+    const auto total = [&](int64_t sum) {
+      const double* const of_elements = TotalsFrom(sum);
+      return std::accumulate(of_elements, of_elements + geometry_.inner, 0.0);
+    };
+    for (int64_t c = 0; c < problem_.channels; ++c) {
+      if (args_.grad_weight != nullptr) grad_weight.Set(c, total(c * geometry_.inner));
+      if (args_.grad_bias != nullptr) {
+        grad_bias.Set(c, total(geometry_.parameters + c * geometry_.inner));
+      }
     }
   }
 
-  // `to`: null if not wanted.
-  template <class T>
-  void Write(const double* totals, T* to) const {
-    if (to == nullptr) return;
-    const int64_t inner = geometry_.inner;
-    if (inner == 1) {
-      std::transform(totals, totals + geometry_.parameters, to,
-                     [](double total) { return static_cast<T>(total); });
-      return;
-    }
-    for (int64_t c = 0; c < problem_.channels; ++c) {
-      double sum = totals[c * inner];
-      for (int64_t i = 1; i < inner; ++i) sum += totals[c * inner + i];
-      to[c] = static_cast<T>(sum);
-    }
+  double* TotalsFrom(int64_t sum) const {
+    return totals_.Get<double>(static_cast<size_t>(sum) * sizeof(double));
   }
 
   const BackwardCall& call_;
@@ -359,8 +373,8 @@ class BackwardJob {
   const Expanded weight_;
   BackwardTensors tensors_;
   int64_t bytes_;
-  Scratch sums_;                // [unit][grad_weight or grad_bias][element], in the computing type
-  std::vector<double> totals_;  // [grad_weight or grad_bias][element]
+  Scratch sums_;    // [unit][grad_weight or grad_bias][element], in the computing type
+  Scratch totals_;  // [grad_weight or grad_bias][element], doubles
 };
 
 }  // namespace

@@ -72,10 +72,10 @@ bool AreShifted(int64_t columns, const T* shift) {
   return !hn::AllTrue(d, hn::Eq(any, hn::Zero(d)));
 }
 
-// Calls run(std::bool_constant<whether x - shift is to be computed>).
+// Calls run(std::bool_constant<whether x - shift is to be computed>). No shifts at all are 0.
 template <class E, class Run>
 HWY_INLINE void WithShifts(int64_t columns, const ComputeType<E>* shift, Run run) {
-  if (kAlwaysShifts<E> || AreShifted(columns, shift)) {
+  if (kAlwaysShifts<E> || (shift != nullptr && AreShifted(columns, shift))) {
     run(std::true_type());
   } else {
     run(std::bool_constant<kAlwaysShifts<E>>());

@@ -10,7 +10,8 @@
 //   op.TakesTwo()                         whether it can do two rows at once
 //   op.VectorsOfTwo(i, end, stride, at)   as Vectors(), of both: coefficients are loaded once
 //   op.FetchAheadBy(n)                    elements n after those read are fetched
-//   op.UntilAligned(i)                    elements before a vector may be stored
+//   op.UntilLine(i), op.PastLine(i)       elements from i to a cache line of what is written, or
+//                                         from one to i: what Vectors() may not write. 0: nothing
 #if defined(NORMD_KERNELS_CPU_WALK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMD_KERNELS_CPU_WALK_INL_H_
 #undef NORMD_KERNELS_CPU_WALK_INL_H_
@@ -25,6 +26,7 @@
 #include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/set_constants-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normd::cpu::HWY_NAMESPACE {
@@ -50,12 +52,15 @@ struct PairCoefficients {
 };
 
 // Where an operation gets its coefficients: the same for all elements, or by element.
-// HasPairs(i): whether PairAt() has those of pairs (elements-inl.h), from i on.
-template <class D>
+// HasPairs(i): whether PairAt() has those of pairs (elements-inl.h), from i on. kShifted: the shift
+// is not 0.
+template <class D, bool kShifted>
 struct Uniform {
-  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const { return values; }
+  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const {
+    return {kShifted ? values.shift : hn::Zero(D()), values.scale, values.offset, values.slope};
+  }
   HWY_INLINE bool HasPairs(int64_t) const { return true; }
-  HWY_INLINE PairCoefficients<D> PairAt(int64_t) const { return {values, values}; }
+  HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const { return {(*this)(i), (*this)(i)}; }
   VectorCoefficients<D> values;
 };
 template <class D, class Source>
@@ -114,7 +119,7 @@ struct ArrayCoefficients {
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> LoadPartial(D d, int64_t i, size_t n) const {
-    return {PartialVector(d, shift + i, n), PartialVector(d, scale + i, n),
+    return {kShifted ? PartialVector(d, shift + i, n) : hn::Zero(d), PartialVector(d, scale + i, n),
             PartialVector(d, offset + i, n), PartialVector(d, slope + i, n)};
   }
 
@@ -134,45 +139,91 @@ void InPairs(int64_t columns, const ArrayCoefficients<T, kShifted>& arrays, T* p
   for (int64_t j = 0; j + 2 * lanes <= columns; j += 2 * lanes) {
     int64_t kind = 0;
     for (const T* array : {arrays.shift, arrays.scale, arrays.offset, arrays.slope}) {
-      if (kind == 3 && arrays.slope == arrays.offset) break;  // a forward's
+      const bool is_read = (kind != 0 || kShifted) &&
+                           (kind != 3 || arrays.slope != arrays.offset);  // not a forward's
+      T* const to = paired + kKinds * j + kind++ * lanes;
+      if (!is_read) continue;
       const auto pair = LoadPairValues<E>(d, array + j);
-      T* to = paired + kKinds * j + kind++ * lanes;
       hn::StoreU(pair.a, d, to);
       hn::StoreU(pair.b, d, to + kKinds * lanes);
     }
   }
 }
 
+// A vector of columns that are the positions of planes, one plane after the other. The first lies
+// `skip` columns after the beginning of a plane; each other is `step` further on.
+template <class D>
+class ColumnsOfPlanes {
+ public:
+  using T = hn::TFromD<D>;
+
+  HWY_INLINE ColumnsOfPlanes(int64_t planes, int64_t plane_size, int64_t plane, int64_t skip,
+                             int64_t step)
+      : planes_(planes),
+        plane_size_(plane_size),
+        plane_(plane),
+        last_(skip + step * (static_cast<int64_t>(hn::Lanes(D())) - 1)),
+        position_(hn::MulAdd(hn::Iota(D(), T{0}), hn::Set(D(), static_cast<T>(step)),
+                             hn::Set(D(), static_cast<T>(skip)))) {}
+
+  // Each one's plane's value.
+  HWY_INLINE hn::Vec<D> ValuesOf(const T* values) const {
+    const D d;
+    auto v = hn::Set(d, values[plane_]);
+    int64_t next = plane_ + 1;
+    for (int64_t begin = plane_size_; begin <= last_ && next < planes_; begin += plane_size_) {
+      const auto in_next = hn::Ge(position_, hn::Set(d, static_cast<T>(begin)));
+      v = hn::IfThenElse(in_next, hn::Set(d, values[next++]), v);
+    }
+    return v;
+  }
+
+ private:
+  int64_t planes_, plane_size_, plane_;
+  int64_t last_;         // of position_
+  hn::Vec<D> position_;  // from the beginning of the first's plane
+};
+
 template <class E>
 Coefficients SpreadOverPlanes(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
                               void* memory) {
   using T = ComputeType<E>;
-  const Tag<E> d;
+  using D = Tag<E>;
+  const D d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t columns = planes * plane_size;
   const int64_t stride = (columns + lanes + 15) / 16 * 16;
+  const T* const shift = static_cast<const T*>(of_planes.shift);
+  const bool shifted = kAlwaysShifts<E> || AreShifted(planes, shift);
+  const T* from[kKinds] = {shifted ? shift : nullptr, static_cast<const T*>(of_planes.scale),
+                           static_cast<const T*>(of_planes.offset),
+                           static_cast<const T*>(of_planes.slope)};
+  T* to[kKinds] = {};
   T* next = static_cast<T*>(memory);
-  const auto spread = [&](const void* values) -> const void* {
-    if (values == nullptr) return nullptr;
-    T* const array = next;
-    next += stride;
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      const auto value = hn::Set(d, static_cast<const T*>(values)[plane]);
-      // What is written too far is the next plane's, and written again.
-      T* to = array + plane * plane_size;
-      for (int64_t i = 0; i < plane_size; i += lanes) hn::StoreU(value, d, to + i);
-    }
-    return array;
-  };
-  Coefficients columns_of{.shift = spread(of_planes.shift),
-                          .scale = spread(of_planes.scale),
-                          .offset = spread(of_planes.offset),
-                          .slope = spread(of_planes.slope)};
-  if constexpr (kPairsInterleave<E>) {
-    InPairs<E>(columns, ArrayCoefficients<T>(columns_of), next);
-    columns_of.paired = next;
+  for (int64_t kind = 0; kind < kKinds; ++kind, next += stride) {
+    if (from[kind] != nullptr) to[kind] = next;
   }
-  return columns_of;
+  int64_t plane = 0, skip = 0;
+  for (int64_t j = 0; j < columns; j += lanes) {
+    const auto spread = [&](int64_t begin, int64_t step, auto place) NORMD_INLINE_LAMBDA {
+      const ColumnsOfPlanes<D> at(planes, plane_size, plane, begin, step);
+      for (int64_t kind = 0; kind < kKinds; ++kind) {
+        if (from[kind] != nullptr) hn::StoreU(at.ValuesOf(from[kind]), d, place(kind));
+      }
+    };
+    spread(skip, 1, [&](int64_t kind) { return to[kind] + j; });
+    if (kPairsInterleave<E> && j % (2 * lanes) == 0 && j + 2 * lanes <= columns) {
+      T* const pairs = next + kKinds * j;
+      spread(skip, 2, [&](int64_t kind) { return pairs + kind * lanes; });
+      spread(skip + 1, 2, [&](int64_t kind) { return pairs + (kKinds + kind) * lanes; });
+    }
+    for (skip += lanes; skip >= plane_size; skip -= plane_size) ++plane;
+  }
+  return {.shift = to[0],
+          .scale = to[1],
+          .offset = to[2],
+          .slope = to[3],
+          .paired = kPairsInterleave<E> ? next : nullptr};
 }
 
 // LayerNorm's forward: scalars of a row, weight and bias along it.
@@ -187,7 +238,7 @@ struct RowCoefficients {
         invstd(static_cast<const T*>(rows.constants.invstd)[r]),
         lost(static_cast<const T*>(rows.constants.lost)[r]),
         weight(static_cast<const T*>(along.weight) + parameter),
-        bias(static_cast<const T*>(along.bias) + parameter) {}
+        bias(along.bias == nullptr ? nullptr : static_cast<const T*>(along.bias) + parameter) {}
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> Make(D d, hn::Vec<D> w, hn::Vec<D> b) const {
@@ -197,12 +248,14 @@ struct RowCoefficients {
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> Load(D d, int64_t i) const {
-    return Make(d, hn::LoadU(d, weight + i), hn::LoadU(d, bias + i));
+    return Make(d, hn::LoadU(d, weight + i),
+                bias == nullptr ? hn::Zero(d) : hn::LoadU(d, bias + i));
   }
 
   template <class D>
   HWY_INLINE VectorCoefficients<D> LoadPartial(D d, int64_t i, size_t n) const {
-    return Make(d, PartialVector(d, weight + i, n), PartialVector(d, bias + i, n));
+    return Make(d, PartialVector(d, weight + i, n),
+                bias == nullptr ? hn::Zero(d) : PartialVector(d, bias + i, n));
   }
 
   const T shift, invstd, lost;
@@ -221,10 +274,10 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   const int64_t end = planes.begin + planes.count;
   int64_t plane = planes.first_plane;
   int64_t plane_end = i - planes.skip + planes.plane_size;
-  // Fewer than a vector, one plane at a time.
+  // Parts of vectors, of one plane each.
   const auto partial = [&](int64_t until) {
     while (i < until) {
-      const int64_t n = std::min(until, plane_end) - i;
+      const int64_t n = std::min(std::min(until, plane_end) - i, lanes);
       op.Partial(i, static_cast<size_t>(n), arrays.Broadcast(d, plane));
       i += n;
       if (i == plane_end) {
@@ -235,14 +288,16 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   };
 
   op.Begin(i);
-  partial(std::min(end, i + op.UntilAligned(i)));
-  while (i + lanes <= end) {
+  partial(std::min(end, i + op.UntilLine(i)));
+  const int64_t last = end - op.PastLine(end);
+  while (i + lanes <= last) {
     if (i == plane_end) {
       ++plane;
       plane_end += planes.plane_size;
     }
     auto values = arrays.Broadcast(d, plane);
-    int64_t stop = std::min(plane_end, end);
+    bool shifted = kAlwaysShifts<typename Op::Element> || arrays.shift[plane] != 0;
+    int64_t stop = std::min(plane_end, last);
     if (i + lanes > plane_end) {  // a vector across two planes
       const auto first = hn::FirstN(d, static_cast<size_t>(plane_end - i));
       const auto next = arrays.Broadcast(d, ++plane);
@@ -252,8 +307,11 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
                 hn::IfThenElse(first, values.slope, next.slope)};
       plane_end += planes.plane_size;
       stop = i + lanes;
+      shifted = true;
     }
-    i = op.Vectors(i, stop, Uniform<typename Op::D>{values});
+    i = shifted ? op.Vectors(i, stop, Uniform<typename Op::D, true>{values})
+                : op.Vectors(i, stop,
+                             Uniform<typename Op::D, kAlwaysShifts<typename Op::Element>>{values});
   }
   if (i == plane_end) {
     ++plane;
@@ -267,6 +325,7 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
 template <class Op, class Source>
 void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& source) {
   const hn::ScalableTag<typename Op::Type> d;
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   // The coefficients of wide rows do not stay in L1: these are walked some rows at a
   // time, a tile of columns after the other. The next tile is fetched by hand, since
   // pieces this short give the processor no pattern to follow.
@@ -296,19 +355,21 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
         const int64_t count = row + 1 < last && op.TakesTwo() ? 2 : 1;
         const int64_t start = begin + row * matrix.stride;
         const auto partial = [&](int64_t from, int64_t to) {
-          if (from == to) return;
-          const size_t n = static_cast<size_t>(to - from);
-          const auto coefficients = source.LoadPartial(d, from, n);
-          for (int64_t r = 0; r < count; ++r) {
-            op.Partial(start + r * matrix.stride + from, n, coefficients);
+          for (; from < to; from += lanes) {
+            const size_t n = static_cast<size_t>(std::min(to - from, lanes));
+            const auto coefficients = source.LoadPartial(d, from, n);
+            for (int64_t r = 0; r < count; ++r) {
+              op.Partial(start + r * matrix.stride + from, n, coefficients);
+            }
           }
         };
         op.Begin(start + left);
-        int64_t j = std::min(right, left + op.UntilAligned(start + left));
+        int64_t j = std::min(right, left + op.UntilLine(start + left));
         partial(left, j);
         const Varying<typename Op::D, Source> at{source, start, paired};
-        j = count == 2 ? op.VectorsOfTwo(start + j, start + right, matrix.stride, at) - start
-                       : op.Vectors(start + j, start + right, at) - start;
+        const int64_t end = std::max(j, right - op.PastLine(start + right));
+        j = count == 2 ? op.VectorsOfTwo(start + j, start + end, matrix.stride, at) - start
+                       : op.Vectors(start + j, start + end, at) - start;
         partial(j, right);
         op.End();
         row += count;

@@ -44,6 +44,8 @@ class Ours final : public Contender {
     const void* weight =
         is_double ? static_cast<const void*>(weight_.data()) : weight_float_.data();
     const void* bias = is_double ? static_cast<const void*>(bias_.data()) : bias_float_.data();
+    const bool biased = bench_.layer != kRmsNorm;
+    if (!biased) bias = nullptr;
     const Epilogue epilogue = bench_.fused
                                   ? Epilogue{bench_.residual, Activation::kRelu,
                                              bench_.operation == kEval ? nullptr : mask_.data()}
@@ -75,7 +77,7 @@ class Ours final : public Contender {
                             .weight = weight,
                             .statistics = {mean_.data(), var_.data()},
                             .grad_weight = grad_weight_.data(),
-                            .grad_bias = grad_bias_.data(),
+                            .grad_bias = biased ? grad_bias_.data() : nullptr,
                             .relu_mask = bench_.fused ? mask_.data() : nullptr,
                             .grad_residual = bench_.fused ? bench_.residual : nullptr},
                            Place::kHost, {});
