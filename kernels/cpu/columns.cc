@@ -109,6 +109,22 @@ const void* At(const Geometry& geometry, const void* data, int64_t element) {
   return static_cast<const char*>(data) + element * geometry.element_bytes;
 }
 
+// Two sums of each column in each chunk of rows: see Geometry::PartialAt(). One block of memory:
+// two that are freed at once are more than malloc keeps, and new pages take as long as the sums.
+class Partials {
+ public:
+  void Allocate(const Geometry& geometry) {
+    count_ = geometry.partial_count();
+    memory_ = Scratch(static_cast<size_t>(2 * count_) * sizeof(double));
+  }
+  double* First(int64_t at) const { return memory_.Get<double>() + at; }
+  double* Second(int64_t at) const { return First(count_ + at); }
+
+ private:
+  int64_t count_ = 0;
+  Scratch memory_;
+};
+
 // PartialMoments::Merge(), column by column; all columns have the same counts.
 void MergeMoments(int64_t columns, double count, double* __restrict mean, double* __restrict m2,
                   double more_count, const double* __restrict more_mean,
@@ -188,11 +204,7 @@ class ForwardJob {
   }
 
   Outcome Execute(const Context& context) {
-    if (reduces()) {
-      const auto count = static_cast<size_t>(geometry_.partial_count());
-      mean_ = Scratch(count * sizeof(double));
-      m2_ = Scratch(count * sizeof(double));
-    }
+    if (reduces()) partials_.Allocate(geometry_);
     return Run(*this, {geometry_.outer, geometry_.chunks(), bytes_}, context);
   }
 
@@ -203,8 +215,7 @@ class ForwardJob {
     const auto chunk = geometry_.ChunkAt(unit, index);
     double scratch[3 * kTile];
     kernels_.moments_of_columns(At(geometry_, call_.x, chunk.begin), chunk.matrix, scratch,
-                                mean_.Get<double>() + chunk.partial,
-                                m2_.Get<double>() + chunk.partial);
+                                partials_.First(chunk.partial), partials_.Second(chunk.partial));
   }
 
   void Finish(int64_t unit) {
@@ -244,16 +255,16 @@ class ForwardJob {
   // Merges what the chunks found: first the chunks of each column, then the columns of
   // each channel, then the channels of each set.
   void WriteMoments(int64_t unit) {
-    double* mean = mean_.Get<double>() + geometry_.PartialAt(unit, 0);
-    double* m2 = m2_.Get<double>() + geometry_.PartialAt(unit, 0);
+    double* mean = partials_.First(geometry_.PartialAt(unit, 0));
+    double* m2 = partials_.Second(geometry_.PartialAt(unit, 0));
     double count = static_cast<double>(std::min(geometry_.rows_of_chunk, geometry_.rows));
     for (int64_t chunk = 1; chunk < geometry_.row_chunks; ++chunk) {
       const int64_t first_row = chunk * geometry_.rows_of_chunk;
       const double more =
           static_cast<double>(std::min(geometry_.rows_of_chunk, geometry_.rows - first_row));
       MergeMoments(geometry_.columns, count, mean, m2, more,
-                   mean_.Get<double>() + geometry_.PartialAt(unit, chunk),
-                   m2_.Get<double>() + geometry_.PartialAt(unit, chunk));
+                   partials_.First(geometry_.PartialAt(unit, chunk)),
+                   partials_.Second(geometry_.PartialAt(unit, chunk)));
       count += more;
     }
     const int64_t fold = geometry_.columns / geometry_.base;
@@ -300,8 +311,7 @@ class ForwardJob {
   CoefficientArrays arrays_;  // [unit][column]
   ForwardTensors tensors_;
   int64_t bytes_;
-  Scratch mean_;  // see Geometry::PartialAt()
-  Scratch m2_;
+  Partials partials_;  // means and sums of squared deviations
 };
 
 class BackwardJob {
@@ -325,8 +335,7 @@ class BackwardJob {
   Outcome Execute(const Context& context) {
     for (int64_t unit = 0; unit < geometry_.outer; ++unit) FindConstants(unit);
     if (reduces()) {
-      dy_.resize(static_cast<size_t>(geometry_.partial_count()));
-      dy_d_.resize(static_cast<size_t>(geometry_.partial_count()));
+      partials_.Allocate(geometry_);
       grad_weight_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
       grad_bias_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
     }
@@ -343,8 +352,10 @@ class BackwardJob {
     double scratch[3 * kTile];
     const void* shift =
         arrays_.At(CoefficientArrays::kShift, unit * geometry_.columns + chunk.first_column);
-    double* dy = dy_.data() + chunk.partial;
-    double* dy_d = dy_d_.data() + chunk.partial;
+    double* dy = partials_.First(chunk.partial);
+    double* dy_d = partials_.Second(chunk.partial);
+    std::fill_n(dy, chunk.matrix.columns, 0);
+    std::fill_n(dy_d, chunk.matrix.columns, 0);
     kernels_.sums_of_columns(tensors_, chunk.begin, chunk.matrix, shift, scratch, dy, dy_d);
     if (chunk.tail.columns != 0) {
       kernels_.sums_of_columns(tensors_, chunk.tail_begin, chunk.tail, shift, scratch, dy, dy_d);
@@ -399,11 +410,11 @@ class BackwardJob {
 
   // From the chunks' sums to those of each channel and set.
   void MergeSums(int64_t unit, double* sum_g, double* sum_gx) {
-    double* dy = dy_.data() + geometry_.PartialAt(unit, 0);
-    double* dy_d = dy_d_.data() + geometry_.PartialAt(unit, 0);
+    double* dy = partials_.First(geometry_.PartialAt(unit, 0));
+    double* dy_d = partials_.Second(geometry_.PartialAt(unit, 0));
     for (int64_t chunk = 1; chunk < geometry_.row_chunks; ++chunk) {
-      const double* more_dy = dy_.data() + geometry_.PartialAt(unit, chunk);
-      const double* more_dy_d = dy_d_.data() + geometry_.PartialAt(unit, chunk);
+      const double* more_dy = partials_.First(geometry_.PartialAt(unit, chunk));
+      const double* more_dy_d = partials_.Second(geometry_.PartialAt(unit, chunk));
       for (int64_t j = 0; j < geometry_.columns; ++j) dy[j] += more_dy[j];
       for (int64_t j = 0; j < geometry_.columns; ++j) dy_d[j] += more_dy_d[j];
     }
@@ -454,8 +465,7 @@ class BackwardJob {
   BackwardTensors tensors_;
   BackwardTensors apply_tensors_;
   int64_t bytes_;
-  std::vector<double> dy_;  // see Geometry::PartialAt()
-  std::vector<double> dy_d_;
+  Partials partials_;                // dy and dy * (x - shift)
   std::vector<double> grad_weight_;  // [unit][channel]
   std::vector<double> grad_bias_;
 };
