@@ -158,6 +158,36 @@ class CoefficientArrays {
   Scratch memory_;
 };
 
+// SetConstants of many sets, found a vector of them at a time.
+class ManyConstants {
+ public:
+  explicit ManyConstants(int64_t count)
+      : count_(count), memory_(static_cast<size_t>(3 * count) * sizeof(double)) {}
+
+  // Those of `count` sets, from the first-th on, whose statistics begin there; the variance is
+  // m2 / elements. Find: constants_of_sets() of kernels.h.
+  template <class Find>
+  void FindFor(int64_t first, int64_t count, const Find& find, const NormProblem& problem,
+               const double* mean, const double* m2, double elements, bool of_batch) {
+    find({problem.center ? mean : nullptr, m2, elements, problem.eps,
+          of_batch && problem.reduction == Reduction::kPerChannel},
+         count, {At(0, first), At(1, first), At(2, first)});
+  }
+
+  // Makes of those of `count` sets as many groups of `times` equal ones.
+  void Spread(int64_t first, int64_t count, int64_t times) {
+    for (int kind = 0; kind < 3; ++kind) SpreadEach(At(kind, first), count, times);
+  }
+
+  SetConstants operator[](int64_t i) const { return {*At(0, i), *At(1, i), *At(2, i)}; }
+
+ private:
+  double* At(int64_t kind, int64_t i) const { return memory_.Get<double>() + kind * count_ + i; }
+
+  int64_t count_;
+  Scratch memory_;
+};
+
 inline void SetForward(CoefficientArrays& arrays, int64_t i, const SetConstants& set, double weight,
                        double bias) {
   const double scale = set.invstd * weight;

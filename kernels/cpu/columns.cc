@@ -149,22 +149,17 @@ class ChannelConstants {
  public:
   ChannelConstants(const NormProblem& problem, int64_t units)
       : problem_(problem),
-        per_channel_(problem.reduction == Reduction::kPerChannel),
-        count_(units * problem.channels),
-        memory_(static_cast<size_t>(3 * count_) * sizeof(double)) {}
+        sets_(problem.reduction == Reduction::kPerChannel ? problem.channels : problem.groups),
+        constants_(units * problem.channels) {}
 
   // Those of the unit-th here, whose sets have these statistics; the variance is m2 / elements.
   // Find: constants_of_sets() of kernels.h.
   template <class Find>
   void FindFor(int64_t unit, const Find& find, const double* mean, const double* m2,
                double elements, bool of_batch) {
-    const ConstantsOfSets to{At(0, unit), At(1, unit), At(2, unit)};
-    const int64_t sets = per_channel_ ? problem_.channels : problem_.groups;
-    find({problem_.center ? mean : nullptr, m2, elements, problem_.eps, of_batch && per_channel_},
-         sets, to);
-    for (double* values : {to.shift, to.residual, to.invstd}) {
-      SpreadEach(values, sets, problem_.channels / sets);
-    }
+    const int64_t first = unit * problem_.channels;
+    constants_.FindFor(first, sets_, find, problem_, mean, m2, elements, of_batch);
+    constants_.Spread(first, sets_, problem_.channels / sets_);
   }
   // Of sets from first_set on.
   template <class Find>
@@ -175,17 +170,12 @@ class ChannelConstants {
   }
 
   // Of channel c of all units.
-  SetConstants operator[](int64_t c) const { return {At(0)[c], At(1)[c], At(2)[c]}; }
+  SetConstants operator[](int64_t c) const { return constants_[c]; }
 
  private:
-  double* At(int64_t kind, int64_t unit = 0) const {
-    return memory_.Get<double>() + kind * count_ + unit * problem_.channels;
-  }
-
   const NormProblem& problem_;
-  bool per_channel_;
-  int64_t count_;
-  Scratch memory_;
+  int64_t sets_;  // of a unit
+  ManyConstants constants_;
 };
 
 class ForwardJob {

@@ -265,6 +265,7 @@ class ForwardJob {
         geometry_(problem_, 1),
         weight_(problem_.dtype, call.affine.weight, 1),
         bias_(problem_.dtype, call.affine.bias, 0),
+        constants_(geometry_.sets),
         arrays_(problem_.dtype, geometry_.plane_count(), 3) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -278,9 +279,7 @@ class ForwardJob {
     if (reduces() || geometry_.WritesColumnsAtOnce()) {
       return Run(*this, {geometry_.units, geometry_.chunks(), bytes_}, context);
     }
-    for (int64_t set = 0; set < geometry_.sets; ++set) {
-      SetCoefficients(set, SetConstants(problem_, call_.statistics, set, /*of_batch=*/false));
-    }
+    SetCoefficientsOf({0, geometry_.sets});
     tensors_.ahead = AheadInOrder(bytes_, problem_);
     return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
       kernels_.normalize_planes(tensors_, planes, arrays_.From(0));
@@ -305,11 +304,7 @@ class ForwardJob {
 
   void Finish(int64_t unit) {
     const Range sets = geometry_.SetsOf(unit);
-    for (int64_t set = sets.begin; set < sets.end; ++set) {
-      if (!reduces()) {
-        SetCoefficients(set, SetConstants(problem_, call_.statistics, set, /*of_batch=*/false));
-        continue;
-      }
+    for (int64_t set = sets.begin; set < sets.end && reduces(); ++set) {
       PartialMoments total;
       for (int64_t chunk = 0; chunk < geometry_.chunks(); ++chunk) {
         total.Merge(partial_[static_cast<size_t>(set * geometry_.chunks() + chunk)]);
@@ -318,9 +313,8 @@ class ForwardJob {
       if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, set);
       call_.moments.mean[set] = moments.mean;
       call_.moments.m2[set] = moments.m2;
-      const double var = moments.m2 / static_cast<double>(problem_.set_size());
-      SetCoefficients(set, SetConstants(problem_, moments.mean, var, /*of_batch=*/true));
     }
+    SetCoefficientsOf(sets);
   }
 
   void Apply(int64_t unit, int64_t chunk) {
@@ -345,10 +339,18 @@ class ForwardJob {
   }
 
  private:
-  void SetCoefficients(int64_t set, const SetConstants& constants) {
-    for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
-      const int64_t c = geometry_.ChannelOf(plane);
-      SetForward(arrays_, plane, constants, weight_[c], bias_[c]);
+  void SetCoefficientsOf(const Range& sets) {
+    const double* mean = reduces() ? call_.moments.mean : call_.statistics.mean;
+    const double* m2 = reduces() ? call_.moments.m2 : call_.statistics.var;
+    const double elements = reduces() ? static_cast<double>(problem_.set_size()) : 1;
+    constants_.FindFor(sets.begin, sets.size(), kernels_.constants_of_sets, problem_,
+                       mean == nullptr ? nullptr : mean + sets.begin, m2 + sets.begin, elements,
+                       /*of_batch=*/reduces());
+    for (int64_t set = sets.begin; set < sets.end; ++set) {
+      for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
+        const int64_t c = geometry_.ChannelOf(plane);
+        SetForward(arrays_, plane, constants_[set], weight_[c], bias_[c]);
+      }
     }
   }
 
@@ -358,6 +360,7 @@ class ForwardJob {
   const Geometry geometry_;
   const Parameter weight_;
   const Parameter bias_;
+  ManyConstants constants_;  // a set
   CoefficientArrays arrays_;
   ForwardTensors tensors_;
   int64_t bytes_;
@@ -373,6 +376,7 @@ class BackwardJob {
         kernels_(BackwardKernelsFor(problem_.dtype)),
         geometry_(problem_, 2),
         weight_(problem_.dtype, args_.weight, 1),
+        constants_(geometry_.sets),
         arrays_(problem_.dtype, geometry_.plane_count(), 4) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -382,6 +386,9 @@ class BackwardJob {
 
   Outcome Execute(const Context& context) {
     if (!reduces() && !applies()) return Outcome::kOk;
+    constants_.FindFor(0, geometry_.sets, kernels_.constants_of_sets, problem_,
+                       args_.statistics.mean, args_.statistics.var, /*elements=*/1,
+                       args_.statistics_of_batch);
     if (!reduces() && !geometry_.WritesColumnsAtOnce()) {
       for (int64_t set = 0; set < geometry_.sets; ++set) SetCoefficients(set, 0, 0);
       apply_tensors_.ahead = AheadInOrder(bytes_, problem_);
@@ -413,7 +420,7 @@ class BackwardJob {
                       meanwhile ? geometry_.AheadOfSums() : 0};
     std::vector<double> shift;
     for (int64_t set = sets.begin; set < sets.end; ++set) {
-      shift.push_back(ConstantsOf(set).shift);
+      shift.push_back(constants_[set].shift);
     }
     if (geometry_.subs == 1) {  // sums_ is in order, as partial_ is above
       kernels_.sums_of_runs(tensors_, geometry_.OffsetOf(runs.begin, sets.begin) + elements.begin,
@@ -441,7 +448,7 @@ class BackwardJob {
         SetCoefficients(set, 0, 0);
         continue;
       }
-      const SetConstants constants = ConstantsOf(set);
+      const SetConstants constants = constants_[set];
       double sum_g = 0, sum_gx = 0;
       for (int64_t sub = 0; sub < geometry_.subs; ++sub) {
         const int64_t plane = set * geometry_.subs + sub;
@@ -487,10 +494,6 @@ class BackwardJob {
   }
 
  private:
-  SetConstants ConstantsOf(int64_t set) const {
-    return SetConstants(problem_, args_.statistics, set, args_.statistics_of_batch);
-  }
-
   // A plane that is cut between two pieces has an entry in each.
   int64_t entries_of_set() const {
     return geometry_.run_chunks * (geometry_.subs + geometry_.pieces - 1);
@@ -502,7 +505,7 @@ class BackwardJob {
   }
 
   void SetCoefficients(int64_t set, double sum_g, double sum_gx) {
-    const SetConstants constants = ConstantsOf(set);
+    const SetConstants constants = constants_[set];
     const SetGradient gradient(problem_, constants, sum_g, sum_gx);
     for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
       SetBackward(arrays_, plane, constants, weight_[geometry_.ChannelOf(plane)], gradient);
@@ -529,6 +532,7 @@ class BackwardJob {
   const BackwardKernels& kernels_;
   const Geometry geometry_;
   const Parameter weight_;
+  ManyConstants constants_;  // a set
   CoefficientArrays arrays_;
   BackwardTensors tensors_;
   BackwardTensors apply_tensors_;
