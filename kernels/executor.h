@@ -11,7 +11,7 @@ namespace normd {
 enum class Walk { kForward, kBackward };
 
 // Whose help a loop is worth: that of threads that are awake and have nothing to do, or also
-// the time that it takes to wake others.
+// the time that it takes to wake others. (Loops in a row may wake some for those to come.)
 enum class Help { kAwake, kAll };
 
 // Thread-safe: several calls may be under way and share the threads.

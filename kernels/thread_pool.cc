@@ -28,6 +28,11 @@ namespace {
 // way of the threads that receive and send.
 constexpr std::chrono::microseconds kAwake{30};
 
+// After so many loops, each of which began while threads would have been awake after the one
+// before, more are to be expected: then threads are woken also for those that would not wait for
+// them.
+constexpr int64_t kLoopsOfBurst = 4;
+
 constexpr int64_t kWakes = 2;  // by one thread
 constexpr int64_t kCacheLine = 64;
 
@@ -107,9 +112,9 @@ class Loop {
     share = joined_++;
     return true;
   }
-  // Threads to wake for it.
-  int64_t wanted() const {
-    return help_ == Help::kAll ? static_cast<int64_t>(shares_.size() - joined_) : 0;
+  // Threads to wake for it, if more such loops are expected, or not.
+  int64_t wanted(bool in_burst) const {
+    return in_burst || help_ == Help::kAll ? static_cast<int64_t>(shares_.size() - joined_) : 0;
   }
 
   // Runs tasks until all have begun.
@@ -195,12 +200,15 @@ class ThreadPool::Impl {
       std::unique_lock lock(mutex_);
       loop->Join(own);
       loops_.push_back(loop);
-      Announce(lock, loop->wanted());
+      const bool follows = std::chrono::steady_clock::now() - last_loop_ended_ < kAwake;
+      burst_ = follows ? burst_ + 1 : 0;
+      Announce(lock, loop->wanted(/*in_burst=*/burst_ >= kLoopsOfBurst));
     }
     loop->Work(own);
     {
       std::lock_guard lock(mutex_);
       std::erase(loops_, loop);
+      last_loop_ended_ = std::chrono::steady_clock::now();
     }
     loop->AwaitAll();
   }
@@ -274,7 +282,8 @@ class ThreadPool::Impl {
         std::ranges::find_if(loops_, [&](const auto& loop) { return loop->Join(own); });
     if (found == loops_.end()) return false;
     const std::shared_ptr<Loop> loop = *found;
-    loop->wanted() == 0 ? lock.unlock() : Announce(lock, loop->wanted());
+    const int64_t wanted = loop->wanted(/*in_burst=*/burst_ >= kLoopsOfBurst);
+    wanted == 0 ? lock.unlock() : Announce(lock, wanted);
     loop->Work(own);
     lock.lock();
     std::erase(loops_, loop);
@@ -290,6 +299,8 @@ class ThreadPool::Impl {
   int64_t awake_ = 0;
   std::vector<Bed*> asleep_;  // who fell asleep last is woken first: its cache is warm
   bool stopping_ = false;
+  int64_t burst_ = 0;  // loops, each soon after the one before
+  std::chrono::steady_clock::time_point last_loop_ended_;
   std::deque<Bed> beds_;  // of each worker
   std::vector<std::thread> workers_;
 };

@@ -77,6 +77,8 @@ TEST_P(Conformance, NormalizesTensorsThatOutgrowTheCache) {
   if (!is_cpu()) GTEST_SKIP() << "a GPU has no such path";
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     for (NormProblem problem : {NormProblem{.batch = 3, .channels = 210, .positions = 1031},
+                                NormProblem{.batch = 300, .channels = 64, .positions = 49},
+                                NormProblem{.batch = 70, .channels = 128, .positions = 196},
                                 NormProblem{.batch = 2, .channels = 63, .positions = 5003},
                                 NormProblem{.batch = 6,
                                 .channels = 24,

@@ -64,6 +64,24 @@ TEST(ThreadPool, WakesThreadsThatSleep) {
   }
 }
 
+// Loops that would not wait for a thread to wake: one alone has none, many in a row soon do.
+TEST(ThreadPool, WakesThreadsForLoopsThatFollowEachOther) {
+  ThreadPool executor(2);
+  std::atomic<bool> helped = false;
+  const auto caller = std::this_thread::get_id();
+  const auto loop = [&] {
+    executor.ParallelFor(
+        64, [&](int64_t) { helped = helped || std::this_thread::get_id() != caller; },
+        Walk::kForward, Help::kAwake);
+  };
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // all are asleep
+  loop();
+  EXPECT_FALSE(helped.load());
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (!helped && std::chrono::steady_clock::now() < end) loop();
+  EXPECT_TRUE(helped.load());
+}
+
 TEST(ThreadPool, HelpsALoopWithinATask) {
   ThreadPool executor(2);
   std::atomic<int> runs = 0;
