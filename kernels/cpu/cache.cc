@@ -45,9 +45,10 @@ int64_t LastLevelBytes() {
 
 }  // namespace
 
-int64_t LargestCachedBytes() {
-  static const int64_t bytes = IsIntelServer() ? L2Bytes() : LastLevelBytes() / 2;
-  return bytes;
+int64_t LargestCachedBytes(int threads) {
+  static const bool in_l2 = IsIntelServer();
+  static const int64_t bytes = in_l2 ? L2Bytes() : LastLevelBytes() / 2;
+  return in_l2 ? threads * bytes : bytes;
 }
 
 int64_t LargestNearBytes() {

@@ -272,6 +272,7 @@ class ForwardJob {
   }
 
   Outcome Execute(const Context& context) {
+    tensors_.stream &= bytes_ > LargestCachedBytes(context.executor.concurrency());
     if (reduces()) partial_.resize(static_cast<size_t>(geometry_.sets * geometry_.chunks()));
     if (reduces() && applies() && geometry_.Overlaps(tensors_.stream)) {
       return RunOverlapped(*this, geometry_, bytes_, context);
@@ -386,6 +387,9 @@ class BackwardJob {
 
   Outcome Execute(const Context& context) {
     if (!reduces() && !applies()) return Outcome::kOk;
+    for (BackwardTensors* tensors : {&tensors_, &apply_tensors_}) {
+      tensors->stream &= bytes_ > LargestCachedBytes(context.executor.concurrency());
+    }
     constants_.FindFor(0, geometry_.sets, kernels_.constants_of_sets, problem_,
                        args_.statistics.mean, args_.statistics.var, /*elements=*/1,
                        args_.statistics_of_batch);
