@@ -8,8 +8,8 @@ namespace normd::cpu {
 
 // Bytes of all tensors of a call up to which its output is best written into the cache:
 // half of the last-level cache, since the rest belongs to others. On Intel's servers no
-// more than the threads' L2s: their L3 is a mesh that takes a store that bypasses it in two thirds of
-// the time.
+// more than the threads' L2s: their L3 is a mesh that takes a store that bypasses it in two thirds
+// of the time.
 int64_t LargestCachedBytes(int threads = 1);
 
 // Bytes of all tensors up to which what is read comes so fast that fetching it ahead by hand
