@@ -127,7 +127,11 @@ struct Geometry {
     return fetches ? unit_sets * run_length() : 0;
   }
 
-  int64_t AheadOfWriting() const { return outgrows_l2 ? sets * run_length() : 0; }
+  // The same where others are summed meanwhile. `reads_more`: a tensor that was not summed.
+  int64_t AheadOfWriting(bool reads_more) const {
+    if (outgrows_l2) return sets * run_length();
+    return reads_more ? AheadOfSums() : 0;
+  }
   // Where nothing was summed before: to the next run, if these come from far away.
   int64_t AheadAtOnce(int64_t unit, int64_t bytes) const {
     return bytes > LargestNearBytes() ? sets * run_length() : Ahead(unit, bytes);
@@ -335,7 +339,7 @@ class ForwardJob {
   }
   void Write(const Planes& planes) {
     ForwardTensors tensors = tensors_;
-    tensors.ahead = geometry_.AheadOfWriting();
+    tensors.ahead = geometry_.AheadOfWriting(/*reads_more=*/tensors.residual != nullptr);
     kernels_.normalize_planes(tensors, planes, arrays_.From(0));
   }
 
@@ -493,7 +497,7 @@ class BackwardJob {
   }
   void Write(const Planes& planes) {
     BackwardTensors tensors = apply_tensors_;
-    tensors.ahead = geometry_.AheadOfWriting();
+    tensors.ahead = geometry_.AheadOfWriting(/*reads_more=*/false);
     kernels_.gradient_of_planes(tensors, planes, arrays_.From(0));
   }
 
