@@ -248,16 +248,16 @@ struct ColumnGradients {
 };
 
 // Calls add(sum, product) with the sums of each column over some rows after others. There is a
-// vector's columns or more. `scratch`: 3 * columns values, that begin with the shifts.
+// vector's columns or more. `scratch`: 3 * columns values; the shifts may be the first of them.
 template <class E, class Add>
 void SumColumnsByBlocks(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
-                        ComputeType<E>* scratch, Add add) {
+                        const ComputeType<E>* shifts, ComputeType<E>* scratch, Add add) {
   using T = ComputeType<E>;
   const int64_t columns = matrix.columns;
   T* const shift = scratch;
   T* const sum = shift + columns;
   T* const product = sum + columns;
-  ToPairs<E>(columns, shift, shift);
+  ToPairs<E>(columns, shifts, shift);
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
@@ -292,12 +292,11 @@ void SumsOfColumns(const BackwardTensors& tensors, int64_t begin, const Matrix& 
     });
     return;
   }
-  T* const memory = static_cast<T*>(scratch);
-  std::copy_n(shifts, columns, memory);
-  SumColumnsByBlocks<E>(tensors, begin, matrix, memory, [&](const T* sum, const T* product) {
-    for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
-    for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
-  });
+  SumColumnsByBlocks<E>(tensors, begin, matrix, shifts, static_cast<T*>(scratch),
+                        [&](const T* sum, const T* product) {
+                          for (int64_t j = 0; j < columns; ++j) dy[j] += sum[j];
+                          for (int64_t j = 0; j < columns; ++j) dy_d[j] += product[j];
+                        });
 }
 
 // As MomentsOfTinySets().
@@ -313,7 +312,7 @@ void SumsOfTinySets(const BackwardTensors& tensors, int64_t begin, int64_t sets,
     std::fill_n(shifts + set * runs.length, runs.length, static_cast<T>(shift[set]));
     sums[set] = {};
   }
-  SumColumnsByBlocks<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts,
+  SumColumnsByBlocks<E>(tensors, begin, {runs.count, columns, runs.stride}, shifts, shifts,
                         [&](const T* sum, const T* product) {
                           for (int64_t set = 0; set < sets; ++set) {
                             const int64_t first = set * runs.length;

@@ -306,17 +306,6 @@ HWY_INLINE hn::Vec<WideTag> LoadOfRows(const double* from, int64_t rows) {
   return rows < lanes ? LoadPartial(d, from, static_cast<size_t>(rows)) : hn::LoadU(d, from);
 }
 
-// ShiftNear() of each lane, but for what no longer matters: where a variance is 0 or not finite.
-template <class D64>
-HWY_INLINE hn::Vec<D64> ShiftsNearVariance(D64 d, hn::Vec<D64> mean, hn::Vec<D64> var) {
-  const hn::RebindToUnsigned<D64> du;
-  const auto exponent = hn::And(hn::ShiftRight<52>(hn::BitCast(du, var)), hn::Set(du, 0x7ff));
-  const auto half = hn::ShiftRight<1>(hn::Add(exponent, hn::Set(du, 1023)));
-  const auto power = hn::BitCast(d, hn::ShiftLeft<52>(half));
-  const auto large = hn::Mul(power, hn::Set(d, 0x1.8p52 / 8));
-  return hn::Sub(hn::Add(mean, large), large);
-}
-
 // What rows are normalized by, as SetConstants.
 struct WideConstants {
   hn::Vec<WideTag> shift, residual, invstd;
@@ -333,11 +322,10 @@ HWY_INLINE WideConstants ConstantsAt(const RowStatistics& statistics, int64_t ro
   auto shift = mean;
   if constexpr (sizeof(ComputeType<E>) == sizeof(float)) {
     const hn::Rebind<float, WideTag> df;
-    shift = hn::PromoteTo(d, hn::DemoteTo(df, ShiftsNearVariance(d, mean, var)));
+    shift = hn::PromoteTo(d, hn::DemoteTo(df, ShiftsNear(d, mean, var)));
     // Within two deviations of 0, x itself is as good.
     if constexpr (!kAlwaysShifts<E>) {
-      const auto near = hn::Le(hn::Mul(mean, mean), hn::Mul(hn::Set(d, 4.0), var));
-      shift = hn::IfThenZeroElse(near, shift);
+      shift = hn::IfThenZeroElse(IsNearZero(d, mean, var), shift);
     }
   }
   const auto residual = hn::IfThenElseZero(hn::IsFinite(shift), hn::Sub(mean, shift));
@@ -361,8 +349,7 @@ void ConstantsOfRows(const RowStatistics& statistics, int64_t count, const RowCo
 template <class E>
 HWY_INLINE bool AreShifted(const Rows& rows) {
   const auto* shift = static_cast<const ComputeType<E>*>(rows.constants.shift);
-  return kAlwaysShifts<E> ||
-         std::any_of(shift, shift + rows.count, [](auto value) { return value != 0; });
+  return kAlwaysShifts<E> || AreShifted(rows.count, shift);
 }
 
 // Of a row's constants, one kind of them.
