@@ -372,7 +372,7 @@ class Gradient {
     return Loop<true>(i, end, at, input_, out, ahead_);
   }
 
-  bool TakesTwo() const { return !stream_; }  // as in Normalize
+  bool TakesTwo() const { return !stream_ && kStoresVectors<E>; }  // as in Normalize
   template <class At>
   HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
     const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};

@@ -17,10 +17,8 @@ template <class E>
 inline constexpr BackwardKernels kBackwardKernels = {
     .sums_of_runs = SumsOfRuns<E>,
     .sums_of_columns = SumsOfColumns<E>,
-    .constants_of_sets = FindConstantsOfSets<E>,
     .add_up = AddUp<E>,
     .gradient_of_planes = GradientOfPlanes<E>,
-    .spread = SpreadOverPlanes<E>,
     .gradient_of_columns = GradientOfColumns<E>,
     .backward_rows = BackwardRows<E>,
 };

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
+#include <vector>
 
 #include "kernels/cpu/kernels.h"
 #include "kernels/problem.h"
@@ -38,21 +38,24 @@ class Scratch {
   std::byte* first_ = nullptr;
 };
 
-// A parameter of each channel, of which there may be none.
+// A parameter of `count` channels, in double; `otherwise` where there is none.
 class Parameter {
  public:
-  Parameter(DType dtype, const void* data, double otherwise)
-      : is_double_(dtype == DType::kFloat64), data_(data), otherwise_(otherwise) {}
-
-  double operator[](int64_t c) const {
-    if (data_ == nullptr) return otherwise_;
-    return is_double_ ? static_cast<const double*>(data_)[c] : static_cast<const float*>(data_)[c];
+  Parameter(DType dtype, const void* data, int64_t count, double otherwise)
+      : values_(static_cast<size_t>(count), otherwise) {
+    if (data == nullptr) return;
+    if (dtype == DType::kFloat64) {
+      std::copy_n(static_cast<const double*>(data), count, values_.begin());
+    } else {
+      std::copy_n(static_cast<const float*>(data), count, values_.begin());
+    }
   }
 
+  double operator[](int64_t c) const { return values_[static_cast<size_t>(c)]; }
+  const double* From(int64_t c) const { return values_.data() + c; }
+
  private:
-  bool is_double_;
-  const void* data_;
-  double otherwise_;
+  std::vector<double> values_;
 };
 
 // Writes the gradient of a parameter; null: not wanted.
@@ -95,16 +98,12 @@ class CoefficientArrays {
         memory_(static_cast<size_t>(count * kinds) * (is_double_ ? 8 : 4)) {}
 
   void Set(int kind, int64_t i, double value) {
-    SetEach(kind, i, 1, [&](int64_t) { return value; });
-  }
-
-  // Those from the i-th on: value_of(0), value_of(1) and so on.
-  template <class ValueOf>
-  void SetEach(int kind, int64_t i, int64_t count, const ValueOf& value_of) {
     if (is_double_) {
-      SetEachOf(memory_.Get<double>() + kind * count_ + i, count, value_of);
+      memory_.Get<double>()[kind * count_ + i] = value;
     } else {
-      SetEachOf(memory_.Get<float>() + kind * count_ + i, count, value_of);
+      // A NaN's low bits must be clear: see RoundedToBFloat16().
+      memory_.Get<float>()[kind * count_ + i] =
+          std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(value);
     }
   }
 
@@ -138,18 +137,13 @@ class CoefficientArrays {
     return {At(kShift, i), At(kScale, i), At(kOffset, i), kinds_ == 4 ? At(kSlope, i) : nullptr};
   }
 
-  const void* At(int kind, int64_t i) const {
-    return memory_.Get(static_cast<size_t>(kind * count_ + i) * (is_double_ ? 8 : 4));
+  MutableCoefficients To(int64_t i) {
+    return {At(kShift, i), At(kScale, i), At(kOffset, i), kinds_ == 4 ? At(kSlope, i) : nullptr};
   }
 
  private:
-  template <class T, class ValueOf>
-  static void SetEachOf(T* to, int64_t count, const ValueOf& value_of) {
-    for (int64_t i = 0; i < count; ++i) {
-      const double value = value_of(i);
-      // A NaN's low bits must be clear: see StoreElements() for bfloat16.
-      to[i] = std::isnan(value) ? std::numeric_limits<T>::quiet_NaN() : static_cast<T>(value);
-    }
+  void* At(int kind, int64_t i) const {
+    return memory_.Get(static_cast<size_t>(kind * count_ + i) * (is_double_ ? 8 : 4));
   }
 
   bool is_double_;
@@ -158,50 +152,101 @@ class CoefficientArrays {
   Scratch memory_;
 };
 
-// SetConstants of many sets, found a vector of them at a time.
-class ManyConstants {
+// What channels are normalized by; where each sample has sets of its own, those of all samples.
+// Filled in for some sets at a time, of different ones also by several threads at once.
+class ChannelConstants {
  public:
-  explicit ManyConstants(int64_t count)
-      : count_(count), memory_(static_cast<size_t>(3 * count) * sizeof(double)) {}
+  // Of `sets` sets.
+  ChannelConstants(const NormProblem& problem, const CoefficientKernels& kernels, int64_t sets)
+      : problem_(problem),
+        kernels_(kernels),
+        channels_of_set_(
+            problem.reduction == Reduction::kPerChannel ? 1 : problem.channels / problem.groups),
+        count_(sets * channels_of_set_),
+        memory_(static_cast<size_t>(3 * count_) * sizeof(double)) {}
 
-  // Those of `count` sets, from the first-th on, whose statistics begin there; the variance is
-  // m2 / elements. Find: constants_of_sets() of kernels.h.
-  template <class Find>
-  void FindFor(int64_t first, int64_t count, const Find& find, const NormProblem& problem,
-               const double* mean, const double* m2, double elements, bool of_batch) {
-    find({problem.center ? mean : nullptr, m2, elements, problem.eps,
-          of_batch && problem.reduction == Reduction::kPerChannel},
-         count, {At(0, first), At(1, first), At(2, first)});
+  // Of sets whose statistics begin there; the variance is m2 / elements.
+  void Find(int64_t first_set, int64_t sets, const double* mean, const double* m2, double elements,
+            bool of_batch) {
+    const int64_t first = first_set * channels_of_set_;
+    const SetConstantArrays constants = From(first);
+    kernels_.constants_of_sets({problem_.center ? mean : nullptr, m2, elements, problem_.eps,
+                                of_batch && problem_.reduction == Reduction::kPerChannel},
+                               sets, constants);
+    for (double* values : {constants.shift, constants.residual, constants.invstd}) {
+      SpreadEach(values, sets, channels_of_set_);
+    }
+  }
+  // Of those that are `skipped` further on among the statistics.
+  void Find(int64_t first_set, int64_t sets, const Statistics& statistics, int64_t skipped,
+            bool of_batch) {
+    const int64_t at = first_set + skipped;
+    const double* mean = statistics.mean == nullptr ? nullptr : statistics.mean + at;
+    Find(first_set, sets, mean, statistics.var + at, /*elements=*/1, of_batch);
   }
 
-  // Makes of those of `count` sets as many groups of `times` equal ones.
-  void Spread(int64_t first, int64_t count, int64_t times) {
-    for (int kind = 0; kind < 3; ++kind) SpreadEach(At(kind, first), count, times);
+  SetConstants operator[](int64_t channel) const {
+    const SetConstantArrays at = From(channel);
+    return {*at.shift, *at.residual, *at.invstd};
   }
 
-  SetConstants operator[](int64_t i) const { return {*At(0, i), *At(1, i), *At(2, i)}; }
+  // The coefficients of all channels of these sets, from the i-th in the arrays on.
+  void SetForward(int64_t first_set, int64_t sets, const Parameter& weight, const Parameter& bias,
+                  CoefficientArrays& arrays, int64_t i) const {
+    ForEachRun(first_set, sets, [&](int64_t done, int64_t c, int64_t count, Channels channels) {
+      channels.weight = weight.From(c);
+      channels.bias = bias.From(c);
+      kernels_.coefficients_of_channels(channels, count, arrays.To(i + done));
+    });
+  }
+  // The sums as in SetGradient, of a set, but a value for each of its channels; null: 0, both.
+  void SetBackward(int64_t first_set, int64_t sets, const Parameter& weight, const double* sum_g,
+                   const double* sum_gx, CoefficientArrays& arrays, int64_t i) const {
+    ForEachRun(first_set, sets, [&](int64_t done, int64_t c, int64_t count, Channels channels) {
+      channels.weight = weight.From(c);
+      if (sum_g != nullptr) {
+        channels.sum_g = sum_g + done;
+        channels.sum_gx = sum_gx + done;
+        channels.elements = static_cast<double>(problem_.set_size());
+        channels.center = problem_.center;
+      }
+      kernels_.coefficients_of_channels(channels, count, arrays.To(i + done));
+    });
+  }
+
+  // From the channel on.
+  SetConstantArrays From(int64_t channel) const {
+    double* const shift = memory_.Get<double>() + channel;
+    return {shift, shift + count_, shift + 2 * count_};
+  }
 
  private:
-  double* At(int64_t kind, int64_t i) const { return memory_.Get<double>() + kind * count_ + i; }
+  // Calls visit(done, c, count, channels) for each run of these sets' channels that have
+  // neighbouring parameters, from channel c's on; `done` come before it.
+  template <class Visit>
+  void ForEachRun(int64_t first_set, int64_t sets, Visit visit) const {
+    const int64_t first = first_set * channels_of_set_, all = sets * channels_of_set_;
+    for (int64_t done = 0, count = 0; done < all; done += count) {
+      const int64_t c = (first + done) % problem_.channels;
+      count = std::min(all - done, problem_.channels - c);
+      visit(done, c, count, Channels{.constants = From(first + done), .weight = nullptr});
+    }
+  }
 
-  int64_t count_;
+  const NormProblem& problem_;
+  const CoefficientKernels& kernels_;
+  int64_t channels_of_set_;
+  int64_t count_;  // of channels
   Scratch memory_;
 };
 
+// Those of one channel.
 inline void SetForward(CoefficientArrays& arrays, int64_t i, const SetConstants& set, double weight,
                        double bias) {
   const double scale = set.invstd * weight;
   arrays.Set(CoefficientArrays::kShift, i, set.shift);
   arrays.Set(CoefficientArrays::kScale, i, scale);
   arrays.Set(CoefficientArrays::kOffset, i, bias - set.residual * scale);
-}
-
-inline void SetBackward(CoefficientArrays& arrays, int64_t i, const SetConstants& set,
-                        double weight, const SetGradient& gradient) {
-  arrays.Set(CoefficientArrays::kShift, i, set.shift);
-  arrays.Set(CoefficientArrays::kScale, i, set.invstd * weight);
-  arrays.Set(CoefficientArrays::kOffset, i, gradient.offset);
-  arrays.Set(CoefficientArrays::kSlope, i, gradient.slope);
 }
 
 }  // namespace normd::cpu

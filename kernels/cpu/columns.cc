@@ -137,46 +137,23 @@ void MergeMoments(int64_t columns, double count, double* __restrict mean, double
   }
 }
 
+void AddEach(int64_t count, const double* __restrict more, double* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += more[i];
+}
+
+// Makes of `count` groups of `times` values their sums.
+void SumEach(double* values, int64_t count, int64_t times) {
+  for (int64_t i = 0; i < count && times > 1; ++i) {
+    values[i] = std::accumulate(values + i * times, values + (i + 1) * times, 0.0);
+  }
+}
+
 // From coefficients of channels to those of columns.
 void SpreadChannels(const Geometry& geometry, int64_t unit, CoefficientArrays& arrays) {
   const int64_t first = unit * geometry.columns;
   arrays.Spread(first, geometry.channels, geometry.inner);
   arrays.Repeat(first, geometry.base, geometry.columns);
 }
-
-// SetConstants of the channels of some units, found for many sets at once.
-class ChannelConstants {
- public:
-  ChannelConstants(const NormProblem& problem, int64_t units)
-      : problem_(problem),
-        sets_(problem.reduction == Reduction::kPerChannel ? problem.channels : problem.groups),
-        constants_(units * problem.channels) {}
-
-  // Those of the unit-th here, whose sets have these statistics; the variance is m2 / elements.
-  // Find: constants_of_sets() of kernels.h.
-  template <class Find>
-  void FindFor(int64_t unit, const Find& find, const double* mean, const double* m2,
-               double elements, bool of_batch) {
-    const int64_t first = unit * problem_.channels;
-    constants_.FindFor(first, sets_, find, problem_, mean, m2, elements, of_batch);
-    constants_.Spread(first, sets_, problem_.channels / sets_);
-  }
-  // Of sets from first_set on.
-  template <class Find>
-  void FindFor(int64_t unit, const Find& find, const Statistics& statistics, int64_t first_set,
-               bool of_batch) {
-    const double* mean = statistics.mean == nullptr ? nullptr : statistics.mean + first_set;
-    FindFor(unit, find, mean, statistics.var + first_set, /*elements=*/1, of_batch);
-  }
-
-  // Of channel c of all units.
-  SetConstants operator[](int64_t c) const { return constants_[c]; }
-
- private:
-  const NormProblem& problem_;
-  int64_t sets_;  // of a unit
-  ManyConstants constants_;
-};
 
 class ForwardJob {
  public:
@@ -185,8 +162,9 @@ class ForwardJob {
         problem_(call.problem),
         kernels_(ForwardKernelsFor(problem_.dtype)),
         geometry_(problem_),
-        weight_(problem_.dtype, call.affine.weight, 1),
-        bias_(problem_.dtype, call.affine.bias, 0),
+        weight_(problem_.dtype, call.affine.weight, problem_.channels, 1),
+        bias_(problem_.dtype, call.affine.bias, problem_.channels, 0),
+        constants_(problem_, CoefficientKernelsFor(problem_.dtype), problem_.num_sets()),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 3) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -211,24 +189,15 @@ class ForwardJob {
   void Finish(int64_t unit) {
     if (reduces()) WriteMoments(unit);
     const int64_t first_set = unit * geometry_.sets;
-    ChannelConstants constants(problem_, 1);
     if (reduces()) {
-      constants.FindFor(0, kernels_.constants_of_sets, call_.moments.mean + first_set,
-                        call_.moments.m2 + first_set, static_cast<double>(problem_.set_size()),
-                        /*of_batch=*/true);
+      constants_.Find(first_set, geometry_.sets, call_.moments.mean + first_set,
+                      call_.moments.m2 + first_set, static_cast<double>(problem_.set_size()),
+                      /*of_batch=*/true);
     } else {
-      constants.FindFor(0, kernels_.constants_of_sets, call_.statistics, first_set,
-                        /*of_batch=*/false);
+      constants_.Find(first_set, geometry_.sets, call_.statistics, 0, /*of_batch=*/false);
     }
-
-    const auto set = [&](int kind, const auto& value_of) {
-      arrays_.SetEach(kind, unit * geometry_.columns, geometry_.channels, value_of);
-    };
-    set(CoefficientArrays::kShift, [&](int64_t c) { return constants[c].shift; });
-    set(CoefficientArrays::kScale, [&](int64_t c) { return constants[c].invstd * weight_[c]; });
-    set(CoefficientArrays::kOffset, [&](int64_t c) {
-      return bias_[c] - constants[c].residual * (constants[c].invstd * weight_[c]);
-    });
+    constants_.SetForward(first_set, geometry_.sets, weight_, bias_, arrays_,
+                          unit * geometry_.columns);
     SpreadChannels(geometry_, unit, arrays_);
   }
 
@@ -298,7 +267,8 @@ class ForwardJob {
   const Geometry geometry_;
   const Parameter weight_;
   const Parameter bias_;
-  CoefficientArrays arrays_;  // [unit][column]
+  ChannelConstants constants_;  // [unit][channel]
+  CoefficientArrays arrays_;    // [unit][column]
   ForwardTensors tensors_;
   int64_t bytes_;
   Partials partials_;  // means and sums of squared deviations
@@ -312,8 +282,8 @@ class BackwardJob {
         problem_(call.problem),
         kernels_(BackwardKernelsFor(problem_.dtype)),
         geometry_(problem_),
-        weight_(problem_.dtype, args_.weight, 1),
-        constants_(problem_, geometry_.outer),
+        weight_(problem_.dtype, args_.weight, problem_.channels, 1),
+        constants_(problem_, CoefficientKernelsFor(problem_.dtype), problem_.num_sets()),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -323,7 +293,8 @@ class BackwardJob {
   }
 
   Outcome Execute(const Context& context) {
-    for (int64_t unit = 0; unit < geometry_.outer; ++unit) FindConstants(unit);
+    constants_.Find(0, problem_.num_sets(), args_.statistics, 0, args_.statistics_of_batch);
+    for (int64_t unit = 0; unit < geometry_.outer; ++unit) SetCoefficients(unit, nullptr, nullptr);
     if (reduces()) {
       partials_.Allocate(geometry_);
       grad_weight_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
@@ -340,8 +311,7 @@ class BackwardJob {
   void Reduce(int64_t unit, int64_t index) {
     const auto chunk = geometry_.ChunkAt(unit, index);
     double scratch[3 * kTile];
-    const void* shift =
-        arrays_.At(CoefficientArrays::kShift, unit * geometry_.columns + chunk.first_column);
+    const void* shift = arrays_.From(unit * geometry_.columns + chunk.first_column).shift;
     double* dy = partials_.First(chunk.partial);
     double* dy_d = partials_.Second(chunk.partial);
     std::fill_n(dy, chunk.matrix.columns, 0);
@@ -353,30 +323,10 @@ class BackwardJob {
   }
 
   void Finish(int64_t unit) {
-    const auto sets = static_cast<size_t>(geometry_.sets);
-    std::vector<double> sum_g(sets), sum_gx(sets);
-    if (reduces()) MergeSums(unit, sum_g.data(), sum_gx.data());
-    const auto channels = static_cast<size_t>(geometry_.channels);
-    std::vector<double> offset(channels), slope(channels);
-    const int64_t first = unit * geometry_.channels;
-    for (size_t set = 0; set < sets; ++set) {
-      const int64_t c = first + static_cast<int64_t>(set) * geometry_.channels_of_set;
-      const SetGradient gradient(problem_, constants_[c], sum_g[set], sum_gx[set]);
-      offset[set] = gradient.offset;
-      slope[set] = gradient.slope;
-    }
-    SpreadEach(offset.data(), geometry_.sets, geometry_.channels_of_set);
-    SpreadEach(slope.data(), geometry_.sets, geometry_.channels_of_set);
-
-    const auto set = [&](int kind, const auto& value_of) {
-      arrays_.SetEach(kind, unit * geometry_.columns, geometry_.channels, value_of);
-    };
-    set(CoefficientArrays::kShift, [&](int64_t c) { return constants_[first + c].shift; });
-    set(CoefficientArrays::kScale,
-        [&](int64_t c) { return constants_[first + c].invstd * weight_[c]; });
-    set(CoefficientArrays::kOffset, [&](int64_t c) { return offset[static_cast<size_t>(c)]; });
-    set(CoefficientArrays::kSlope, [&](int64_t c) { return slope[static_cast<size_t>(c)]; });
-    SpreadChannels(geometry_, unit, arrays_);
+    if (!reduces()) return;
+    std::vector<double> sum_g(static_cast<size_t>(geometry_.channels)), sum_gx(sum_g);
+    MergeSums(unit, sum_g.data(), sum_gx.data());
+    SetCoefficients(unit, sum_g.data(), sum_gx.data());
   }
 
   void Apply(int64_t unit, int64_t index) {
@@ -389,44 +339,38 @@ class BackwardJob {
   }
 
  private:
-  void FindConstants(int64_t unit) {
-    constants_.FindFor(unit, kernels_.constants_of_sets, args_.statistics, unit * geometry_.sets,
-                       args_.statistics_of_batch);
-    if (!reduces()) return;
-    arrays_.SetEach(CoefficientArrays::kShift, unit * geometry_.columns, geometry_.channels,
-                    [&](int64_t c) { return constants_[unit * geometry_.channels + c].shift; });
+  void SetCoefficients(int64_t unit, const double* sum_g, const double* sum_gx) {
+    constants_.SetBackward(unit * geometry_.sets, geometry_.sets, weight_, sum_g, sum_gx, arrays_,
+                           unit * geometry_.columns);
     SpreadChannels(geometry_, unit, arrays_);
   }
 
-  // From the chunks' sums to those of each channel and set.
+  // From the chunks' sums to those of each channel, and of its set.
   void MergeSums(int64_t unit, double* sum_g, double* sum_gx) {
     double* dy = partials_.First(geometry_.PartialAt(unit, 0));
     double* dy_d = partials_.Second(geometry_.PartialAt(unit, 0));
     for (int64_t chunk = 1; chunk < geometry_.row_chunks; ++chunk) {
-      const double* more_dy = partials_.First(geometry_.PartialAt(unit, chunk));
-      const double* more_dy_d = partials_.Second(geometry_.PartialAt(unit, chunk));
-      for (int64_t j = 0; j < geometry_.columns; ++j) dy[j] += more_dy[j];
-      for (int64_t j = 0; j < geometry_.columns; ++j) dy_d[j] += more_dy_d[j];
+      const int64_t more = geometry_.PartialAt(unit, chunk);
+      AddEach(geometry_.columns, partials_.First(more), dy);
+      AddEach(geometry_.columns, partials_.Second(more), dy_d);
     }
     for (int64_t k = geometry_.base; k < geometry_.columns; k += geometry_.base) {
-      for (int64_t j = 0; j < geometry_.base; ++j) dy[j] += dy[k + j];
-      for (int64_t j = 0; j < geometry_.base; ++j) dy_d[j] += dy_d[k + j];
+      AddEach(geometry_.base, dy + k, dy);
+      AddEach(geometry_.base, dy_d + k, dy_d);
     }
-    for (int64_t set = 0, j = 0; set < geometry_.sets; ++set) {
-      for (int64_t k = 0; k < geometry_.channels_of_set; ++k) {
-        const int64_t c = set * geometry_.channels_of_set + k;
-        GradientSums sums;
-        for (int64_t end = j + geometry_.inner; j < end; ++j) {
-          sums.dy += dy[j];
-          sums.dy_d += dy_d[j];
-        }
-        const int64_t of_unit = unit * geometry_.channels + c;
-        const auto at = static_cast<size_t>(of_unit);
-        grad_bias_[at] = sums.dy;
-        grad_weight_[at] = GradWeight(constants_[of_unit], sums);
-        sum_g[set] += weight_[c] * sums.dy;
-        sum_gx[set] += weight_[c] * grad_weight_[at];
-      }
+    const int64_t channels = geometry_.channels;
+    const int64_t first = unit * channels;
+    for (double* sums : {dy, dy_d}) SumEach(sums, channels, geometry_.inner);
+    double* const grad_weight = grad_weight_.data() + first;
+    std::copy_n(dy, channels, grad_bias_.data() + first);
+    for (int64_t c = 0; c < channels; ++c) {
+      grad_weight[c] = GradWeight(constants_[first + c], {dy[c], dy_d[c]});
+    }
+    for (int64_t c = 0; c < channels; ++c) sum_g[c] = weight_[c] * dy[c];
+    for (int64_t c = 0; c < channels; ++c) sum_gx[c] = weight_[c] * grad_weight[c];
+    for (double* sums : {sum_g, sum_gx}) {
+      SumEach(sums, geometry_.sets, geometry_.channels_of_set);
+      SpreadEach(sums, geometry_.sets, geometry_.channels_of_set);
     }
   }
 
@@ -475,8 +419,8 @@ Outcome RangeByColumns(const RangeCall& call, const Context& context) {
   const int64_t inner = channels_last ? 1 : problem.positions;
   const int64_t base = problem.channels * inner;
   const int64_t sample = per_channel ? problem.size() : problem.channels * problem.positions;
-  const Parameter weight(problem.dtype, call.args.affine.weight, 1);
-  const Parameter bias(problem.dtype, call.args.affine.bias, 0);
+  const Parameter weight(problem.dtype, call.args.affine.weight, problem.channels, 1);
+  const Parameter bias(problem.dtype, call.args.affine.bias, problem.channels, 0);
   const ForwardKernels& kernels = ForwardKernelsFor(problem.dtype);
   ForwardTensors tensors = call.tensors();
   tensors.ahead = AheadInOrder(call.bytes(), problem);
@@ -487,9 +431,9 @@ Outcome RangeByColumns(const RangeCall& call, const Context& context) {
     const int64_t first_set = per_channel ? 0 : first / sample * problem.groups;
     const int64_t repeat = std::min(base, count);
     const int64_t columns = repeat * (repeat < base ? 1 : FoldOf(base, count / base));
-    ChannelConstants constants(problem, 1);
-    constants.FindFor(0, kernels.constants_of_sets, call.args.statistics, first_set,
-                      call.args.statistics_of_batch);
+    const int64_t sets = per_channel ? problem.channels : problem.groups;
+    ChannelConstants constants(problem, CoefficientKernelsFor(problem.dtype), sets);
+    constants.Find(0, sets, call.args.statistics, first_set, call.args.statistics_of_batch);
     CoefficientArrays arrays(problem.dtype, columns, 3);
     for (int64_t j = 0; j < repeat; ++j) {
       const int64_t c = (first + j) % base / inner;

@@ -173,6 +173,11 @@ HWY_INLINE void StoreElements(D d, hn::Vec<D> v, E* to, bool stream) {
 template <class E>
 inline constexpr bool kPairsInterleave = HWY_TARGET != HWY_SCALAR&& std::is_same_v<E, BFloat16>;
 
+// Whether what is stored at once is no smaller than a vector. Else the rest of a cache line should
+// be stored next.
+template <class E>
+inline constexpr bool kStoresVectors = sizeof(E) == sizeof(ComputeType<E>) || kPairsInterleave<E>;
+
 template <class D>
 struct Pair {
   hn::Vec<D> a, b;

@@ -18,9 +18,7 @@ template <class E>
 inline constexpr ForwardKernels kForwardKernels = {
     .moments_of_runs = MomentsOfRuns<E>,
     .moments_of_columns = MomentsOfColumns<E>,
-    .constants_of_sets = FindConstantsOfSets<E>,
     .normalize_planes = NormalizePlanes<E>,
-    .spread = SpreadOverPlanes<E>,
     .normalize_columns = NormalizeColumns<E>,
     .in_pairs = kPairsInterleave<E> ? RowInPairs<E> : nullptr,
     .constants_of_rows = ConstantsOfRows<E>,

@@ -118,10 +118,29 @@ struct SetStatistics {
 };
 
 // SetConstants, an array of each.
-struct ConstantsOfSets {
+struct SetConstantArrays {
   double* shift;
   double* residual;
   double* invstd;
+};
+
+// What coefficients are made of, arrays with a value a channel.
+struct Channels {
+  SetConstantArrays constants;  // of its set
+  const double* weight;
+  const double* bias = nullptr;   // forward only
+  const double* sum_g = nullptr;  // backward only: as in SetGradient, of its set; null: 0, both
+  const double* sum_gx = nullptr;
+  double elements = 1;  // of a set
+  bool center = true;   // as in NormProblem
+};
+
+// Coefficients to be written, a value a channel.
+struct MutableCoefficients {
+  void* shift = nullptr;
+  void* scale = nullptr;
+  void* offset = nullptr;
+  void* slope = nullptr;  // null: forward's
 };
 
 struct ForwardTensors {
@@ -159,6 +178,18 @@ struct Totals {
   void* rounded;  // not null: in the computing type, instead of `after`
 };
 
+// What both directions need before they write.
+struct CoefficientKernels {
+  void (*constants_of_sets)(const SetStatistics& statistics, int64_t count,
+                            const SetConstantArrays& to);
+  void (*coefficients_of_channels)(const Channels& channels, int64_t count,
+                                   const MutableCoefficients& to);
+  // The coefficients of `planes` planes as those of columns, one a position. `memory`:
+  // SpreadValues(planes * plane_size) values, where a cache line begins.
+  Coefficients (*spread)(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
+                         void* memory);
+};
+
 struct ForwardKernels {
   // Of each of `sets` sets whose runs follow each other: set s has the runs that begin
   // s * runs.length further on.
@@ -167,14 +198,8 @@ struct ForwardKernels {
   // Of each column; `scratch`: 3 * columns values.
   void (*moments_of_columns)(const void* x, const Matrix& matrix, void* scratch, double* mean,
                              double* m2);
-  void (*constants_of_sets)(const SetStatistics& statistics, int64_t count,
-                            const ConstantsOfSets& to);
   void (*normalize_planes)(const ForwardTensors& tensors, const Planes& planes,
                            const Coefficients& coefficients);
-  // The coefficients of `planes` planes as those of columns, one a position. `memory`:
-  // SpreadValues(planes * plane_size) values, where a cache line begins.
-  Coefficients (*spread)(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
-                         void* memory);
   // The matrix's first element is `begin` elements into the tensors.
   void (*normalize_columns)(const ForwardTensors& tensors, int64_t begin, const Matrix& matrix,
                             const Coefficients& coefficients);
@@ -196,17 +221,11 @@ struct BackwardKernels {
   // Added to sums of each column; `scratch`: 3 * columns values.
   void (*sums_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                           const void* shift, void* scratch, double* dy, double* dy_d);
-  // As in ForwardKernels.
-  void (*constants_of_sets)(const SetStatistics& statistics, int64_t count,
-                            const ConstantsOfSets& to);
   // Adds up `parts` arrays, `stride` apart, in doubles. Totals are not in pairs.
   void (*add_up)(const void* parts_data, int64_t parts, int64_t stride, int64_t count,
                  bool in_pairs, const Totals& totals);
   void (*gradient_of_planes)(const BackwardTensors& tensors, const Planes& planes,
                              const Coefficients& coefficients);
-  // As in ForwardKernels.
-  Coefficients (*spread)(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
-                         void* memory);
   void (*gradient_of_columns)(const BackwardTensors& tensors, int64_t begin, const Matrix& matrix,
                               const Coefficients& coefficients);
   // Writes the gradients of rows, and in the same loop takes the sums of the next ones, adding to
@@ -217,6 +236,7 @@ struct BackwardKernels {
 };
 
 // Of this machine's best instruction set.
+const CoefficientKernels& CoefficientKernelsFor(DType dtype);
 const ForwardKernels& ForwardKernelsFor(DType dtype);
 const BackwardKernels& BackwardKernelsFor(DType dtype);
 

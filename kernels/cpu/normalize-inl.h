@@ -69,7 +69,7 @@ class Normalize {
 
   // Not where stores bypass the cache: two streams of them take twice the time of one. Nor
   // with a mask, whose bits are written one row after the other.
-  bool TakesTwo() const { return !kFused && !stream_; }
+  bool TakesTwo() const { return !kFused && !stream_ && kStoresVectors<E>; }
   template <class At>
   HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
     return LoopOfTwo(i, end, stride, at, x_, y_, ahead_);

@@ -141,8 +141,8 @@ struct Geometry {
   Stretch All(const NormProblem& problem) const { return {problem.size(), 0, plane, sets * subs}; }
 
   // Calls visit(begin, matrix, coefficients) with a unit as columns.
-  template <class Kernels, class Visit>
-  void AsColumns(int64_t unit, const CoefficientArrays& arrays, const Kernels& kernels,
+  template <class Visit>
+  void AsColumns(int64_t unit, const CoefficientArrays& arrays, const CoefficientKernels& kernels,
                  Visit visit) const {
     const Range own = SetsOf(unit);
     const Matrix matrix{runs, own.size() * plane, sets * plane};
@@ -267,9 +267,9 @@ class ForwardJob {
         problem_(call.problem),
         kernels_(ForwardKernelsFor(problem_.dtype)),
         geometry_(problem_, 1),
-        weight_(problem_.dtype, call.affine.weight, 1),
-        bias_(problem_.dtype, call.affine.bias, 0),
-        constants_(geometry_.sets),
+        weight_(problem_.dtype, call.affine.weight, problem_.channels, 1),
+        bias_(problem_.dtype, call.affine.bias, problem_.channels, 0),
+        constants_(problem_, CoefficientKernelsFor(problem_.dtype), geometry_.sets),
         arrays_(problem_.dtype, geometry_.plane_count(), 3) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -327,7 +327,7 @@ class ForwardJob {
     tensors.ahead = reduces() ? geometry_.Ahead(unit, bytes_) : geometry_.AheadAtOnce(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
-          unit, arrays_, kernels_,
+          unit, arrays_, CoefficientKernelsFor(problem_.dtype),
           [&](int64_t begin, const Matrix& matrix, const Coefficients& coefficients) {
             kernels_.normalize_columns(tensors, begin, matrix, coefficients);
           });
@@ -348,15 +348,10 @@ class ForwardJob {
     const double* mean = reduces() ? call_.moments.mean : call_.statistics.mean;
     const double* m2 = reduces() ? call_.moments.m2 : call_.statistics.var;
     const double elements = reduces() ? static_cast<double>(problem_.set_size()) : 1;
-    constants_.FindFor(sets.begin, sets.size(), kernels_.constants_of_sets, problem_,
-                       mean == nullptr ? nullptr : mean + sets.begin, m2 + sets.begin, elements,
-                       /*of_batch=*/reduces());
-    for (int64_t set = sets.begin; set < sets.end; ++set) {
-      for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
-        const int64_t c = geometry_.ChannelOf(plane);
-        SetForward(arrays_, plane, constants_[set], weight_[c], bias_[c]);
-      }
-    }
+    constants_.Find(sets.begin, sets.size(), mean == nullptr ? nullptr : mean + sets.begin,
+                    m2 + sets.begin, elements, /*of_batch=*/reduces());
+    constants_.SetForward(sets.begin, sets.size(), weight_, bias_, arrays_,
+                          sets.begin * geometry_.subs);
   }
 
   const ForwardCall& call_;
@@ -365,7 +360,7 @@ class ForwardJob {
   const Geometry geometry_;
   const Parameter weight_;
   const Parameter bias_;
-  ManyConstants constants_;  // a set
+  ChannelConstants constants_;  // a plane
   CoefficientArrays arrays_;
   ForwardTensors tensors_;
   int64_t bytes_;
@@ -380,8 +375,8 @@ class BackwardJob {
         problem_(call.problem),
         kernels_(BackwardKernelsFor(problem_.dtype)),
         geometry_(problem_, 2),
-        weight_(problem_.dtype, args_.weight, 1),
-        constants_(geometry_.sets),
+        weight_(problem_.dtype, args_.weight, problem_.channels, 1),
+        constants_(problem_, CoefficientKernelsFor(problem_.dtype), geometry_.sets),
         arrays_(problem_.dtype, geometry_.plane_count(), 4) {
     bytes_ = call.bytes();
     tensors_ = call.tensors();
@@ -394,11 +389,9 @@ class BackwardJob {
     for (BackwardTensors* tensors : {&tensors_, &apply_tensors_}) {
       tensors->stream &= bytes_ > LargestCachedBytes(context.executor.concurrency());
     }
-    constants_.FindFor(0, geometry_.sets, kernels_.constants_of_sets, problem_,
-                       args_.statistics.mean, args_.statistics.var, /*elements=*/1,
-                       args_.statistics_of_batch);
+    constants_.Find(0, geometry_.sets, args_.statistics, 0, args_.statistics_of_batch);
+    if (!reduces()) SetCoefficients({0, geometry_.sets}, nullptr, nullptr);
     if (!reduces() && !geometry_.WritesColumnsAtOnce()) {
-      for (int64_t set = 0; set < geometry_.sets; ++set) SetCoefficients(set, 0, 0);
       apply_tensors_.ahead = AheadInOrder(bytes_, problem_);
       return InOrder(geometry_.All(problem_), bytes_, context, [this](const Planes& planes) {
         kernels_.gradient_of_planes(apply_tensors_, planes, arrays_.From(0));
@@ -428,7 +421,7 @@ class BackwardJob {
                       meanwhile ? geometry_.AheadOfSums() : 0};
     std::vector<double> shift;
     for (int64_t set = sets.begin; set < sets.end; ++set) {
-      shift.push_back(constants_[set].shift);
+      shift.push_back(ConstantsOf(set).shift);
     }
     if (geometry_.subs == 1) {  // sums_ is in order, as partial_ is above
       kernels_.sums_of_runs(tensors_, geometry_.OffsetOf(runs.begin, sets.begin) + elements.begin,
@@ -450,16 +443,15 @@ class BackwardJob {
   }
 
   void Finish(int64_t unit) {
+    if (!reduces()) return;
     const Range sets = geometry_.SetsOf(unit);
+    const int64_t subs = geometry_.subs;
+    std::vector<double> sum_g(static_cast<size_t>(sets.size() * subs)), sum_gx(sum_g);
     for (int64_t set = sets.begin; set < sets.end; ++set) {
-      if (!reduces()) {
-        SetCoefficients(set, 0, 0);
-        continue;
-      }
-      const SetConstants constants = constants_[set];
-      double sum_g = 0, sum_gx = 0;
-      for (int64_t sub = 0; sub < geometry_.subs; ++sub) {
-        const int64_t plane = set * geometry_.subs + sub;
+      const SetConstants constants = ConstantsOf(set);
+      const auto first = static_cast<size_t>((set - sets.begin) * subs);
+      for (int64_t sub = 0; sub < subs; ++sub) {
+        const int64_t plane = set * subs + sub;
         GradientSums sums;
         for (int64_t chunk = 0; chunk < geometry_.chunks(); ++chunk) {
           const Range elements = geometry_.ElementsOf(chunk);
@@ -473,11 +465,13 @@ class BackwardJob {
         grad_bias_[static_cast<size_t>(plane)] = sums.dy;
         grad_weight_[static_cast<size_t>(plane)] = GradWeight(constants, sums);
         const double weight = weight_[geometry_.ChannelOf(plane)];
-        sum_g += weight * sums.dy;
-        sum_gx += weight * grad_weight_[static_cast<size_t>(plane)];
+        sum_g[first] += weight * sums.dy;
+        sum_gx[first] += weight * grad_weight_[static_cast<size_t>(plane)];
       }
-      SetCoefficients(set, sum_g, sum_gx);
+      std::fill_n(&sum_g[first], subs, double{sum_g[first]});
+      std::fill_n(&sum_gx[first], subs, double{sum_gx[first]});
     }
+    SetCoefficients(sets, sum_g.data(), sum_gx.data());
   }
 
   void Apply(int64_t unit, int64_t chunk) {
@@ -485,7 +479,7 @@ class BackwardJob {
     tensors.ahead = geometry_.Ahead(unit, bytes_);
     if (geometry_.by_columns) {
       geometry_.AsColumns(
-          unit, arrays_, kernels_,
+          unit, arrays_, CoefficientKernelsFor(problem_.dtype),
           [&](int64_t begin, const Matrix& matrix, const Coefficients& coefficients) {
             kernels_.gradient_of_columns(tensors, begin, matrix, coefficients);
           });
@@ -512,12 +506,11 @@ class BackwardJob {
                                chunk % geometry_.pieces);
   }
 
-  void SetCoefficients(int64_t set, double sum_g, double sum_gx) {
-    const SetConstants constants = constants_[set];
-    const SetGradient gradient(problem_, constants, sum_g, sum_gx);
-    for (int64_t plane = set * geometry_.subs; plane < (set + 1) * geometry_.subs; ++plane) {
-      SetBackward(arrays_, plane, constants, weight_[geometry_.ChannelOf(plane)], gradient);
-    }
+  SetConstants ConstantsOf(int64_t set) const { return constants_[set * geometry_.subs]; }
+
+  void SetCoefficients(const Range& sets, const double* sum_g, const double* sum_gx) {
+    constants_.SetBackward(sets.begin, sets.size(), weight_, sum_g, sum_gx, arrays_,
+                           sets.begin * geometry_.subs);
   }
 
   void WriteParameterGradients() const {
@@ -540,7 +533,7 @@ class BackwardJob {
   const BackwardKernels& kernels_;
   const Geometry geometry_;
   const Parameter weight_;
-  ManyConstants constants_;  // a set
+  ChannelConstants constants_;  // a plane
   CoefficientArrays arrays_;
   BackwardTensors tensors_;
   BackwardTensors apply_tensors_;
@@ -563,8 +556,8 @@ Outcome RangeByPlanes(const RangeCall& call, const Context& context) {
   const int64_t skip = call.args.first % problem.positions;
   int64_t planes = (skip + call.args.count - 1) / problem.positions + 1;
   if (per_channel) planes = std::min(planes, problem.channels);  // then they repeat
-  const Parameter weight(problem.dtype, call.args.affine.weight, 1);
-  const Parameter bias(problem.dtype, call.args.affine.bias, 0);
+  const Parameter weight(problem.dtype, call.args.affine.weight, problem.channels, 1);
+  const Parameter bias(problem.dtype, call.args.affine.bias, problem.channels, 0);
   CoefficientArrays arrays(problem.dtype, planes, 3);
   for (int64_t i = 0; i < planes; ++i) {
     const int64_t c = (first + i) % problem.channels;

@@ -112,10 +112,10 @@ class Expanded {
     if (data == nullptr && otherwise == 0) return;
     const size_t bytes = static_cast<size_t>(geometry.parameters * width_);
     if (data == nullptr || geometry.inner != 1) {
-      const Parameter values(problem.dtype, data, otherwise);
+      const int64_t inner = geometry.inner, count = geometry.parameters / inner;
+      const Parameter values(problem.dtype, data, count, otherwise);
       memory_ = Scratch(bytes);
-      const int64_t inner = geometry.inner;
-      for (int64_t c = 0; c < geometry.parameters / inner; ++c) {
+      for (int64_t c = 0; c < count; ++c) {
         if (width_ == 8) {
           std::fill_n(memory_.Get<double>() + c * inner, inner, values[c]);
         } else {

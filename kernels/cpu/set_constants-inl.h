@@ -84,10 +84,12 @@ HWY_INLINE void WithShifts(int64_t columns, const ComputeType<E>* shift, Run run
 
 template <class E, class D64>
 HWY_INLINE void ConstantsOfSetsAt(D64 d, int64_t i, const SetStatistics& of,
-                                  const ConstantsOfSets& to) {
+                                  const SetConstantArrays& to) {
   const auto zero = hn::Zero(d);
   const auto mean = of.mean == nullptr ? zero : hn::LoadU(d, of.mean + i);
-  const auto var = hn::Div(hn::LoadU(d, of.m2 + i), hn::Set(d, of.elements));
+  // A caller who divides by himself and gives the variance gets the same.
+  const auto m2 = hn::LoadU(d, of.m2 + i);
+  const auto var = of.elements == 1 ? m2 : hn::Div(m2, hn::Set(d, of.elements));
   auto shift = mean;
   if constexpr (sizeof(ComputeType<E>) == sizeof(float)) {
     using Limits = std::numeric_limits<double>;
@@ -107,14 +109,21 @@ HWY_INLINE void ConstantsOfSetsAt(D64 d, int64_t i, const SetStatistics& of,
   hn::StoreU(invstd, d, to.invstd + i);
 }
 
-template <class E>
-void FindConstantsOfSets(const SetStatistics& of, int64_t count, const ConstantsOfSets& to) {
+// Calls visit(tag of doubles, i) with the first of each vector, and in the end of each double.
+template <class Visit>
+HWY_INLINE void ForEachDouble(int64_t count, Visit visit) {
   const hn::ScalableTag<double> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) ConstantsOfSetsAt<E>(d, i, of, to);
+  for (; i + lanes <= count; i += lanes) visit(d, i);
   const hn::CappedTag<double, 1> one;
-  for (; i < count; ++i) ConstantsOfSetsAt<E>(one, i, of, to);
+  for (; i < count; ++i) visit(one, i);
+}
+
+template <class E>
+void ConstantsOfSets(const SetStatistics& of, int64_t count, const SetConstantArrays& to) {
+  ForEachDouble(count,
+                [&](auto d, int64_t i) NORMD_INLINE_LAMBDA { ConstantsOfSetsAt<E>(d, i, of, to); });
 }
 
 }  // namespace normd::cpu::HWY_NAMESPACE

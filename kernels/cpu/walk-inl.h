@@ -24,6 +24,7 @@
 #include <type_traits>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/coefficients-inl.h"
 #include "kernels/cpu/coefficients.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
@@ -43,9 +44,6 @@ template <class D>
 struct VectorCoefficients {
   hn::Vec<D> shift, scale, offset, slope;
 };
-
-// Of VectorCoefficients, in memory.
-inline constexpr int64_t kKinds = 4;
 
 template <class D>
 struct PairCoefficients {
@@ -149,83 +147,6 @@ void InPairs(int64_t columns, const ArrayCoefficients<T, kShifted>& arrays, T* p
       hn::StoreU(pair.b, d, to + kKinds * lanes);
     }
   }
-}
-
-// A vector of columns that are the positions of planes, one plane after the other. The first lies
-// `skip` columns after the beginning of a plane; each other is kStep, one or two, further on.
-// Planes are no smaller than a vector, so that there are two of them, or three.
-template <class D, int kStep>
-class ColumnsOfPlanes {
- public:
-  using T = hn::TFromD<D>;
-
-  HWY_INLINE ColumnsOfPlanes(int64_t planes, int64_t plane_size, int64_t plane, int64_t skip)
-      : first_(plane),
-        second_(std::min(plane + 1, planes - 1)),
-        third_(std::min(plane + 2, planes - 1)) {
-    const D d;
-    const auto size = hn::Set(d, static_cast<T>(plane_size));
-    const auto position =
-        hn::MulAdd(hn::Iota(d, T{0}), hn::Set(d, T{kStep}), hn::Set(d, static_cast<T>(skip)));
-    in_second_ = hn::Ge(position, size);
-    in_third_ = hn::Ge(position, hn::Add(size, size));
-  }
-
-  // Each one's plane's value.
-  HWY_INLINE hn::Vec<D> ValuesOf(const T* values) const {
-    const D d;
-    auto v = hn::IfThenElse(in_second_, hn::Set(d, values[second_]), hn::Set(d, values[first_]));
-    if (kStep > 1) v = hn::IfThenElse(in_third_, hn::Set(d, values[third_]), v);
-    return v;
-  }
-
- private:
-  int64_t first_, second_, third_;
-  hn::Mask<D> in_second_, in_third_;
-};
-
-template <class E>
-Coefficients SpreadOverPlanes(const Coefficients& of_planes, int64_t planes, int64_t plane_size,
-                              void* memory) {
-  using T = ComputeType<E>;
-  using D = Tag<E>;
-  const D d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  const int64_t columns = planes * plane_size;
-  const int64_t stride = (columns + lanes + 15) / 16 * 16;
-  const T* const shift = static_cast<const T*>(of_planes.shift);
-  const bool shifted = kAlwaysShifts<E> || AreShifted(planes, shift);
-  const T* from[kKinds] = {shifted ? shift : nullptr, static_cast<const T*>(of_planes.scale),
-                           static_cast<const T*>(of_planes.offset),
-                           static_cast<const T*>(of_planes.slope)};
-  T* to[kKinds] = {};
-  T* next = static_cast<T*>(memory);
-  for (int64_t kind = 0; kind < kKinds; ++kind, next += stride) {
-    if (from[kind] != nullptr) to[kind] = next;
-  }
-  constexpr std::integral_constant<int, 1> kOne;
-  constexpr std::integral_constant<int, 2> kTwo;
-  int64_t plane = 0, skip = 0;
-  for (int64_t j = 0; j < columns; j += lanes) {
-    const auto spread = [&](auto step, int64_t begin, auto place) NORMD_INLINE_LAMBDA {
-      const ColumnsOfPlanes<D, step> at(planes, plane_size, plane, begin);
-      for (int64_t kind = 0; kind < kKinds; ++kind) {
-        if (from[kind] != nullptr) hn::StoreU(at.ValuesOf(from[kind]), d, place(kind));
-      }
-    };
-    spread(kOne, skip, [&](int64_t kind) { return to[kind] + j; });
-    if (kPairsInterleave<E> && j % (2 * lanes) == 0 && j + 2 * lanes <= columns) {
-      T* const pairs = next + kKinds * j;
-      spread(kTwo, skip, [&](int64_t kind) { return pairs + kind * lanes; });
-      spread(kTwo, skip + 1, [&](int64_t kind) { return pairs + (kKinds + kind) * lanes; });
-    }
-    for (skip += lanes; skip >= plane_size; skip -= plane_size) ++plane;
-  }
-  return {.shift = to[0],
-          .scale = to[1],
-          .offset = to[2],
-          .slope = to[3],
-          .paired = kPairsInterleave<E> ? next : nullptr};
 }
 
 // LayerNorm's forward: scalars of a row, weight and bias along it.
