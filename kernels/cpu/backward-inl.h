@@ -261,7 +261,8 @@ void SumColumnsByBlocks(const BackwardTensors& tensors, int64_t begin, const Mat
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
     for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
-      const Matrix rows{std::min(kBlockRows, matrix.rows - block), columns, matrix.stride};
+      const Matrix rows{std::min(kBlockRows, matrix.rows - block), columns, matrix.stride,
+                        matrix.near};
       WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
         SumColumns<E>(ColumnGradients<E, kMasked, is_shifted>{input, begin + block * matrix.stride},
                       rows, shift, sum, product);
@@ -372,12 +373,12 @@ class Gradient {
     return Loop<true>(i, end, at, input_, out, ahead_);
   }
 
-  bool TakesTwo() const { return !stream_ && kStoresVectors<E>; }  // as in Normalize
+  bool TakesSeveral() const { return !stream_ && kStoresVectors<E>; }  // as in Normalize
   template <class At>
-  HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
+  HWY_INLINE int64_t VectorsOfRows(int64_t i, int64_t end, int64_t stride, const At& at) {
     const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};
-    if (input_.x == nullptr) return LoopOfTwo<false>(i, end, stride, at, input_, out, ahead_);
-    return LoopOfTwo<true>(i, end, stride, at, input_, out, ahead_);
+    if (input_.x == nullptr) return LoopOfRows<false>(i, end, stride, at, input_, out, ahead_);
+    return LoopOfRows<true>(i, end, stride, at, input_, out, ahead_);
   }
 
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
@@ -476,39 +477,30 @@ class Gradient {
   }
 
   template <bool kNeedsX, class At>
-  static HWY_INLINE int64_t LoopOfTwo(int64_t i, int64_t end, int64_t stride, const At& at,
-                                      const Input input, const Outputs out, const int64_t ahead) {
+  static HWY_INLINE int64_t LoopOfRows(int64_t i, int64_t end, int64_t stride, const At& at,
+                                       const Input input, const Outputs out, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     const auto gradient = [&](int64_t k, V dy, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
       Fetch<kNeedsX>(input, k, ahead);
       return Dx<kNeedsX>(dy, X<kNeedsX>(input, k), c);
     };
-    const auto step = [&]() NORMD_INLINE_LAMBDA {
-      const VectorCoefficients<D> c = at(i);
-      for (const int64_t k : {i, i + stride}) {
-        const V dy = input.GradY(k);
-        if (out.grad_x != nullptr) {
-          StoreElements(d, gradient(k, dy, c), out.grad_x + k, /*stream=*/false);
-        }
-        if (out.grad_residual != nullptr) {
-          StoreElements(d, dy, out.grad_residual + k, /*stream=*/false);
-        }
-      }
-      i += lanes;
+    const auto each_row = [&](const auto& write) NORMD_INLINE_LAMBDA {
+      HWY_UNROLL(kRowsAtOnce)
+      for (int64_t row = 0; row < kRowsAtOnce; ++row) write(i + row * stride);
     };
     if constexpr (kPairsInterleave<E>) {
       const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
-        for (const int64_t k : {i, i + stride}) {
+        each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
           Fetch<kNeedsX>(input, k, ahead);
           StoreGradientOfPair<kNeedsX>(input, k, c, out);
-        }
+        });
       }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const VectorCoefficients<D> a = at(i), b = at(i + lanes);
-        for (const int64_t k : {i, i + stride}) {
+        each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
           const V first = input.GradY(k), second = input.GradY(k + lanes);
           if (out.grad_x != nullptr) {
             StoreTwo(d, gradient(k, first, a), gradient(k + lanes, second, b), out.grad_x + k,
@@ -517,10 +509,21 @@ class Gradient {
           if (out.grad_residual != nullptr) {
             StoreTwo(d, first, second, out.grad_residual + k, /*stream=*/false);
           }
-        }
+        });
       }
     }
-    while (i + lanes <= end) step();
+    for (; i + lanes <= end; i += lanes) {
+      const VectorCoefficients<D> c = at(i);
+      each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
+        const V dy = input.GradY(k);
+        if (out.grad_x != nullptr) {
+          StoreElements(d, gradient(k, dy, c), out.grad_x + k, /*stream=*/false);
+        }
+        if (out.grad_residual != nullptr) {
+          StoreElements(d, dy, out.grad_residual + k, /*stream=*/false);
+        }
+      });
+    }
     return i;
   }
 

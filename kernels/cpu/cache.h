@@ -6,6 +6,9 @@
 
 namespace normd::cpu {
 
+// Of a cache line. Vectors that lie on two of them cost twice.
+inline constexpr int64_t kLineBytes = 64;
+
 // Bytes of all tensors of a call up to which its output is best written into the cache:
 // half of the last-level cache, since the rest belongs to others. On Intel's servers no
 // more than the threads' L2s: their L3 is a mesh that takes a store that bypasses it in two thirds

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "kernels/cpu/cache.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/problem.h"
 #include "kernels/set_constants.h"
@@ -22,9 +23,9 @@ class Scratch {
  public:
   Scratch() = default;
   // Aligned by hand: an aligned new costs several times what a plain one does.
-  explicit Scratch(size_t bytes) : memory_(new std::byte[bytes + kCacheLine]) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    first_ = memory_.get() + (kCacheLine - address % kCacheLine);
+  explicit Scratch(size_t bytes) : memory_(new std::byte[bytes + kLineBytes]) {
+    const auto address = reinterpret_cast<intptr_t>(memory_.get());
+    first_ = memory_.get() + (kLineBytes - address % kLineBytes);
   }
 
   template <class T = void>
@@ -33,7 +34,6 @@ class Scratch {
   }
 
  private:
-  static constexpr size_t kCacheLine = 64;
   std::unique_ptr<std::byte[]> memory_;
   std::byte* first_ = nullptr;
 };

@@ -66,6 +66,7 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const Com
   const int64_t columns = matrix.columns, stride = matrix.stride;
   const int64_t row_bytes = std::min(kTile, columns) * kElementBytes * Source::kInputs;
   const int64_t together = std::clamp(kNearBytes / row_bytes, kFewest, kMost);
+  const bool fetches = !matrix.near;
   const auto shift_at = [&](int64_t j) NORMD_INLINE_LAMBDA {
     return Source::kShifted ? hn::LoadU(d, shift + j) : hn::Zero(d);
   };
@@ -82,7 +83,7 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const Com
         Pair<D> a{hn::LoadU(d, first + j), hn::LoadU(d, first + j + lanes)};
         Pair<D> b{hn::LoadU(d, second + j), hn::LoadU(d, second + j + lanes)};
         const auto add = [&](int64_t i) NORMD_INLINE_LAMBDA {
-          source.Fetch(i + together * stride);
+          if (fetches) source.Fetch(i + together * stride);
           source.AddTwo(i, center, a, b);
         };
         int64_t i = begin + j;

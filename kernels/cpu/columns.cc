@@ -38,7 +38,8 @@ int64_t FoldOf(int64_t base, int64_t rows) {
 }
 
 struct Geometry {
-  explicit Geometry(const NormProblem& problem) {
+  // `all_bytes`: of all tensors of the call.
+  Geometry(const NormProblem& problem, int64_t all_bytes) {
     const bool per_channel = problem.reduction == Reduction::kPerChannel;
     const bool channels_last = problem.format == MemoryFormat::kChannelsLast;
     element_bytes = static_cast<int64_t>(SizeOf(problem.dtype));
@@ -50,6 +51,9 @@ struct Geometry {
     channels_of_set = per_channel ? 1 : channels / problem.groups;
     sets = channels / channels_of_set;
 
+    // Of halves fetching costs nothing there, and where they come from further away it brings a
+    // tenth.
+    near = element_bytes >= 4 && all_bytes <= LargestInL2();
     const int64_t fold = FoldOf(base, all_rows);
     columns = base * fold;
     rows = all_rows / fold;
@@ -89,9 +93,9 @@ struct Geometry {
     return {first,
             PartialAt(unit, row_chunk) + first,
             start + first_row * columns,
-            Matrix{std::min(rows_of_chunk, rows - first_row), width, columns},
+            Matrix{std::min(rows_of_chunk, rows - first_row), width, columns, near},
             start + rows * columns,
-            Matrix{1, tail_width, columns}};
+            Matrix{1, tail_width, columns, near}};
   }
   // Partial sums: a value each unit, chunk of rows, and column.
   int64_t PartialAt(int64_t unit, int64_t row_chunk) const {
@@ -103,6 +107,7 @@ struct Geometry {
   int64_t base;  // columns before folding
   int64_t columns, rows, tail_columns;
   int64_t tile, tiles, rows_of_chunk, row_chunks;
+  bool near;  // as in Matrix
 };
 
 const void* At(const Geometry& geometry, const void* data, int64_t element) {
@@ -161,12 +166,12 @@ class ForwardJob {
       : call_(call),
         problem_(call.problem),
         kernels_(ForwardKernelsFor(problem_.dtype)),
-        geometry_(problem_),
+        bytes_(call.bytes()),
+        geometry_(problem_, bytes_),
         weight_(problem_.dtype, call.affine.weight, problem_.channels, 1),
         bias_(problem_.dtype, call.affine.bias, problem_.channels, 0),
         constants_(problem_, CoefficientKernelsFor(problem_.dtype), problem_.num_sets()),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 3) {
-    bytes_ = call.bytes();
     tensors_ = call.tensors();
     tensors_.ahead = AheadInOrder(bytes_, problem_);
   }
@@ -181,7 +186,7 @@ class ForwardJob {
 
   void Reduce(int64_t unit, int64_t index) {
     const auto chunk = geometry_.ChunkAt(unit, index);
-    double scratch[3 * kTile];
+    alignas(kLineBytes) double scratch[3 * kTile];
     kernels_.moments_of_columns(At(geometry_, call_.x, chunk.begin), chunk.matrix, scratch,
                                 partials_.First(chunk.partial), partials_.Second(chunk.partial));
   }
@@ -232,6 +237,26 @@ class ForwardJob {
                    mean + k * geometry_.base, m2 + k * geometry_.base);
     }
     count *= static_cast<double>(fold);
+    if (geometry_.columns_of_set() > 1 || geometry_.tail_columns > 0)
+      MergeSets(unit, count, mean, m2);
+    double* const means = call_.moments.mean + unit * geometry_.sets;
+    double* const m2s = call_.moments.m2 + unit * geometry_.sets;
+    const double elements = static_cast<double>(problem_.set_size());
+    for (int64_t set = 0; set < geometry_.sets; ++set) {
+      const SetMoments moments = CenteredAsAsked(problem_, {elements, mean[set], m2[set]});
+      means[set] = moments.mean;
+      m2s[set] = moments.m2;
+    }
+    for (int64_t set = 0; set < geometry_.sets; ++set) {
+      if (AreSound(problem_, m2s[set])) continue;
+      const SetMoments moments = ExactMomentsOf(problem_, call_.x, unit * geometry_.sets + set);
+      means[set] = moments.mean;
+      m2s[set] = moments.m2;
+    }
+  }
+
+  // From the moments of `count` rows' columns to those of sets, those of the tail among them.
+  void MergeSets(int64_t unit, double count, double* mean, double* m2) const {
     const std::vector<double> tail = ValuesOfTail(unit);
     const int64_t columns = geometry_.columns_of_set();
     for (int64_t set = 0; set < geometry_.sets; ++set) {
@@ -243,11 +268,8 @@ class ForwardJob {
           of_set.Merge({1, tail[static_cast<size_t>(j)], 0});
         }
       }
-      const int64_t i = unit * geometry_.sets + set;
-      SetMoments moments = CenteredAsAsked(problem_, of_set);
-      if (!AreSound(problem_, moments.m2)) moments = ExactMomentsOf(problem_, call_.x, i);
-      call_.moments.mean[i] = moments.mean;
-      call_.moments.m2[i] = moments.m2;
+      mean[set] = of_set.mean;
+      m2[set] = of_set.m2;
     }
   }
 
@@ -264,13 +286,13 @@ class ForwardJob {
   const ForwardCall& call_;
   const NormProblem& problem_;
   const ForwardKernels& kernels_;
+  const int64_t bytes_;  // of all tensors
   const Geometry geometry_;
   const Parameter weight_;
   const Parameter bias_;
   ChannelConstants constants_;  // [unit][channel]
   CoefficientArrays arrays_;    // [unit][column]
   ForwardTensors tensors_;
-  int64_t bytes_;
   Partials partials_;  // means and sums of squared deviations
 };
 
@@ -281,11 +303,11 @@ class BackwardJob {
         args_(call.args),
         problem_(call.problem),
         kernels_(BackwardKernelsFor(problem_.dtype)),
-        geometry_(problem_),
+        bytes_(call.bytes()),
+        geometry_(problem_, bytes_),
         weight_(problem_.dtype, args_.weight, problem_.channels, 1),
         constants_(problem_, CoefficientKernelsFor(problem_.dtype), problem_.num_sets()),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
-    bytes_ = call.bytes();
     tensors_ = call.tensors();
     tensors_.ahead = AheadInOrder(bytes_, problem_);
     apply_tensors_ = tensors_;
@@ -310,7 +332,7 @@ class BackwardJob {
 
   void Reduce(int64_t unit, int64_t index) {
     const auto chunk = geometry_.ChunkAt(unit, index);
-    double scratch[3 * kTile];
+    alignas(kLineBytes) double scratch[3 * kTile];
     const void* shift = arrays_.From(unit * geometry_.columns + chunk.first_column).shift;
     double* dy = partials_.First(chunk.partial);
     double* dy_d = partials_.Second(chunk.partial);
@@ -392,13 +414,13 @@ class BackwardJob {
   const BackwardArgs& args_;
   const NormProblem& problem_;
   const BackwardKernels& kernels_;
+  const int64_t bytes_;  // of all tensors
   const Geometry geometry_;
   const Parameter weight_;
   ChannelConstants constants_;  // [unit][channel]
   CoefficientArrays arrays_;    // [unit][column]
   BackwardTensors tensors_;
   BackwardTensors apply_tensors_;
-  int64_t bytes_;
   Partials partials_;                // dy and dy * (x - shift)
   std::vector<double> grad_weight_;  // [unit][channel]
   std::vector<double> grad_bias_;

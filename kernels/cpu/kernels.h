@@ -31,6 +31,7 @@ struct Matrix {
   int64_t rows;
   int64_t columns;
   int64_t stride;
+  bool near = false;  // so close that fetching ahead by hand costs more than it brings
 };
 
 // What an element is made into, with d = x - shift:

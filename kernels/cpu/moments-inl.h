@@ -435,8 +435,8 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
   T* const square = sum + columns;
   const auto add = [&](int64_t begin, int64_t rows) {
     WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
-      SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * stride}, {rows, columns, stride},
-                    shift, sum, square);
+      SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * stride},
+                    {rows, columns, stride, matrix.near}, shift, sum, square);
     });
   };
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/cache.h"
 #include "kernels/cpu/elements-inl.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/relu_mask-inl.h"
@@ -25,12 +26,12 @@ namespace hn = hwy::HWY_NAMESPACE;
 // since the rest of one that is begun so has to wait for memory.
 template <class E>
 HWY_INLINE int64_t ElementsPastLine(const E* to) {
-  constexpr uintptr_t kLineBytes = 64;
-  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes / sizeof(E));
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % static_cast<uintptr_t>(kLineBytes) /
+                              sizeof(E));
 }
 template <class E>
 HWY_INLINE int64_t ElementsUntilLine(const E* to) {
-  constexpr int64_t kLine = 64 / sizeof(E);
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(E));
   return (kLine - ElementsPastLine(to)) % kLine;
 }
 
@@ -69,10 +70,10 @@ class Normalize {
 
   // Not where stores bypass the cache: two streams of them take twice the time of one. Nor
   // with a mask, whose bits are written one row after the other.
-  bool TakesTwo() const { return !kFused && !stream_ && kStoresVectors<E>; }
+  bool TakesSeveral() const { return !kFused && !stream_ && kStoresVectors<E>; }
   template <class At>
-  HWY_INLINE int64_t VectorsOfTwo(int64_t i, int64_t end, int64_t stride, const At& at) {
-    return LoopOfTwo(i, end, stride, at, x_, y_, ahead_);
+  HWY_INLINE int64_t VectorsOfRows(int64_t i, int64_t end, int64_t stride, const At& at) {
+    return LoopOfRows(i, end, stride, at, x_, y_, ahead_);
   }
 
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
@@ -159,39 +160,41 @@ class Normalize {
   }
 
   template <class At>
-  static HWY_INLINE int64_t LoopOfTwo(int64_t i, int64_t end, int64_t stride, const At& at,
-                                      const E* const x, E* const y, const int64_t ahead) {
+  static HWY_INLINE int64_t LoopOfRows(int64_t i, int64_t end, int64_t stride, const At& at,
+                                       const E* const x, E* const y, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     const auto y_at = [&](int64_t k, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
       if (ahead != 0) FetchAhead(x + k + ahead);
       return Scaled(LoadElements(d, x + k), c);
     };
-    const auto step = [&]() NORMD_INLINE_LAMBDA {
-      const VectorCoefficients<D> c = at(i);
-      StoreElements(d, y_at(i, c), y + i, /*stream=*/false);
-      StoreElements(d, y_at(i + stride, c), y + i + stride, /*stream=*/false);
-      i += lanes;
+    const auto each_row = [&](const auto& write) NORMD_INLINE_LAMBDA {
+      HWY_UNROLL(kRowsAtOnce)
+      for (int64_t row = 0; row < kRowsAtOnce; ++row) write(i + row * stride);
     };
     if constexpr (kPairsInterleave<E>) {
       const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
-        for (const int64_t k : {i, i + stride}) {
+        each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
           if (ahead != 0) FetchAhead(x + k + ahead);
           const Pair<D> values = LoadPair(d, x + k);
           StorePair(d, Pair<D>{Scaled(values.a, c.a), Scaled(values.b, c.b)}, y + k,
                     /*stream=*/false);
-        }
+        });
       }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const VectorCoefficients<D> a = at(i), b = at(i + lanes);
-        for (const int64_t k : {i, i + stride}) {
+        each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
           StoreTwo(d, y_at(k, a), y_at(k + lanes, b), y + k, /*stream=*/false);
-        }
+        });
       }
     }
-    while (i + lanes <= end) step();
+    for (; i + lanes <= end; i += lanes) {
+      const VectorCoefficients<D> c = at(i);
+      each_row([&](int64_t k)
+                   NORMD_INLINE_LAMBDA { StoreElements(d, y_at(k, c), y + k, /*stream=*/false); });
+    }
     return i;
   }
 

@@ -31,7 +31,6 @@ namespace {
 
 constexpr int64_t kSmallestUnitBytes = int64_t{1} << 17;  // 128 KiB
 constexpr int64_t kChunkBytes = int64_t{1} << 20;
-constexpr int64_t kLineBytes = 64;
 constexpr int64_t kLargestTinyPlane = 64;
 constexpr int64_t kFewestTinyRuns = 4;
 constexpr int64_t kAheadBytes = int64_t{1} << 13;  // within a run

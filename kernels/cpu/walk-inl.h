@@ -7,8 +7,8 @@
 //                                         the coefficients at(i); returns where it stopped
 //   op.Partial(i, n, coefficients)        n elements, n < Lanes()
 //   op.End()
-//   op.TakesTwo()                         whether it can do two rows at once
-//   op.VectorsOfTwo(i, end, stride, at)   as Vectors(), of both: coefficients are loaded once
+//   op.TakesSeveral()                     whether it can do kRowsAtOnce rows at once
+//   op.VectorsOfRows(i, end, stride, at)   as Vectors(), of all: coefficients are loaded once
 //   op.FetchAheadBy(n)                    elements n after those read are fetched
 //   op.UntilLine(i), op.PastLine(i)       elements from i to a cache line of what is written, or
 //                                         from one to i: what Vectors() may not write. 0: nothing
@@ -38,6 +38,8 @@ template <class D>
 HWY_INLINE hn::Vec<D> PartialVector(D d, const hn::TFromD<D>* from, size_t n) {
   return LoadPartial(d, from, n);
 }
+
+inline constexpr int64_t kRowsAtOnce = 4;
 
 // A vector of each coefficient.
 template <class D>
@@ -257,7 +259,7 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
   constexpr int64_t kRowsWorthPairs = 16, kMostPaired = 8192;
   const bool wide = matrix.columns > 2 * kTile && matrix.rows > 1;
   const int64_t tile = wide ? kTile : matrix.columns;
-  const int64_t together = wide ? 8 : 2;
+  const int64_t together = wide ? 8 : kRowsAtOnce;
   if (wide) op.FetchAheadBy(tile);
   using T = typename Op::Type;
   Scratch memory;
@@ -275,7 +277,7 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
       const int64_t right = std::min(left + tile, matrix.columns);
       const int64_t last = std::min(first + together, matrix.rows);
       for (int64_t row = first; row < last;) {
-        const int64_t count = row + 1 < last && op.TakesTwo() ? 2 : 1;
+        const int64_t count = row + kRowsAtOnce <= last && op.TakesSeveral() ? kRowsAtOnce : 1;
         const int64_t start = begin + row * matrix.stride;
         const auto partial = [&](int64_t from, int64_t to) {
           for (; from < to; from += lanes) {
@@ -291,8 +293,8 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
         partial(left, j);
         const Varying<typename Op::D, Source> at{source, start, paired};
         const int64_t end = std::max(j, right - op.PastLine(start + right));
-        j = count == 2 ? op.VectorsOfTwo(start + j, start + end, matrix.stride, at) - start
-                       : op.Vectors(start + j, start + end, at) - start;
+        j = count > 1 ? op.VectorsOfRows(start + j, start + end, matrix.stride, at) - start
+                      : op.Vectors(start + j, start + end, at) - start;
         partial(j, right);
         op.End();
         row += count;
