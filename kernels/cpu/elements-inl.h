@@ -204,18 +204,26 @@ template <class D>
 HWY_INLINE Words<D> RoundedToWords([[maybe_unused]] D d, const Pair<D>& pair) {
   const hn::Rebind<uint32_t, D> du32;
   const WordsTag<D> du16;
-  const auto upper = hn::Set(du32, 0xffff0000u);
 #if HWY_TARGET == HWY_AVX3  // both rounded at once, where masks cost nothing
-  const auto a = hn::BitCast(du32, pair.a), b = hn::BitCast(du32, pair.b);
+  const hn::Repartition<uint8_t, D> du8;
+  HWY_ALIGN static constexpr uint8_t kOther[16] = {2,  3,  0, 1, 6,  7,  4,  5,
+                                                   10, 11, 8, 9, 14, 15, 12, 13};
+  const auto other = hn::LoadDup128(du8, kOther);  // half of a word
+  // Two masks, not one and its inverse, which would be inverted again for each pair.
+  const auto bytes_of = [&](uint32_t bits) NORMD_INLINE_LAMBDA {
+    return hn::Ne(hn::BitCast(du8, hn::Set(du32, bits)), hn::Zero(du8));
+  };
+  const auto lower = bytes_of(0xffff), upper = bytes_of(0xffff0000u);
+  const auto a = hn::BitCast(du8, pair.a), b = hn::BitCast(du8, pair.b);
+  const auto high = hn::BitCast(du16, hn::IfThenElse(lower, hn::TableLookupBytes(a, other), b));
+  const auto low = hn::BitCast(du16, hn::IfThenElse(upper, hn::TableLookupBytes(b, other), a));
   const auto one = hn::Set(du16, 1);
-  const auto high = hn::BitCast(du16, hn::OrAnd(hn::ShiftRight<16>(a), b, upper));
-  const auto low = hn::BitCast(du16, hn::OrAnd(hn::ShiftLeft<16>(b), a, hn::Set(du32, 0xffffu)));
   // Above one half, or one half and odd.
   const auto up = hn::Gt(hn::OrAnd(low, high, one), hn::Set(du16, 0x8000));
   return hn::IfThenElse(up, hn::Add(high, one), high);
 #else
   return hn::BitCast(du16, hn::OrAnd(hn::ShiftRight<16>(RoundedToBFloat16(d, pair.a)),
-                                     RoundedToBFloat16(d, pair.b), upper));
+                                     RoundedToBFloat16(d, pair.b), hn::Set(du32, 0xffff0000u)));
 #endif
 }
 // If `stream`, `to` is aligned to what a pair stores.

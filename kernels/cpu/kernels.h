@@ -90,6 +90,9 @@ struct RowConstants {
   void* offset = nullptr;
 };
 
+// Where rows are summed, the `ahead` of what comes next.
+inline constexpr int64_t kNextBytes = 512;
+
 // Neighbouring rows.
 inline constexpr int64_t kMostRows = 64;
 struct Rows {
@@ -152,7 +155,7 @@ struct ForwardTensors {
   uint8_t* relu_mask = nullptr;
   bool stream = false;  // write past the cache
   // From an element read to one that will be wanted in a while: fetched into the
-  // cache. 0: none.
+  // cache, by rows into L1. 0: none.
   int64_t ahead = 0;
 };
 

@@ -71,8 +71,8 @@ class RowInput {
     return Shifted(input_.PartialX(begin_ + j, n));
   }
   HWY_INLINE void Fetch(int64_t j) const {
-    FetchFrom(input_.grad_y + begin_ + j, ahead_);
-    FetchFrom(input_.x + begin_ + j, ahead_);
+    FetchPairNear(D(), input_.grad_y + begin_ + j + ahead_);
+    FetchPairNear(D(), input_.x + begin_ + j + ahead_);
   }
 
   const V invstd;
@@ -248,22 +248,25 @@ class WriteGradients {
   const V slope_, offset_;
 };
 
-// The part of the gradients that all elements of a row share, as SetGradient.
+// The part of the gradients that all elements of a row share, as SetGradient, from the constants
+// that are there: divisions and a root take longer than all else that is done once a row.
 template <class E>
-HWY_INLINE void SharedGradients(const RowStatistics& statistics, const AlongRows& along,
-                                int64_t count, const SumsInLanes<2>& sums, const RowConstants& to) {
+HWY_INLINE void SharedGradients(const AlongRows& along, int64_t count, const SumsInLanes<2>& sums,
+                                const RowConstants& of) {
   using T = ComputeType<E>;
   const WideTag d;
   const auto inverse = hn::Set(d, 1 / static_cast<double>(along.length));
   for (int64_t row = 0; row < count; row += static_cast<int64_t>(hn::Lanes(d))) {
-    const auto c = ConstantsAt<E>(statistics, row, count - row);
+    const auto invstd = LoadDoubles(d, static_cast<const T*>(of.invstd) + row);
+    const auto lost = LoadDoubles(d, static_cast<const T*>(of.lost) + row);
     const auto sum_g = sums.Totals(row, 0);
-    const auto sum_gx = hn::Mul(hn::Sub(sums.Totals(row, 1), hn::Mul(c.residual, sum_g)), c.invstd);
-    const auto slope = hn::Neg(hn::Mul(hn::Mul(c.invstd, c.invstd), hn::Mul(sum_gx, inverse)));
-    auto offset = hn::Neg(hn::Mul(c.residual, slope));
-    if (along.center) offset = hn::Sub(offset, hn::Mul(c.invstd, hn::Mul(sum_g, inverse)));
-    StoreDoubles(d, slope, static_cast<T*>(to.slope) + row);
-    StoreDoubles(d, offset, static_cast<T*>(to.offset) + row);
+    // The mean of dy * weight * normalized, times invstd.
+    const auto mean_gx = hn::Mul(
+        hn::Mul(hn::MulAdd(sums.Totals(row, 1), invstd, hn::Mul(lost, sum_g)), invstd), inverse);
+    auto offset = hn::Neg(hn::Mul(lost, mean_gx));
+    if (along.center) offset = hn::Sub(offset, hn::Mul(invstd, hn::Mul(sum_g, inverse)));
+    StoreDoubles(d, hn::Neg(hn::Mul(invstd, mean_gx)), static_cast<T*>(of.slope) + row);
+    StoreDoubles(d, offset, static_cast<T*>(of.offset) + row);
   }
 }
 
@@ -334,7 +337,7 @@ void BackwardRows(const BackwardTensors& tensors, const AlongRows& along, const 
     stream ? run.template operator()<false, kShifted, true, true>()
            : run.template operator()<false, kShifted, true, false>();
   }
-  SharedGradients<E>(statistics, along, next.count, sums, next.constants);
+  SharedGradients<E>(along, next.count, sums, next.constants);
 }
 
 template <class E>

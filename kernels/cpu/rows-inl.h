@@ -68,18 +68,6 @@ HWY_INLINE void OverColumns(D d, int64_t j, int64_t end, Sum& sum, Write write) 
   }
 }
 
-// Fetches what is summed a while after the pair at `from`: into L2, so many elements ahead; if that
-// is 0, into L1, what comes next.
-template <class E>
-HWY_INLINE void FetchFrom(const E* from, int64_t ahead) {
-  constexpr int64_t kNear = 512 / sizeof(E);
-  if (ahead == 0) {
-    FetchPairNear(Tag<E>(), from + kNear);
-  } else {
-    FetchPairAhead(Tag<E>(), from + ahead);
-  }
-}
-
 // Calls run(begin, end) for tiles of columns: whole pairs, and so small that what lies along rows
 // stays in L1 while all of them pass.
 template <class D, class Run>
@@ -197,7 +185,7 @@ class TileMoments {
 
   HWY_INLINE int Two(int64_t j) {
     const D d;
-    FetchFrom(x_ + j, ahead_);
+    FetchPairNear(d, x_ + j + ahead_);
     const Pair<D> x = LoadPair(d, x_ + j);
     Collect(Shifted(x.a), sum_a_, square_a_);
     Collect(Shifted(x.b), sum_b_, square_b_);
@@ -241,7 +229,7 @@ HWY_NOINLINE PartialMoments MomentsOfFarRow(const E* x, int64_t length) {
   for (int pass = 0; pass < 2; ++pass) {
     auto sums = hn::Zero(WideTag()), squares = sums;
     ForEachTile(d, length, [&](int64_t begin, int64_t end) NORMD_INLINE_LAMBDA {
-      TileMoments<E, true> tile(x, shift, 0);
+      TileMoments<E, true> tile(x, shift, kNextBytes / static_cast<int64_t>(sizeof(E)));
       OverColumns(d, begin, end, tile, Nothing());
       sums = hn::Add(sums, tile.First());
       squares = hn::Add(squares, tile.Second());
@@ -417,6 +405,7 @@ class WriteRow {
 template <class E>
 void WriteRowsFused(const ForwardTensors& tensors, const AlongRows& along, const Rows& rows) {
   Normalize<E, true> op(tensors);
+  op.FetchAheadBy(0);  // it was summed
   Parameter parameter(along, rows);
   for (int64_t r = 0; r < rows.count; ++r) {
     WalkColumns(op, rows.begin + r * along.length, {1, along.length, along.length},

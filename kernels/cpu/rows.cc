@@ -30,9 +30,9 @@ constexpr int64_t kNearBytes = int64_t{1} << 14;
 constexpr int64_t kFewestSharing = 8;
 // Whose statistics are a vector.
 constexpr int64_t kRowsAtOnce = 8;
-// Of a unit of a backward: in so few floats lose little, in so many the units' sums are a
-// small part of the data.
-constexpr int64_t kFewestSamples = 16, kMostSamples = 64;
+// Of a unit of a backward: in so many samples floats lose little, in so many bytes of an element
+// the units' sums are a small part of the data.
+constexpr int64_t kMostSamples = 64, kFewestSampleBytes = 64;
 // Units whose sums are kept at once.
 constexpr int64_t kUnitsTogether = 64;
 
@@ -56,7 +56,7 @@ struct Geometry {
     const int64_t rows_of_sample = parameters / length, samples = rows / rows_of_sample;
     unit_rows = rows_of_sample *
                 std::min(samples, std::clamp((samples + kUnitsTogether - 1) / kUnitsTogether,
-                                             kFewestSamples, kMostSamples));
+                                             kFewestSampleBytes / element_bytes, kMostSamples));
     Take(2, bytes_of_all);
   }
 
@@ -78,6 +78,7 @@ struct Geometry {
   // Rows are of `inputs` tensors.
   void Take(int64_t inputs, int64_t bytes_of_all) {
     const int64_t bytes = inputs * row_bytes();
+    ahead = kNextBytes / element_bytes;
     const int64_t cached = LargestReadTwice() / bytes;
     if (cached == 0) return;
     const int64_t parameter_bytes = 2 * length * std::max<int64_t>(4, element_bytes);
@@ -248,8 +249,8 @@ class BackwardJob {
         in_pairs_(args_.relu_mask == nullptr ? ForwardKernelsFor(problem_.dtype).in_pairs
                                              : nullptr),
         weight_(problem_, geometry_, args_.weight, 1, in_pairs_) {
-    geometry_.CutForBackward(bytes_);
     bytes_ = call.bytes();
+    geometry_.CutForBackward(bytes_);
     tensors_ = call.tensors();
     tensors_.ahead = geometry_.ahead;
   }
