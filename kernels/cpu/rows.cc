@@ -30,9 +30,9 @@ constexpr int64_t kNearBytes = int64_t{1} << 14;
 constexpr int64_t kFewestSharing = 8;
 // Whose statistics are a vector.
 constexpr int64_t kRowsAtOnce = 8;
-// Of a unit of a backward: in so many samples floats lose little, in so many bytes of an element
-// the units' sums are a small part of the data.
-constexpr int64_t kMostSamples = 64, kFewestSampleBytes = 64;
+// Of a unit of a backward: in so few floats lose little, in so many the units' sums are a
+// small part of the data.
+constexpr int64_t kFewestSamples = 16, kMostSamples = 64;
 // Units whose sums are kept at once.
 constexpr int64_t kUnitsTogether = 64;
 
@@ -56,7 +56,7 @@ struct Geometry {
     const int64_t rows_of_sample = parameters / length, samples = rows / rows_of_sample;
     unit_rows = rows_of_sample *
                 std::min(samples, std::clamp((samples + kUnitsTogether - 1) / kUnitsTogether,
-                                             kFewestSampleBytes / element_bytes, kMostSamples));
+                                             kFewestSamples, kMostSamples));
     Take(2, bytes_of_all);
   }
 
