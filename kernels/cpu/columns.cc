@@ -25,16 +25,19 @@ namespace {
 
 constexpr int64_t kTile = 4096;           // columns summed at once
 constexpr int64_t kFewestColumns = 512;   // after folding
-constexpr int64_t kWidestVector = 16;     // lanes
-constexpr int64_t kWidestFolded = 16384;  // columns
+constexpr int64_t kWidestPair = 32;       // lanes of two vectors, a cache line of halves
+constexpr int64_t kWidestInPairs = 2048;  // columns
+constexpr int64_t kWidestFolded = 16384;
 constexpr int64_t kLargestChunkBytes = int64_t{1} << 20;
 constexpr int64_t kSmallestChunkBytes = int64_t{1} << 17;
 constexpr int64_t kRowsOfSums = 128;  // summed at once
 constexpr int64_t kFewChunks = 6;
 
-// Rows of `base` columns that are best taken as one.
+// Rows of `base` columns that are best taken as one: whole pairs of vectors, unless whole vectors
+// are many columns already.
 int64_t FoldOf(int64_t base, int64_t rows) {
-  int64_t fold = kWidestVector / std::gcd(base, kWidestVector);
+  int64_t fold = kWidestPair / std::gcd(base, kWidestPair);
+  if (fold > 1 && base * fold > kWidestInPairs) fold /= 2;
   if (base * fold < kFewestColumns) fold *= (kFewestColumns - 1) / (base * fold) + 1;
   return base * fold > kWidestFolded || fold > rows ? 1 : fold;
 }
