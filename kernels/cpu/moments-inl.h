@@ -263,8 +263,8 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
     }
     return any_far;
   };
-  for (int64_t begin = 0; begin < runs.count; begin += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, runs.count - begin);
+  for (int64_t begin = 0; begin < runs.count; begin += kBlockRows<E>) {
+    const int64_t rows = std::min(kBlockRows<E>, runs.count - begin);
     if (add_block(begin, rows) && begin == 0 && !kAlwaysShifts<E>) {
       std::fill_n(moments, sets, PartialMoments{});
       add_block(begin, rows);
@@ -468,8 +468,8 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
     add(0, pilot);
     ShiftColumns<E>(columns, pilot, sum, square, shift);
   }
-  for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, matrix.rows - begin);
+  for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows<E>) {
+    const int64_t rows = std::min(kBlockRows<E>, matrix.rows - begin);
     if (summed == 0) clear();
     add(begin + summed, rows - summed);
     summed = 0;
