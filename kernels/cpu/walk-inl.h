@@ -357,9 +357,12 @@ void WalkColumns(Op& op, int64_t begin, Matrix matrix, const Source& source) {
       paired = memory.Get<T>();
     }
   }
-  // Rows one after the other are as good as one, where no vector belongs to two of them.
-  if (!wide && matrix.stride == columns && columns % (2 * lanes) == 0 && !op.TakesTwo() &&
-      op.UntilLine(begin) == 0) {
+  // Rows one after the other are as good as one, where no vector belongs to two of them. Where a
+  // vector is half a cache line, finding its column takes more than the ends of rows.
+  constexpr bool kRepeats = Source::kIsArrays && (sizeof(typename Op::Element) > 2 ||
+                                                  kPairsInterleave<typename Op::Element>);
+  if (kRepeats && !wide && matrix.stride == columns && columns % (2 * lanes) == 0 &&
+      !op.TakesTwo() && op.UntilLine(begin) == 0) {
     matrix = {1, matrix.rows * columns, matrix.rows * columns};
   }
   const int64_t tile = wide ? kTile : matrix.columns;
@@ -387,8 +390,7 @@ void WalkColumns(Op& op, int64_t begin, Matrix matrix, const Source& source) {
           const Varying<typename Op::D, Source, false> at{source, start, columns, paired};
           j = op.VectorsOfTwo(start + j, start + end, matrix.stride, at) - start;
         } else {
-          const Varying<typename Op::D, Source, Source::kIsArrays> at{source, start, columns,
-                                                                      paired};
+          const Varying<typename Op::D, Source, kRepeats> at{source, start, columns, paired};
           j = op.Vectors(start + j, start + end, at) - start;
         }
         partial(j, right);
