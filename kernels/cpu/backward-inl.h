@@ -260,9 +260,10 @@ void SumColumnsByBlocks(const BackwardTensors& tensors, int64_t begin, const Mat
   ToPairs<E>(columns, shifts, shift);
   WithInput<E>(tensors, [&](auto input) {
     constexpr bool kMasked = std::is_same_v<decltype(input), GradientInput<E, true>>;
-    for (int64_t block = 0; block < matrix.rows; block += kBlockRows) {
-      const Matrix rows{std::min(kBlockRows, matrix.rows - block), columns, matrix.stride,
+    for (int64_t block = 0; block < matrix.rows; block += kBlockRows<E>) {
+      const Matrix rows{std::min(kBlockRows<E>, matrix.rows - block), columns, matrix.stride,
                         matrix.near};
+      std::fill_n(sum, 2 * columns, T{0});  // and the products
       WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
         SumColumns<E>(ColumnGradients<E, kMasked, is_shifted>{input, begin + block * matrix.stride},
                       rows, shift, sum, product);

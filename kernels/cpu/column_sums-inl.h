@@ -42,7 +42,7 @@ HWY_INLINE void FromPairs(int64_t columns, ComputeType<E>* values) {
   }
 }
 
-// Writes both sums over all rows of each column, shifts and sums in the order of pairs. There is a
+// Adds both sums over all rows of each column, shifts and sums in the order of pairs. There is a
 // vector's columns or more; no more rows than floats may collect (kBlockRows). `source` has
 //   kInputs                           tensors it reads
 //   kShifted                          whether shifts are read: else all are 0
@@ -55,7 +55,6 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const Com
                            ComputeType<E>* HWY_RESTRICT first,
                            ComputeType<E>* HWY_RESTRICT second) {
   using D = Tag<E>;
-  using T = ComputeType<E>;
   // Rows are read side by side, so that their sums stay in registers for a while, a tile of
   // columns after the other, so that these and the next ones stay in L1. The next ones are fetched
   // by hand, since a vector a row gives the processor no pattern to follow.
@@ -70,8 +69,6 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const Com
   const auto shift_at = [&](int64_t j) NORMD_INLINE_LAMBDA {
     return Source::kShifted ? hn::LoadU(d, shift + j) : hn::Zero(d);
   };
-  std::fill(first, first + columns, T{0});
-  std::fill(second, second + columns, T{0});
   const int64_t paired = columns / (2 * lanes) * (2 * lanes);
   for (int64_t left = 0; left < paired; left += kTile) {
     const int64_t right = std::min(left + kTile, paired);

@@ -25,14 +25,19 @@ namespace {
 
 constexpr int64_t kTile = 4096;           // columns summed at once
 constexpr int64_t kFewestColumns = 512;   // after folding
-constexpr int64_t kWidestVector = 16;     // lanes
-constexpr int64_t kWidestFolded = 16384;  // columns
+constexpr int64_t kWidestPair = 32;       // lanes of two vectors, a cache line of halves
+constexpr int64_t kWidestInPairs = 2048;  // columns
+constexpr int64_t kWidestFolded = 16384;
 constexpr int64_t kLargestChunkBytes = int64_t{1} << 20;
 constexpr int64_t kSmallestChunkBytes = int64_t{1} << 17;
+constexpr int64_t kRowsOfSums = 128;  // summed at once
+constexpr int64_t kFewChunks = 12;
 
-// Rows of `base` columns that are best taken as one.
+// Rows of `base` columns that are best taken as one: whole pairs of vectors, unless whole vectors
+// are many columns already.
 int64_t FoldOf(int64_t base, int64_t rows) {
-  int64_t fold = kWidestVector / std::gcd(base, kWidestVector);
+  int64_t fold = kWidestPair / std::gcd(base, kWidestPair);
+  if (fold > 1 && base * fold > kWidestInPairs) fold /= 2;
   if (base * fold < kFewestColumns) fold *= (kFewestColumns - 1) / (base * fold) + 1;
   return base * fold > kWidestFolded || fold > rows ? 1 : fold;
 }
@@ -63,7 +68,10 @@ struct Geometry {
     tiles = (columns + tile - 1) / tile;
     const int64_t bytes = rows * columns * element_bytes;
     const int64_t chunk_bytes = std::clamp(bytes / 64, kSmallestChunkBytes, kLargestChunkBytes);
-    rows_of_chunk = std::max<int64_t>(128, chunk_bytes / (tile * element_bytes));
+    // What a chunk's sums cost, in memory that no cache holds, should be little beside its rows.
+    const int64_t rows_worth_sums =
+        std::clamp(rows / kFewChunks / kRowsOfSums, int64_t{1}, int64_t{4}) * kRowsOfSums;
+    rows_of_chunk = std::max(rows_worth_sums, chunk_bytes / (tile * element_bytes));
     row_chunks = (rows + rows_of_chunk - 1) / rows_of_chunk;
   }
 

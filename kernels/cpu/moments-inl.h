@@ -246,6 +246,7 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
       std::fill_n(shift + set * runs.length, runs.length, shift_of[set]);
     }
     ToPairs<E>(columns, shift, shift);
+    std::fill_n(sum, 2 * columns, T{0});  // and the squares
     WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
       SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * runs.stride},
                     {rows, columns, runs.stride}, shift, sum, square);
@@ -262,8 +263,8 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
     }
     return any_far;
   };
-  for (int64_t begin = 0; begin < runs.count; begin += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, runs.count - begin);
+  for (int64_t begin = 0; begin < runs.count; begin += kBlockRows<E>) {
+    const int64_t rows = std::min(kBlockRows<E>, runs.count - begin);
     if (add_block(begin, rows) && begin == 0 && !kAlwaysShifts<E>) {
       std::fill_n(moments, sets, PartialMoments{});
       add_block(begin, rows);
@@ -409,8 +410,10 @@ bool AreFar(int64_t columns, int64_t n, const T* sum, const T* square) {
   return !hn::AllFalse(d, any);
 }
 
-// Rows that the first shift comes from.
+// Rows that the first shift comes from, and those that tell whether halves need one: so many that
+// among thousands of columns none is taken to be far from 0 by chance.
 inline constexpr int64_t kPilotRows = 8;
+inline constexpr int64_t kRowsThatTell = 16;
 
 template <class E>
 void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, double* mean,
@@ -440,22 +443,39 @@ void MomentsOfColumns(const void* data, const Matrix& matrix, void* scratch, dou
     });
   };
 
-  // The first shift: the mean of the first rows, shifted by the first of them.
-  int64_t j = 0;
-  for (; j + 2 * lanes <= columns; j += 2 * lanes) {
-    const auto first = LoadPair(d, x + j);
-    hn::StoreU(first.a, d, shift + j);
-    hn::StoreU(first.b, d, shift + j + lanes);
+  const auto clear = [&] { std::fill_n(sum, 2 * columns, T{0}); };  // and the squares
+  // The first shift of halves: 0, if the first rows are near it. Their sums are those of the first
+  // block already.
+  int64_t summed = 0;
+  if constexpr (!kAlwaysShifts<E>) {
+    std::fill_n(shift, columns, T{0});
+    clear();
+    const int64_t rows = std::min(kRowsThatTell, matrix.rows);
+    add(0, rows);
+    if (!AreFar(columns, rows, sum, square)) summed = rows;
   }
-  for (; j < columns; ++j) shift[j] = ScalarAt(x, j);
-  const int64_t pilot = std::min(kPilotRows, matrix.rows);
-  add(0, pilot);
-  ShiftColumns<E>(columns, pilot, sum, square, shift);
-  for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows) {
-    const int64_t rows = std::min(kBlockRows, matrix.rows - begin);
-    add(begin, rows);
+  // Else the mean of the first rows, shifted by the first of them.
+  if (summed == 0) {
+    int64_t j = 0;
+    for (; j + 2 * lanes <= columns; j += 2 * lanes) {
+      const auto first = LoadPair(d, x + j);
+      hn::StoreU(first.a, d, shift + j);
+      hn::StoreU(first.b, d, shift + j + lanes);
+    }
+    for (; j < columns; ++j) shift[j] = ScalarAt(x, j);
+    const int64_t pilot = std::min(kPilotRows, matrix.rows);
+    clear();
+    add(0, pilot);
+    ShiftColumns<E>(columns, pilot, sum, square, shift);
+  }
+  for (int64_t begin = 0; begin < matrix.rows; begin += kBlockRows<E>) {
+    const int64_t rows = std::min(kBlockRows<E>, matrix.rows - begin);
+    if (summed == 0) clear();
+    add(begin + summed, rows - summed);
+    summed = 0;
     if (HWY_UNLIKELY(!kAlwaysShifts<E> && AreFar(columns, rows, sum, square))) {
       ShiftColumns<E>(columns, rows, sum, square, shift);
+      clear();
       add(begin, rows);
     }
     for (T* values : {shift, sum, square}) FromPairs<E>(columns, values);

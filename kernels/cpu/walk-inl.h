@@ -64,19 +64,20 @@ struct Uniform {
   HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const { return {(*this)(i), (*this)(i)}; }
   VectorCoefficients<D> values;
 };
-template <class D, class Source>
+// kRepeats: the columns begin again after the last, for the next row.
+template <class D, class Source, bool kRepeats>
 struct Varying {
   using T = hn::TFromD<D>;
 
   HWY_INLINE VectorCoefficients<D> operator()(int64_t i) const {
-    return source.Load(D(), i - start);
+    return source.Load(D(), ColumnOf(i));
   }
   HWY_INLINE bool HasPairs(int64_t i) const {
     return paired != nullptr && (i - start) % (2 * static_cast<int64_t>(hn::Lanes(D()))) == 0;
   }
   HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const {
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
-    const T* from = paired + kKinds * (i - start);
+    const T* from = paired + kKinds * ColumnOf(i);
     return {VectorsAt(from), VectorsAt(from + kKinds * lanes)};
   }
   static HWY_INLINE VectorCoefficients<D> VectorsAt(const T* from) {
@@ -86,8 +87,15 @@ struct Varying {
             hn::LoadU(d, from + 2 * lanes), hn::LoadU(d, from + 3 * lanes)};
   }
 
+  // Without a branch, which the processor would have to foresee, where the next row begins.
+  HWY_INLINE int64_t ColumnOf(int64_t i) const {
+    if constexpr (kRepeats) start += i - start >= columns ? columns : 0;
+    return i - start;
+  }
+
   const Source source;
-  const int64_t start;
+  mutable int64_t start;  // of the row that was begun last
+  const int64_t columns;  // of it
   const T* const paired;  // InPairs(); null: none
 };
 
@@ -248,7 +256,7 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
 
 // `source` has Load() and LoadPartial() as ArrayCoefficients, an index a column.
 template <class Op, class Source>
-void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& source) {
+void WalkColumns(Op& op, int64_t begin, Matrix matrix, const Source& source) {
   const hn::ScalableTag<typename Op::Type> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   // The coefficients of wide rows do not stay in L1: these are walked some rows at a
@@ -257,10 +265,10 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
   constexpr int64_t kTile = 1024;
   // Where all rows together are worth the memory for coefficients in pairs.
   constexpr int64_t kRowsWorthPairs = 16, kMostPaired = 8192;
-  const bool wide = matrix.columns > 2 * kTile && matrix.rows > 1;
-  const int64_t tile = wide ? kTile : matrix.columns;
+  const int64_t columns = matrix.columns;
+  const bool wide = columns > 2 * kTile && matrix.rows > 1;
   const int64_t together = wide ? 8 : kRowsAtOnce;
-  if (wide) op.FetchAheadBy(tile);
+  if (wide) op.FetchAheadBy(kTile);
   using T = typename Op::Type;
   Scratch memory;
   const T* paired = nullptr;
@@ -272,6 +280,16 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
       paired = memory.Get<T>();
     }
   }
+  // Rows one after the other are as good as one, where no vector belongs to two of them. Where a
+  // vector is half a cache line, finding its column takes more than the ends of rows.
+  constexpr bool kRepeats = Source::kIsArrays && kStoresVectors<typename Op::Element>;
+  const int64_t all = matrix.rows * columns;
+  if (kRepeats && !wide && matrix.stride == columns && columns % (2 * lanes) == 0 &&
+      !op.TakesSeveral() && op.UntilLine(begin) == 0 && op.PastLine(begin + all) == 0) {
+    matrix.rows = 1;
+    matrix.columns = matrix.stride = all;
+  }
+  const int64_t tile = wide ? kTile : matrix.columns;
   for (int64_t first = 0; first < matrix.rows; first += together) {
     for (int64_t left = 0; left < matrix.columns; left += tile) {
       const int64_t right = std::min(left + tile, matrix.columns);
@@ -291,10 +309,14 @@ void WalkColumns(Op& op, int64_t begin, const Matrix& matrix, const Source& sour
         op.Begin(start + left);
         int64_t j = std::min(right, left + op.UntilLine(start + left));
         partial(left, j);
-        const Varying<typename Op::D, Source> at{source, start, paired};
         const int64_t end = std::max(j, right - op.PastLine(start + right));
-        j = count > 1 ? op.VectorsOfRows(start + j, start + end, matrix.stride, at) - start
-                      : op.Vectors(start + j, start + end, at) - start;
+        if (count > 1) {
+          const Varying<typename Op::D, Source, false> at{source, start, columns, paired};
+          j = op.VectorsOfRows(start + j, start + end, matrix.stride, at) - start;
+        } else {
+          const Varying<typename Op::D, Source, kRepeats> at{source, start, columns, paired};
+          j = op.Vectors(start + j, start + end, at) - start;
+        }
         partial(j, right);
         op.End();
         row += count;
