@@ -419,21 +419,14 @@ class Gradient {
     if (kNeedsX) FetchAhead(input.x + i + ahead);
   }
 
+  // What is stored of a pair.
   template <bool kNeedsX>
-  static HWY_INLINE void StoreGradientOfPair(const Input& input, int64_t i,
-                                             const PairCoefficients<D>& c, const Outputs& out) {
+  static HWY_INLINE auto WordsOfPair(const Input& input, int64_t i, const PairCoefficients<D>& c) {
     const D d;
-    const auto words = input.GradYWords(i);
-    const Pair<D> dy = PairOfWords(d, words);
-    if (out.grad_x != nullptr) {
-      Pair<D> x{hn::Zero(d), hn::Zero(d)};
-      if (kNeedsX) x = input.XPair(i);
-      StorePair(d, Pair<D>{Dx<kNeedsX>(dy.a, x.a, c.a), Dx<kNeedsX>(dy.b, x.b, c.b)},
-                out.grad_x + i, out.stream);
-    }
-    if (out.grad_residual != nullptr) {
-      StoreWords(d, words, out.grad_residual + i, out.stream_residual);
-    }
+    const Pair<D> dy = PairOfWords(d, input.GradYWords(i));
+    Pair<D> x{hn::Zero(d), hn::Zero(d)};
+    if (kNeedsX) x = input.XPair(i);
+    return RoundedToWords(d, Pair<D>{Dx<kNeedsX>(dy.a, x.a, c.a), Dx<kNeedsX>(dy.b, x.b, c.b)});
   }
 
   // All by value: what is stored might otherwise be thought to change it.
@@ -458,7 +451,13 @@ class Gradient {
       const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         Fetch<kNeedsX>(input, i, ahead);
-        StoreGradientOfPair<kNeedsX>(input, i, at.PairAt(i), out);
+        const auto words = input.GradYWords(i);
+        if (out.grad_x != nullptr) {
+          StoreWords(d, WordsOfPair<kNeedsX>(input, i, at.PairAt(i)), out.grad_x + i, out.stream);
+        }
+        if (out.grad_residual != nullptr) {
+          StoreWords(d, words, out.grad_residual + i, out.stream_residual);
+        }
       }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         Fetch<kNeedsX>(input, i, ahead);
@@ -482,48 +481,67 @@ class Gradient {
                                        const Input input, const Outputs out, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    const auto gradient = [&](int64_t k, V dy, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
+    const auto gradient = [&](int64_t k, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
       Fetch<kNeedsX>(input, k, ahead);
-      return Dx<kNeedsX>(dy, X<kNeedsX>(input, k), c);
-    };
-    const auto each_row = [&](const auto& write) NORMD_INLINE_LAMBDA {
-      HWY_UNROLL(kRowsAtOnce)
-      for (int64_t row = 0; row < kRowsAtOnce; ++row) write(i + row * stride);
+      return Dx<kNeedsX>(input.GradY(k), X<kNeedsX>(input, k), c);
     };
     if constexpr (kPairsInterleave<E>) {
       const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
-        each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
-          Fetch<kNeedsX>(input, k, ahead);
-          StoreGradientOfPair<kNeedsX>(input, k, c, out);
-        });
+        if (out.grad_x != nullptr) {
+          const auto words_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
+            Fetch<kNeedsX>(input, k, ahead);
+            return WordsOfPair<kNeedsX>(input, k, c);
+          };
+          InEachRow(i, stride, words_at, [&](int64_t k, auto words) NORMD_INLINE_LAMBDA {
+            StoreWords(d, words, out.grad_x + k, /*stream=*/false);
+          });
+        }
+        if (out.grad_residual != nullptr) {
+          InEachRow(
+              i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return input.GradYWords(k); },
+              [&](int64_t k, auto words) NORMD_INLINE_LAMBDA {
+                StoreWords(d, words, out.grad_residual + k, /*stream=*/false);
+              });
+        }
       }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const VectorCoefficients<D> a = at(i), b = at(i + lanes);
-        each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
-          const V first = input.GradY(k), second = input.GradY(k + lanes);
-          if (out.grad_x != nullptr) {
-            StoreTwo(d, gradient(k, first, a), gradient(k + lanes, second, b), out.grad_x + k,
-                     /*stream=*/false);
-          }
-          if (out.grad_residual != nullptr) {
-            StoreTwo(d, first, second, out.grad_residual + k, /*stream=*/false);
-          }
-        });
+        const auto store_to = [&](E* to) NORMD_INLINE_LAMBDA {
+          return [&, to](int64_t k, const Pair<D>& two)
+                     NORMD_INLINE_LAMBDA { StoreTwo(d, two.a, two.b, to + k, /*stream=*/false); };
+        };
+        if (out.grad_x != nullptr) {
+          const auto dx = [&](int64_t k) NORMD_INLINE_LAMBDA {
+            return Pair<D>{gradient(k, a), gradient(k + lanes, b)};
+          };
+          InEachRow(i, stride, dx, store_to(out.grad_x));
+        }
+        if (out.grad_residual != nullptr) {
+          const auto dy = [&](int64_t k) NORMD_INLINE_LAMBDA {
+            return Pair<D>{input.GradY(k), input.GradY(k + lanes)};
+          };
+          InEachRow(i, stride, dy, store_to(out.grad_residual));
+        }
       }
     }
     for (; i + lanes <= end; i += lanes) {
       const VectorCoefficients<D> c = at(i);
-      each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
-        const V dy = input.GradY(k);
-        if (out.grad_x != nullptr) {
-          StoreElements(d, gradient(k, dy, c), out.grad_x + k, /*stream=*/false);
-        }
-        if (out.grad_residual != nullptr) {
-          StoreElements(d, dy, out.grad_residual + k, /*stream=*/false);
-        }
-      });
+      const auto store_to = [&](E* to) NORMD_INLINE_LAMBDA {
+        return [&, to](int64_t k, V v)
+                   NORMD_INLINE_LAMBDA { StoreElements(d, v, to + k, /*stream=*/false); };
+      };
+      if (out.grad_x != nullptr) {
+        InEachRow(
+            i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return gradient(k, c); },
+            store_to(out.grad_x));
+      }
+      if (out.grad_residual != nullptr) {
+        InEachRow(
+            i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return input.GradY(k); },
+            store_to(out.grad_residual));
+      }
     }
     return i;
   }

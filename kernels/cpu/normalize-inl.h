@@ -168,32 +168,35 @@ class Normalize {
       if (ahead != 0) FetchAhead(x + k + ahead);
       return Scaled(LoadElements(d, x + k), c);
     };
-    const auto each_row = [&](const auto& write) NORMD_INLINE_LAMBDA {
-      HWY_UNROLL(kRowsAtOnce)
-      for (int64_t row = 0; row < kRowsAtOnce; ++row) write(i + row * stride);
-    };
     if constexpr (kPairsInterleave<E>) {
       const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
-        each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
+        const auto words_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
           if (ahead != 0) FetchAhead(x + k + ahead);
           const Pair<D> values = LoadPair(d, x + k);
-          StorePair(d, Pair<D>{Scaled(values.a, c.a), Scaled(values.b, c.b)}, y + k,
-                    /*stream=*/false);
+          return RoundedToWords(d, Pair<D>{Scaled(values.a, c.a), Scaled(values.b, c.b)});
+        };
+        InEachRow(i, stride, words_at, [&](int64_t k, auto words) NORMD_INLINE_LAMBDA {
+          StoreWords(d, words, y + k, /*stream=*/false);
         });
       }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const VectorCoefficients<D> a = at(i), b = at(i + lanes);
-        each_row([&](int64_t k) NORMD_INLINE_LAMBDA {
-          StoreTwo(d, y_at(k, a), y_at(k + lanes, b), y + k, /*stream=*/false);
+        const auto two_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
+          return Pair<D>{y_at(k, a), y_at(k + lanes, b)};
+        };
+        InEachRow(i, stride, two_at, [&](int64_t k, const Pair<D>& two) NORMD_INLINE_LAMBDA {
+          StoreTwo(d, two.a, two.b, y + k, /*stream=*/false);
         });
       }
     }
     for (; i + lanes <= end; i += lanes) {
       const VectorCoefficients<D> c = at(i);
-      each_row([&](int64_t k)
-                   NORMD_INLINE_LAMBDA { StoreElements(d, y_at(k, c), y + k, /*stream=*/false); });
+      InEachRow(
+          i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return y_at(k, c); },
+          [&](int64_t k, V v)
+              NORMD_INLINE_LAMBDA { StoreElements(d, v, y + k, /*stream=*/false); });
     }
     return i;
   }

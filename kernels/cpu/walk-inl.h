@@ -41,6 +41,20 @@ HWY_INLINE hn::Vec<D> PartialVector(D d, const hn::TFromD<D>* from, size_t n) {
 
 inline constexpr int64_t kRowsAtOnce = 4;
 
+// Makes what is stored in each of the rows, and then stores it: a load waits for a store just
+// before it to the same place of another page, and rows of 512 floats lie at the same place in
+// turns.
+template <class Make, class Store>
+HWY_INLINE void InEachRow(int64_t i, int64_t stride, const Make& make, const Store& store) {
+  static_assert(kRowsAtOnce == 4);
+  const int64_t j = i + 2 * stride;
+  const auto a = make(i), b = make(i + stride), c = make(j), e = make(j + stride);
+  store(i, a);
+  store(i + stride, b);
+  store(j, c);
+  store(j + stride, e);
+}
+
 // A vector of each coefficient.
 template <class D>
 struct VectorCoefficients {
