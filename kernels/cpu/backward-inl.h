@@ -476,6 +476,8 @@ class Gradient {
     return i;
   }
 
+  // grad_residual before grad_x: in place of grad_y it is what the mask lets through, and so stays
+  // that when it is read again.
   template <bool kNeedsX, class At>
   static HWY_INLINE int64_t LoopOfRows(int64_t i, int64_t end, int64_t stride, const At& at,
                                        const Input input, const Outputs out, const int64_t ahead) {
@@ -489,6 +491,13 @@ class Gradient {
       const bool in_pairs = at.HasPairs(i);
       for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
         const PairCoefficients<D> c = at.PairAt(i);
+        if (out.grad_residual != nullptr) {
+          InEachRow(
+              i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return input.GradYWords(k); },
+              [&](int64_t k, auto words) NORMD_INLINE_LAMBDA {
+                StoreWords(d, words, out.grad_residual + k, /*stream=*/false);
+              });
+        }
         if (out.grad_x != nullptr) {
           const auto words_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
             Fetch<kNeedsX>(input, k, ahead);
@@ -498,13 +507,6 @@ class Gradient {
             StoreWords(d, words, out.grad_x + k, /*stream=*/false);
           });
         }
-        if (out.grad_residual != nullptr) {
-          InEachRow(
-              i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return input.GradYWords(k); },
-              [&](int64_t k, auto words) NORMD_INLINE_LAMBDA {
-                StoreWords(d, words, out.grad_residual + k, /*stream=*/false);
-              });
-        }
       }
       for (; i + 2 * lanes <= end; i += 2 * lanes) {
         const VectorCoefficients<D> a = at(i), b = at(i + lanes);
@@ -512,17 +514,17 @@ class Gradient {
           return [&, to](int64_t k, const Pair<D>& two)
                      NORMD_INLINE_LAMBDA { StoreTwo(d, two.a, two.b, to + k, /*stream=*/false); };
         };
-        if (out.grad_x != nullptr) {
-          const auto dx = [&](int64_t k) NORMD_INLINE_LAMBDA {
-            return Pair<D>{gradient(k, a), gradient(k + lanes, b)};
-          };
-          InEachRow(i, stride, dx, store_to(out.grad_x));
-        }
         if (out.grad_residual != nullptr) {
           const auto dy = [&](int64_t k) NORMD_INLINE_LAMBDA {
             return Pair<D>{input.GradY(k), input.GradY(k + lanes)};
           };
           InEachRow(i, stride, dy, store_to(out.grad_residual));
+        }
+        if (out.grad_x != nullptr) {
+          const auto dx = [&](int64_t k) NORMD_INLINE_LAMBDA {
+            return Pair<D>{gradient(k, a), gradient(k + lanes, b)};
+          };
+          InEachRow(i, stride, dx, store_to(out.grad_x));
         }
       }
     }
@@ -532,15 +534,15 @@ class Gradient {
         return [&, to](int64_t k, V v)
                    NORMD_INLINE_LAMBDA { StoreElements(d, v, to + k, /*stream=*/false); };
       };
-      if (out.grad_x != nullptr) {
-        InEachRow(
-            i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return gradient(k, c); },
-            store_to(out.grad_x));
-      }
       if (out.grad_residual != nullptr) {
         InEachRow(
             i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return input.GradY(k); },
             store_to(out.grad_residual));
+      }
+      if (out.grad_x != nullptr) {
+        InEachRow(
+            i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return gradient(k, c); },
+            store_to(out.grad_x));
       }
     }
     return i;
