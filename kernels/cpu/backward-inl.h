@@ -44,11 +44,12 @@ struct GradientInput {
     return dy;
   }
   HWY_INLINE Pair<D> XPair(int64_t i) const { return LoadPair(D(), x + i); }
+  // For more than one use.
   HWY_INLINE Pair<D> GradYPair(int64_t i) const {
     if constexpr (kPairsInterleave<E>) {
       return PairOfWords(D(), GradYWords(i));
     } else {
-      return {GradY(i), GradY(i + static_cast<int64_t>(hn::Lanes(D())))};
+      return {InRegister(GradY(i)), InRegister(GradY(i + static_cast<int64_t>(hn::Lanes(D()))))};
     }
   }
   // Those of a pair, as they are stored.

@@ -81,6 +81,18 @@ HWY_INLINE hn::Vec<DU32> HalfBitsFromFloat(DU32 du, hn::Vec<hn::Rebind<float, DU
   return hn::Or(sign, hn::IfThenElse(less(0x477ff000), finite, special));
 }
 
+// The same, in a register. GCC takes memory operands to be free and loads a vector again for each
+// of its uses, while the processor can load two at once: a fifth of the time of some sums.
+template <class V>
+HWY_INLINE V InRegister(V v) {
+#if HWY_TARGET == HWY_AVX3
+  __asm__("" : "+v"(v.raw));
+#elif HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_SSE4
+  __asm__("" : "+x"(v.raw));
+#endif
+  return v;
+}
+
 template <class E>
 HWY_INLINE void FetchAhead(const E* from) {
   __builtin_prefetch(from, /*rw=*/0, /*locality=*/2);  // into L2
@@ -191,7 +203,7 @@ using Words = hn::Vec<WordsTag<D>>;
 
 template <class D>
 HWY_INLINE Words<D> LoadWords(D, const BFloat16* from) {
-  return hn::LoadU(WordsTag<D>(), reinterpret_cast<const uint16_t*>(from));
+  return InRegister(hn::LoadU(WordsTag<D>(), reinterpret_cast<const uint16_t*>(from)));
 }
 template <class D>
 HWY_INLINE Pair<D> PairOfWords(D d, Words<D> words) {
