@@ -169,7 +169,7 @@ GradientSums SumsOfSet(const BackwardTensors& tensors, int64_t begin, const Runs
       }
       return total;
     }
-    Turns turns(meanwhile, 2 * sizeof(E));
+    Turns turns(meanwhile, runs, 2 * sizeof(E));
     TwoSums<Tag<E>> sums;
     sums.Clear();
     ForEachPiece(
@@ -194,7 +194,7 @@ void SumsOfSetsTogether(const BackwardTensors& tensors, int64_t begin, int64_t s
                         const Meanwhile& meanwhile) {
   WithInput<E>(tensors, [&](auto input) {
     const Tag<E> d;
-    Turns turns(meanwhile, 2 * sizeof(E));
+    Turns turns(meanwhile, runs, 2 * sizeof(E));
     WaitingSums<Tag<E>> waiting(sets);
     for (int64_t set = 0; set < sets; ++set) totals[set] = {};
     ForEachShortRun(

@@ -138,18 +138,6 @@ class Partials {
   Scratch memory_;
 };
 
-// PartialMoments::Merge(), column by column; all columns have the same counts.
-void MergeMoments(int64_t columns, double count, double* __restrict mean, double* __restrict m2,
-                  double more_count, const double* __restrict more_mean,
-                  const double* __restrict more_m2) {
-  const double part = more_count / (count + more_count);
-  for (int64_t j = 0; j < columns; ++j) {
-    const double delta = more_mean[j] - mean[j];
-    mean[j] += delta * part;
-    m2[j] += more_m2[j] + delta * delta * (count * part);
-  }
-}
-
 void AddEach(int64_t count, const double* __restrict more, double* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] += more[i];
 }
@@ -234,15 +222,15 @@ class ForwardJob {
       const int64_t first_row = chunk * geometry_.rows_of_chunk;
       const double more =
           static_cast<double>(std::min(geometry_.rows_of_chunk, geometry_.rows - first_row));
-      MergeMoments(geometry_.columns, count, mean, m2, more,
-                   partials_.First(geometry_.PartialAt(unit, chunk)),
-                   partials_.Second(geometry_.PartialAt(unit, chunk)));
+      kernels_.merge_columns(geometry_.columns, count, mean, m2, more,
+                             partials_.First(geometry_.PartialAt(unit, chunk)),
+                             partials_.Second(geometry_.PartialAt(unit, chunk)));
       count += more;
     }
     const int64_t fold = geometry_.columns / geometry_.base;
     for (int64_t k = 1; k < fold; ++k) {
-      MergeMoments(geometry_.base, count * static_cast<double>(k), mean, m2, count,
-                   mean + k * geometry_.base, m2 + k * geometry_.base);
+      kernels_.merge_columns(geometry_.base, count * static_cast<double>(k), mean, m2, count,
+                             mean + k * geometry_.base, m2 + k * geometry_.base);
     }
     count *= static_cast<double>(fold);
     if (geometry_.columns_of_set() > 1 || geometry_.tail_columns > 0)

@@ -18,6 +18,7 @@ template <class E>
 inline constexpr ForwardKernels kForwardKernels = {
     .moments_of_runs = MomentsOfRuns<E>,
     .moments_of_columns = MomentsOfColumns<E>,
+    .merge_columns = MergeMomentsOfColumns,
     .normalize_planes = NormalizePlanes<E>,
     .normalize_columns = NormalizeColumns<E>,
     .in_pairs = kPairsInterleave<E> ? RowInPairs<E> : nullptr,

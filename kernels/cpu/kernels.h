@@ -18,12 +18,16 @@
 
 namespace normd::cpu {
 
+// Where memory is read and written in turns: what a processor can have under way.
+inline constexpr int64_t kBytesInTurn = 4096;
+
 // `count` runs of `length` contiguous elements, `stride` apart.
 struct Runs {
   int64_t count;
   int64_t length;
   int64_t stride;
-  int64_t ahead = 0;  // as in ForwardTensors
+  int64_t ahead = 0;                  // as in ForwardTensors
+  int64_t turn_bytes = kBytesInTurn;  // read between two calls of Meanwhile
 };
 
 // `rows` rows of `columns` contiguous elements, `stride` apart.
@@ -172,8 +176,6 @@ struct BackwardTensors {
 // Called now and then while sums are taken, with the number of elements that were read since: so
 // that memory is written while it is read. May be empty.
 using Meanwhile = std::function<void(int64_t elements)>;
-// Read between two calls, where runs are so long: what a processor can have under way.
-inline constexpr int64_t kBytesMeanwhile = 4096;
 
 // Where sums of several parts go.
 struct Totals {
@@ -202,6 +204,9 @@ struct ForwardKernels {
   // Of each column; `scratch`: 3 * columns values.
   void (*moments_of_columns)(const void* x, const Matrix& matrix, void* scratch, double* mean,
                              double* m2);
+  // PartialMoments::Merge() of each column; all have the same counts.
+  void (*merge_columns)(int64_t columns, double count, double* mean, double* m2, double more_count,
+                        const double* more_mean, const double* more_m2);
   void (*normalize_planes)(const ForwardTensors& tensors, const Planes& planes,
                            const Coefficients& coefficients);
   // The matrix's first element is `begin` elements into the tensors.

@@ -144,19 +144,20 @@ HWY_INLINE void MergeBlock(double elements, double sum, double square, ComputeTy
   shift = ShiftOfSums<E>(shift, sum, square, elements);
 }
 
-// A set that is one block: shifted by its first value, which is at hand at once (halves: by 0), and
-// only if that was far off (2.4 deviations) a second time, by the mean.
+// A set that is one run and block: shifted by its first value, which is at hand at once (halves: by
+// 0), and only if that was far off (2.4 deviations) a second time, by the mean.
 template <class E>
-PartialMoments MomentsOfBlock(const E* x, int64_t n, int64_t ahead, const Meanwhile& meanwhile) {
+PartialMoments MomentsOfBlock(const E* x, const Runs& runs, const Meanwhile& meanwhile) {
   const Tag<E> d;
+  const int64_t n = runs.length;
   ComputeType<E> shift = kAlwaysShifts<E> ? ScalarAt(x, 0) : ComputeType<E>{0};
   const double elements = static_cast<double>(n);
   double sum = 0, square = 0;
-  Turns turns(meanwhile, sizeof(E));
+  Turns turns(meanwhile, runs, sizeof(E));
   const auto add_up = [&]() NORMD_INLINE_LAMBDA {
     TwoSums<Tag<E>> sums;
     sums.Clear();
-    WithMomentRun(x, shift, ahead,
+    WithMomentRun(x, shift, runs.ahead,
                   [&](auto& run) NORMD_INLINE_LAMBDA { AddRunInTurns(d, n, run, sums, turns); });
     sum = SumInDouble(d, sums.first);
     square = SumInDouble(d, sums.second);
@@ -175,10 +176,10 @@ template <class E>
 PartialMoments MomentsOfLongRuns(const E* x, const Runs& runs, const Meanwhile& meanwhile) {
   const Tag<E> d;
   if (runs.count == 1 && runs.length <= BlockOf(d)) {
-    return MomentsOfBlock(x, runs.length, runs.ahead, meanwhile);
+    return MomentsOfBlock(x, runs, meanwhile);
   }
   PartialMoments total;
-  Turns turns(meanwhile, sizeof(E));
+  Turns turns(meanwhile, runs, sizeof(E));
   TwoSums<Tag<E>> sums;
   sums.Clear();
   ComputeType<E> shift = PilotShift(x, runs.length);
@@ -276,7 +277,7 @@ template <class E>
 void MomentsOfSetsTogether(const E* x, int64_t sets, const Runs& runs, PartialMoments* moments,
                            const Meanwhile& meanwhile) {
   const Tag<E> d;
-  Turns turns(meanwhile, sizeof(E));
+  Turns turns(meanwhile, runs, sizeof(E));
   WaitingSums<Tag<E>> waiting(sets);
   std::vector<ComputeType<E>> shift(static_cast<size_t>(sets));
   for (int64_t set = 0; set < sets; ++set) {
@@ -350,18 +351,28 @@ HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, const T*
   }
 }
 
+inline void MergeMomentsOfColumns(int64_t columns, double count, double* HWY_RESTRICT mean,
+                                  double* HWY_RESTRICT m2, double more_count,
+                                  const double* HWY_RESTRICT more_mean,
+                                  const double* HWY_RESTRICT more_m2) {
+  const double part = more_count / (count + more_count);
+  ForEachDouble(columns, [&](auto d, int64_t j) NORMD_INLINE_LAMBDA {
+    const auto before = hn::LoadU(d, mean + j);
+    const auto delta = hn::Sub(hn::LoadU(d, more_mean + j), before);
+    hn::StoreU(hn::MulAdd(delta, hn::Set(d, part), before), d, mean + j);
+    hn::StoreU(hn::MulAdd(hn::Mul(delta, delta), hn::Set(d, count * part),
+                          hn::Add(hn::LoadU(d, m2 + j), hn::LoadU(d, more_m2 + j))),
+               d, m2 + j);
+  });
+}
+
 template <class T>
 void MergeColumns(int64_t columns, double done, double n, const T* HWY_RESTRICT shift,
                   const T* HWY_RESTRICT sum, const T* HWY_RESTRICT square,
                   double* HWY_RESTRICT mean, double* HWY_RESTRICT m2) {
-  const hn::ScalableTag<double> d;
-  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-  int64_t j = 0;
-  for (; j + lanes <= columns; j += lanes) {
+  ForEachDouble(columns, [&](auto d, int64_t j) NORMD_INLINE_LAMBDA {
     MergeColumnsAt(d, j, done, n, shift, sum, square, mean, m2);
-  }
-  const hn::CappedTag<double, 1> one;
-  for (; j < columns; ++j) MergeColumnsAt(one, j, done, n, shift, sum, square, mean, m2);
+  });
 }
 
 // Moves the shifts of columns to the means of the `n` rows in sum and square, or to 0 where halves

@@ -235,6 +235,12 @@ Outcome RunOverlapped(Job& job, const Geometry& geometry, int64_t bytes, const C
   });
 }
 
+// As in Runs, where all tensors are so large: what comes fast needs less under way, and each turn
+// costs some time itself.
+int64_t TurnBytes(int64_t bytes) {
+  return bytes <= LargestNearBytes() ? 2 * kBytesInTurn : kBytesInTurn;
+}
+
 const void* At(const NormProblem& problem, const void* data, int64_t element) {
   return static_cast<const char*>(data) + element * static_cast<int64_t>(SizeOf(problem.dtype));
 }
@@ -302,7 +308,7 @@ class ForwardJob {
         At(problem_, call_.x, geometry_.OffsetOf(runs.begin, sets.begin) + elements.begin),
         sets.size(),
         {runs.size(), elements.size(), geometry_.sets * geometry_.run_length(),
-         meanwhile ? geometry_.AheadOfSums() : 0},
+         meanwhile ? geometry_.AheadOfSums() : 0, TurnBytes(bytes_)},
         partial_.data() + sets.begin * geometry_.chunks() + chunk, meanwhile);
   }
 
@@ -417,7 +423,7 @@ class BackwardJob {
     const Range runs = geometry_.RunsOf(chunk);
     const Range elements = geometry_.ElementsOf(chunk);
     const Runs of_set{runs.size(), elements.size(), geometry_.sets * geometry_.run_length(),
-                      meanwhile ? geometry_.AheadOfSums() : 0};
+                      meanwhile ? geometry_.AheadOfSums() : 0, TurnBytes(bytes_)};
     std::vector<double> shift;
     for (int64_t set = sets.begin; set < sets.end; ++set) {
       shift.push_back(ConstantsOf(set).shift);
@@ -432,10 +438,11 @@ class BackwardJob {
       for (int64_t begin = elements.begin; begin < elements.end;) {
         const int64_t sub = begin / geometry_.plane;
         const int64_t end = std::min(elements.end, (sub + 1) * geometry_.plane);
-        kernels_.sums_of_runs(tensors_, geometry_.OffsetOf(runs.begin, set) + begin, 1,
-                              {of_set.count, end - begin, of_set.stride, of_set.ahead},
-                              &shift[static_cast<size_t>(set - sets.begin)],
-                              &sums_[EntryOf(set, chunk, sub)], meanwhile);
+        kernels_.sums_of_runs(
+            tensors_, geometry_.OffsetOf(runs.begin, set) + begin, 1,
+            {of_set.count, end - begin, of_set.stride, of_set.ahead, of_set.turn_bytes},
+            &shift[static_cast<size_t>(set - sets.begin)], &sums_[EntryOf(set, chunk, sub)],
+            meanwhile);
         begin = end;
       }
     }

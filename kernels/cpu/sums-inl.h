@@ -187,13 +187,13 @@ HWY_NOINLINE void AddRun(D d, int64_t n, const Run& run, TwoSums<D>& total) {
   total = {hn::Add(total.first, sums.first.Sum()), hn::Add(total.second, sums.second.Sum())};
 }
 
-// What is done while sums are taken, in turns: about kBytesMeanwhile are read, then as many
+// What is done while sums are taken, in turns: about `turn_bytes` of runs are read, then as many
 // written.
 class Turns {
  public:
   // `element_bytes`: of all tensors that are read.
-  Turns(const Meanwhile& meanwhile, size_t element_bytes)
-      : meanwhile_(meanwhile), length_(kBytesMeanwhile / static_cast<int64_t>(element_bytes)) {}
+  Turns(const Meanwhile& meanwhile, const Runs& runs, size_t element_bytes)
+      : meanwhile_(meanwhile), length_(runs.turn_bytes / static_cast<int64_t>(element_bytes)) {}
 
   int64_t length() const { return length_; }  // in elements, a multiple of four vectors
   HWY_INLINE void Read(int64_t elements) {

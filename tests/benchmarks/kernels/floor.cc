@@ -103,18 +103,26 @@ NORMD_WIDE_INLINE void StoreVector(char* to, __m512i v) {
   kStream ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v) : _mm512_storeu_si512(to, v);
 }
 
+// Returns a bit for each element: whether it is not 0.
 template <DType type, bool kStream>
-NORMD_WIDE_INLINE void Store(char* to, Two v) {
+NORMD_WIDE_INLINE uint32_t Store(char* to, Two v) {
   if constexpr (type == DType::kFloat32) {
-    StoreVector<kStream>(to, _mm512_castps_si512(v.a));
-    StoreVector<kStream>(to + 64, _mm512_castps_si512(v.b));
-  } else if constexpr (type == DType::kFloat16) {
-    const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
-    StoreVector<kStream>(
-        to, _mm512_inserti64x4(low, _mm512_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT), 1));
+    const __m512i a = _mm512_castps_si512(v.a), b = _mm512_castps_si512(v.b);
+    StoreVector<kStream>(to, a);
+    StoreVector<kStream>(to + 64, b);
+    const uint32_t low = _mm512_test_epi32_mask(a, a);
+    return low | static_cast<uint32_t>(_mm512_test_epi32_mask(b, b)) << 16;
   } else {
-    const __m512i low = _mm512_srli_epi32(RoundedToUpper(v.a), 16);
-    StoreVector<kStream>(to, _mm512_mask_mov_epi16(low, 0xaaaaaaaa, RoundedToUpper(v.b)));
+    __m512i both;
+    if constexpr (type == DType::kFloat16) {
+      const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
+      both = _mm512_inserti64x4(low, _mm512_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT), 1);
+    } else {
+      const __m512i low = _mm512_srli_epi32(RoundedToUpper(v.a), 16);
+      both = _mm512_mask_mov_epi16(low, 0xaaaaaaaa, RoundedToUpper(v.b));
+    }
+    StoreVector<kStream>(to, both);
+    return _mm512_test_epi16_mask(both, both);
   }
 }
 
@@ -147,9 +155,10 @@ NORMD_WIDE void SumWide(const char* x, const char* y, int64_t bytes) {
 
 enum class Formula { kForward, kForwardAddRelu, kBackward };
 
-// a x + b, max(a x + b + y, 0), or a y + (b x + c).
+// a x + b, max(a x + b + y, 0), or a y + (b x + c). `mask`: of the second, a bit an element.
 template <DType type, Formula formula, bool kStream>
-NORMD_WIDE void WriteWide(char* to, const char* x, const char* y, int64_t bytes, int64_t ahead) {
+NORMD_WIDE void WriteWide(char* to, const char* x, const char* y, int64_t bytes, int64_t ahead,
+                          uint8_t* mask) {
   const __m512 a = _mm512_set1_ps(0.75F), b = _mm512_set1_ps(0.25F), c = _mm512_set1_ps(0.125F);
   for (int64_t i = 0; i + BytesOfTwo(type) <= bytes; i += BytesOfTwo(type)) {
     for (int64_t line = 0; ahead != 0 && line < BytesOfTwo(type); line += 64) {
@@ -164,7 +173,10 @@ NORMD_WIDE void WriteWide(char* to, const char* x, const char* y, int64_t bytes,
     };
     const Two v = Load<type>(x + i);
     const Two w = formula == Formula::kForward ? v : Load<type>(y + i);
-    Store<type, kStream>(to + i, {value(v.a, w.a), value(v.b, w.b)});
+    const uint32_t bits = Store<type, kStream>(to + i, {value(v.a, w.a), value(v.b, w.b)});
+    if constexpr (formula == Formula::kForwardAddRelu) {
+      std::memcpy(mask + i / BytesOfTwo(type) * 4, &bits, 4);
+    }
   }
   if (kStream) _mm_sfence();
 }
@@ -208,7 +220,10 @@ class Passes : public Contender {
         bytes_(bench.batch * bench.channels * bench.height * bench.width * element_bytes_),
         inputs_(inputs),
         outputs_(outputs),
-        stream_(stream) {
+        stream_(stream),
+        mask_(bench.fused != 0 && bench.operation != kBackward
+                  ? static_cast<size_t>(bytes_ / element_bytes_ / 8 + 64)
+                  : 0) {
     const char* grad = static_cast<const char*>(bench.grad_y);
     const char* residual = static_cast<const char*>(bench.residual);
     from_[0] = static_cast<const char*>(bench.x);
@@ -216,6 +231,9 @@ class Passes : public Contender {
     to_[0] = static_cast<char*>(bench.y);
     to_[1] = static_cast<char*>(bench.residual);
   }
+
+  // The ReLU's, which a backward needs: of the elements from `begin` bytes on.
+  uint8_t* MaskAt(int64_t begin) const { return mask_.data() + begin / element_bytes_ / 8; }
 
   void Read(int input, int64_t begin, int64_t bytes) const {
     const char* from = from_[input] + begin;
@@ -247,6 +265,7 @@ class Passes : public Contender {
   bool stream_;
   const char* from_[2];
   char* to_[2];
+  mutable std::vector<uint8_t> mask_;
 
  private:
   void Combine(char* to, const char* const* from, int inputs, int64_t bytes, int64_t ahead) const {
@@ -280,6 +299,9 @@ class Floor final : public Passes {
       if (bytes <= 0) return;
       for (int read = 0; read < reads_; ++read) Read(read, begin, bytes);
       Write(begin, bytes, 0);
+      if (!mask_.empty()) {
+        std::memset(MaskAt(begin), 1, static_cast<size_t>(bytes / element_bytes_ / 8));
+      }
     });
   }
 
@@ -292,7 +314,7 @@ class Floor final : public Passes {
 // piece is fetched. A piece is some sets that fit the cache together; in NHWC, where all sets end
 // at once, it is all there is, and the second pass walks back from the end. Computed is the
 // least that there is to it in float32, as if memory were one long vector: no sets, no shift, no
-// weights. Eval has nothing to sum.
+// weights. Eval has nothing to sum. A fused forward writes the ReLU's mask, a bit an element.
 class Bound final : public Passes {
  public:
   Bound(const BenchCase& bench, int inputs, int outputs, bool stream)
@@ -391,11 +413,11 @@ class Bound final : public Passes {
     const char* x = from_[0] + begin;
     const char* y = inputs_ > 1 ? from_[1] + begin : nullptr;
     if (backward_) {
-      WriteWide<type, Formula::kBackward, kStream>(to, x, y, bytes, ahead);
+      WriteWide<type, Formula::kBackward, kStream>(to, x, y, bytes, ahead, nullptr);
     } else if (inputs_ > 1) {
-      WriteWide<type, Formula::kForwardAddRelu, kStream>(to, x, y, bytes, ahead);
+      WriteWide<type, Formula::kForwardAddRelu, kStream>(to, x, y, bytes, ahead, MaskAt(begin));
     } else {
-      WriteWide<type, Formula::kForward, kStream>(to, x, nullptr, bytes, ahead);
+      WriteWide<type, Formula::kForward, kStream>(to, x, nullptr, bytes, ahead, nullptr);
     }
   }
 #endif
