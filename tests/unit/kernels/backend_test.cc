@@ -95,7 +95,9 @@ TEST_P(Conformance, NormalizesTensorsThatOutgrowTheCache) {
                                 .reduction = Reduction::kPerSampleGroup}}) {
       problem.dtype = dtype;
       for (const CallOptions& options :
-           {CallOptions{}, CallOptions{.residual = true, .relu = true, .in_place = true}}) {
+           {CallOptions{.on_lines = true}, CallOptions{},
+            CallOptions{.residual = true, .relu = true, .in_place = true},
+            CallOptions{.residual = true, .relu = true, .on_lines = true}}) {
         ExpectForwardMatches(*backend_, problem, options);
         ExpectBackwardMatches(*backend_, problem, options);
         if (!is_best()) break;

@@ -38,16 +38,20 @@ std::vector<bool> BitsOf(const std::vector<uint8_t>& mask, int64_t count) {
   return bits;
 }
 
+constexpr size_t kLineBytes = 64;
+
 }  // namespace
 
-TestTensor::TestTensor(DType dtype, int64_t count)
+TestTensor::TestTensor(DType dtype, int64_t count, bool on_line)
     : dtype_(dtype),
       count_(count),
-      offset_(SizeOf(dtype)),
-      bytes_(offset_ + static_cast<size_t>(count) * SizeOf(dtype), std::byte{0x5a}) {}
+      bytes_(2 * kLineBytes + static_cast<size_t>(count) * SizeOf(dtype), std::byte{0x5a}) {
+  offset_ = kLineBytes - reinterpret_cast<uintptr_t>(bytes_.data()) % kLineBytes;
+  if (!on_line) offset_ += SizeOf(dtype);
+}
 
-TestTensor::TestTensor(DType dtype, const reference::Values& values)
-    : TestTensor(dtype, static_cast<int64_t>(values.size())) {
+TestTensor::TestTensor(DType dtype, const reference::Values& values, bool on_line)
+    : TestTensor(dtype, static_cast<int64_t>(values.size()), on_line) {
   reference::Store(dtype, values, data());
 }
 
@@ -130,11 +134,11 @@ void ExpectForwardMatches(Backend& backend, const NormProblem& problem,
   const auto expected =
       reference::Forward(problem, x, parameters, moments.mean, var, residual, activation);
 
-  TestTensor x_memory(problem.dtype, x);
-  TestTensor y_memory(problem.dtype, problem.size());
+  TestTensor x_memory(problem.dtype, x, options.on_lines);
+  TestTensor y_memory(problem.dtype, problem.size(), options.on_lines);
   const TestTensor weight(parameter, parameters.weight);
   const TestTensor bias(parameter, parameters.bias);
-  const TestTensor residual_memory(problem.dtype, residual);
+  const TestTensor residual_memory(problem.dtype, residual, options.on_lines);
   std::vector<uint8_t> mask(static_cast<size_t>(ReluMaskBytes(problem.size())), 0xa5);
   TestTensor& y = options.in_place ? x_memory : y_memory;
   const Affine affine{options.affine ? weight.data() : nullptr,
@@ -203,10 +207,10 @@ void ExpectBackwardMatches(Backend& backend, const NormProblem& problem,
   const auto expected =
       reference::Backward(problem, x, grad_y, weight, moments.mean, var, options.by_batch, bits);
 
-  const TestTensor x_memory(problem.dtype, x);
-  TestTensor grad_y_memory(problem.dtype, grad_y);
-  TestTensor grad_x_memory(problem.dtype, problem.size());
-  TestTensor grad_residual(problem.dtype, problem.size());
+  const TestTensor x_memory(problem.dtype, x, options.on_lines);
+  TestTensor grad_y_memory(problem.dtype, grad_y, options.on_lines);
+  TestTensor grad_x_memory(problem.dtype, problem.size(), options.on_lines);
+  TestTensor grad_residual(problem.dtype, problem.size(), options.on_lines);
   TestTensor grad_weight(parameter, problem.channels);
   TestTensor grad_bias(parameter, problem.channels);
   const TestTensor weight_memory(parameter, weight);

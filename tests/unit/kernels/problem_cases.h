@@ -18,8 +18,9 @@ namespace normd {
 // alignment, and no byte to spare at its end.
 class TestTensor {
  public:
-  TestTensor(DType dtype, int64_t count);
-  TestTensor(DType dtype, const reference::Values& values);
+  // `on_line`: begins with a cache line; else an element further on.
+  TestTensor(DType dtype, int64_t count, bool on_line = false);
+  TestTensor(DType dtype, const reference::Values& values, bool on_line = false);
 
   void* data() { return bytes_.data() + offset_; }
   const void* data() const { return bytes_.data() + offset_; }
@@ -44,6 +45,7 @@ struct CallOptions {
   bool residual = false;
   bool relu = false;
   bool in_place = false;  // y over x, grad_x over grad_y
+  bool on_lines = false;  // all tensors begin with a cache line
   double mean = 0.5;      // of x
   double deviation = 1;
 };
