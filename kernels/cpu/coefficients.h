@@ -165,21 +165,14 @@ class ChannelConstants {
         count_(sets * channels_of_set_),
         memory_(static_cast<size_t>(3 * count_) * sizeof(double)) {}
 
-  // Of sets whose statistics begin there; the variance is m2 / elements.
-  void Find(int64_t first_set, int64_t sets, const double* mean, const double* m2, double elements,
-            bool of_batch) {
-    const int64_t first = first_set * channels_of_set_;
-    const SetConstantArrays constants = From(first);
-    kernels_.constants_of_sets({problem_.center ? mean : nullptr, m2, elements, problem_.eps,
-                                of_batch && problem_.reduction == Reduction::kPerChannel},
-                               sets, constants);
-    for (double* values : {constants.shift, constants.residual, constants.invstd}) {
-      SpreadEach(values, sets, channels_of_set_);
-    }
+  // Of sets whose moments were found.
+  void Find(int64_t first_set, int64_t sets, const Moments& moments) {
+    Find(first_set, sets, moments.mean + first_set, moments.m2 + first_set,
+         static_cast<double>(problem_.set_size()), /*of_batch=*/true);
   }
   // Of those that are `skipped` further on among the statistics.
-  void Find(int64_t first_set, int64_t sets, const Statistics& statistics, int64_t skipped,
-            bool of_batch) {
+  void Find(int64_t first_set, int64_t sets, const Statistics& statistics, bool of_batch,
+            int64_t skipped = 0) {
     const int64_t at = first_set + skipped;
     const double* mean = statistics.mean == nullptr ? nullptr : statistics.mean + at;
     Find(first_set, sets, mean, statistics.var + at, /*elements=*/1, of_batch);
@@ -221,6 +214,18 @@ class ChannelConstants {
   }
 
  private:
+  // Of sets whose statistics begin there; the variance is m2 / elements.
+  void Find(int64_t first_set, int64_t sets, const double* mean, const double* m2, double elements,
+            bool of_batch) {
+    const SetConstantArrays constants = From(first_set * channels_of_set_);
+    kernels_.constants_of_sets({problem_.center ? mean : nullptr, m2, elements, problem_.eps,
+                                of_batch && problem_.reduction == Reduction::kPerChannel},
+                               sets, constants);
+    for (double* values : {constants.shift, constants.residual, constants.invstd}) {
+      SpreadEach(values, sets, channels_of_set_);
+    }
+  }
+
   // Calls visit(done, c, count, channels) for each run of these sets' channels that have
   // neighbouring parameters, from channel c's on; `done` come before it.
   template <class Visit>

@@ -191,11 +191,9 @@ class ForwardJob {
     if (reduces()) WriteMoments(unit);
     const int64_t first_set = unit * geometry_.sets;
     if (reduces()) {
-      constants_.Find(first_set, geometry_.sets, call_.moments.mean + first_set,
-                      call_.moments.m2 + first_set, static_cast<double>(problem_.set_size()),
-                      /*of_batch=*/true);
+      constants_.Find(first_set, geometry_.sets, call_.moments);
     } else {
-      constants_.Find(first_set, geometry_.sets, call_.statistics, 0, /*of_batch=*/false);
+      constants_.Find(first_set, geometry_.sets, call_.statistics, /*of_batch=*/false);
     }
     constants_.SetForward(first_set, geometry_.sets, weight_, bias_, arrays_,
                           unit * geometry_.columns);
@@ -311,7 +309,7 @@ class BackwardJob {
   }
 
   Outcome Execute(const Context& context) {
-    constants_.Find(0, problem_.num_sets(), args_.statistics, 0, args_.statistics_of_batch);
+    constants_.Find(0, problem_.num_sets(), args_.statistics, args_.statistics_of_batch);
     for (int64_t unit = 0; unit < geometry_.outer; ++unit) SetCoefficients(unit, nullptr, nullptr);
     if (reduces()) {
       partials_.Allocate(geometry_);
@@ -451,7 +449,7 @@ Outcome RangeByColumns(const RangeCall& call, const Context& context) {
     const int64_t columns = repeat * (repeat < base ? 1 : FoldOf(base, count / base));
     const int64_t sets = per_channel ? problem.channels : problem.groups;
     ChannelConstants constants(problem, CoefficientKernelsFor(problem.dtype), sets);
-    constants.Find(0, sets, call.args.statistics, first_set, call.args.statistics_of_batch);
+    constants.Find(0, sets, call.args.statistics, call.args.statistics_of_batch, first_set);
     CoefficientArrays arrays(problem.dtype, columns, 3);
     for (int64_t j = 0; j < repeat; ++j) {
       const int64_t c = (first + j) % base / inner;

@@ -81,7 +81,7 @@ HWY_INLINE hn::Vec<DU32> HalfBitsFromFloat(DU32 du, hn::Vec<hn::Rebind<float, DU
   return hn::Or(sign, hn::IfThenElse(less(0x477ff000), finite, special));
 }
 
-// The same, in a register. GCC takes memory operands to be free and loads a vector again for each
+// `v`, in a register. GCC takes memory operands to be free and loads a vector again for each
 // of its uses, while the processor can load two at once: a fifth of the time of some sums.
 template <class V>
 HWY_INLINE V InRegister(V v) {

@@ -323,6 +323,21 @@ void MomentsOfRuns(const void* data, int64_t sets, const Runs& runs, PartialMome
   }
 }
 
+// PartialMoments::Merge() of columns, all of which have `count` rows in mean and m2, and
+// `more_count` more that are added.
+template <class D64>
+HWY_INLINE void MergeMomentsAt(D64 d, int64_t j, double count, double more_count,
+                               hn::Vec<D64> more_mean, hn::Vec<D64> more_m2, double* mean,
+                               double* m2) {
+  const double part = more_count / (count + more_count);
+  const auto before = hn::LoadU(d, mean + j);
+  const auto delta = hn::Sub(more_mean, before);
+  hn::StoreU(hn::MulAdd(delta, hn::Set(d, part), before), d, mean + j);
+  hn::StoreU(hn::MulAdd(hn::Mul(delta, delta), hn::Set(d, count * part),
+                        hn::Add(hn::LoadU(d, m2 + j), more_m2)),
+             d, m2 + j);
+}
+
 // MergeBlock() for columns, all of which have `done` rows in mean and m2, and `n` more in
 // sum and square. The same operations in each column, on whatever vectors it falls.
 template <class D64, class T>
@@ -341,13 +356,7 @@ HWY_INLINE void MergeColumnsAt(D64 d, int64_t j, double done, double n, const T*
     hn::StoreU(block_mean, d, mean + j);
     hn::StoreU(block_m2, d, m2 + j);
   } else {
-    const double part = n / (done + n);
-    const auto before = hn::LoadU(d, mean + j);
-    const auto delta = hn::Sub(block_mean, before);
-    hn::StoreU(hn::MulAdd(delta, hn::Set(d, part), before), d, mean + j);
-    hn::StoreU(hn::MulAdd(hn::Mul(delta, delta), hn::Set(d, done * part),
-                          hn::Add(hn::LoadU(d, m2 + j), block_m2)),
-               d, m2 + j);
+    MergeMomentsAt(d, j, done, n, block_mean, block_m2, mean, m2);
   }
 }
 
@@ -355,14 +364,9 @@ inline void MergeMomentsOfColumns(int64_t columns, double count, double* HWY_RES
                                   double* HWY_RESTRICT m2, double more_count,
                                   const double* HWY_RESTRICT more_mean,
                                   const double* HWY_RESTRICT more_m2) {
-  const double part = more_count / (count + more_count);
   ForEachDouble(columns, [&](auto d, int64_t j) NORMD_INLINE_LAMBDA {
-    const auto before = hn::LoadU(d, mean + j);
-    const auto delta = hn::Sub(hn::LoadU(d, more_mean + j), before);
-    hn::StoreU(hn::MulAdd(delta, hn::Set(d, part), before), d, mean + j);
-    hn::StoreU(hn::MulAdd(hn::Mul(delta, delta), hn::Set(d, count * part),
-                          hn::Add(hn::LoadU(d, m2 + j), hn::LoadU(d, more_m2 + j))),
-               d, m2 + j);
+    MergeMomentsAt(d, j, count, more_count, hn::LoadU(d, more_mean + j), hn::LoadU(d, more_m2 + j),
+                   mean, m2);
   });
 }
 

@@ -350,11 +350,11 @@ class ForwardJob {
 
  private:
   void SetCoefficientsOf(const Range& sets) {
-    const double* mean = reduces() ? call_.moments.mean : call_.statistics.mean;
-    const double* m2 = reduces() ? call_.moments.m2 : call_.statistics.var;
-    const double elements = reduces() ? static_cast<double>(problem_.set_size()) : 1;
-    constants_.Find(sets.begin, sets.size(), mean == nullptr ? nullptr : mean + sets.begin,
-                    m2 + sets.begin, elements, /*of_batch=*/reduces());
+    if (reduces()) {
+      constants_.Find(sets.begin, sets.size(), call_.moments);
+    } else {
+      constants_.Find(sets.begin, sets.size(), call_.statistics, /*of_batch=*/false);
+    }
     constants_.SetForward(sets.begin, sets.size(), weight_, bias_, arrays_,
                           sets.begin * geometry_.subs);
   }
@@ -394,7 +394,7 @@ class BackwardJob {
     for (BackwardTensors* tensors : {&tensors_, &apply_tensors_}) {
       tensors->stream &= bytes_ > LargestCachedBytes(context.executor.concurrency());
     }
-    constants_.Find(0, geometry_.sets, args_.statistics, 0, args_.statistics_of_batch);
+    constants_.Find(0, geometry_.sets, args_.statistics, args_.statistics_of_batch);
     if (!reduces()) SetCoefficients({0, geometry_.sets}, nullptr, nullptr);
     if (!reduces() && !geometry_.WritesColumnsAtOnce()) {
       apply_tensors_.ahead = AheadInOrder(bytes_, problem_);

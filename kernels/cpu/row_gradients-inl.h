@@ -49,10 +49,7 @@ class RowInput {
 
   HWY_INLINE Pair<D> GradY(int64_t j) const {
     const int64_t i = begin_ + j;
-    if constexpr (!kMasked) {
-      const Pair<D> dy = LoadPair(D(), input_.grad_y + i);
-      return {InRegister(dy.a), InRegister(dy.b)};
-    }
+    if constexpr (!kMasked) return input_.GradYPair(i);
     return {input_.GradY(i), input_.GradY(i + static_cast<int64_t>(hn::Lanes(D())))};
   }
   // x - shift.
