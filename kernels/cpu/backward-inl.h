@@ -371,16 +371,9 @@ class Gradient {
   template <class At>
   HWY_INLINE int64_t Vectors(int64_t i, int64_t end, const At& at) {
     const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};
-    if (input_.x == nullptr) return Loop<false>(i, end, at, input_, out, ahead_);
-    return Loop<true>(i, end, at, input_, out, ahead_);
-  }
-
-  bool TakesSeveral() const { return !stream_ && kStoresVectors<E>; }  // as in Normalize
-  template <class At>
-  HWY_INLINE int64_t VectorsOfRows(int64_t i, int64_t end, int64_t stride, const At& at) {
-    const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};
-    if (input_.x == nullptr) return LoopOfRows<false>(i, end, stride, at, input_, out, ahead_);
-    return LoopOfRows<true>(i, end, stride, at, input_, out, ahead_);
+    if (input_.x == nullptr) return Loop<false, true>(i, end, at, input_, out, ahead_);
+    if (ahead_ != 0) return Loop<true, true>(i, end, at, input_, out, ahead_);
+    return Loop<true, false>(i, end, at, input_, out, ahead_);
   }
 
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
@@ -431,120 +424,56 @@ class Gradient {
   }
 
   // All by value: what is stored might otherwise be thought to change it.
-  template <bool kNeedsX, class At>
+  template <bool kNeedsX, bool kAhead, class At>
   static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Input input,
                                  const Outputs out, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    const auto at_one = [&]() NORMD_INLINE_LAMBDA {
+    const auto fetch = [&]() NORMD_INLINE_LAMBDA {
+      if (kAhead) Fetch<kNeedsX>(input, i, ahead);
+    };
+    const auto dx = [&](V dy, int64_t k, const VectorCoefficients<D>& c)
+                        NORMD_INLINE_LAMBDA { return Dx<kNeedsX>(dy, X<kNeedsX>(input, k), c); };
+    const auto one = [&]() NORMD_INLINE_LAMBDA {
       const V dy = input.GradY(i);
-      Fetch<kNeedsX>(input, i, ahead);
-      if (out.grad_x != nullptr) {
-        StoreElements(d, Dx<kNeedsX>(dy, X<kNeedsX>(input, i), at(i)), out.grad_x + i, out.stream);
-      }
+      fetch();
+      if (out.grad_x != nullptr) StoreElements(d, dx(dy, i, at(i)), out.grad_x + i, out.stream);
       if (out.grad_residual != nullptr) {
         StoreElements(d, dy, out.grad_residual + i, out.stream_residual);
       }
       i += lanes;
     };
     if constexpr (kPairsInterleave<E>) {
-      if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) at_one();
-      const bool in_pairs = at.HasPairs(i);
-      for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
-        Fetch<kNeedsX>(input, i, ahead);
-        const auto words = input.GradYWords(i);
-        if (out.grad_x != nullptr) {
-          StoreWords(d, WordsOfPair<kNeedsX>(input, i, at.PairAt(i)), out.grad_x + i, out.stream);
-        }
-        if (out.grad_residual != nullptr) {
-          StoreWords(d, words, out.grad_residual + i, out.stream_residual);
+      if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) one();
+    }
+    while (i + lanes <= end) {
+      const int64_t stop = at.Stretch(i, end);
+      if constexpr (kPairsInterleave<E>) {
+        const bool in_pairs = at.HasPairs(i);
+        for (; in_pairs && i + 2 * lanes <= stop; i += 2 * lanes) {
+          fetch();
+          const auto words = input.GradYWords(i);
+          if (out.grad_x != nullptr) {
+            StoreWords(d, WordsOfPair<kNeedsX>(input, i, at.PairAt(i)), out.grad_x + i, out.stream);
+          }
+          if (out.grad_residual != nullptr) {
+            StoreWords(d, words, out.grad_residual + i, out.stream_residual);
+          }
         }
       }
-      for (; i + 2 * lanes <= end; i += 2 * lanes) {
-        Fetch<kNeedsX>(input, i, ahead);
+      // Two halves of a cache line. Of larger types, no faster.
+      for (; sizeof(E) == 2 && i + 2 * lanes <= stop; i += 2 * lanes) {
+        fetch();
         const V first = input.GradY(i), second = input.GradY(i + lanes);
         if (out.grad_x != nullptr) {
-          StoreTwo(d, Dx<kNeedsX>(first, X<kNeedsX>(input, i), at(i)),
-                   Dx<kNeedsX>(second, X<kNeedsX>(input, i + lanes), at(i + lanes)), out.grad_x + i,
-                   out.stream);
+          const PairCoefficients<D> c = at.TwoAt(i);
+          StoreTwo(d, dx(first, i, c.a), dx(second, i + lanes, c.b), out.grad_x + i, out.stream);
         }
         if (out.grad_residual != nullptr) {
           StoreTwo(d, first, second, out.grad_residual + i, out.stream_residual);
         }
       }
-    }
-    while (i + lanes <= end) at_one();
-    return i;
-  }
-
-  // grad_residual before grad_x: in place of grad_y it is what the mask lets through, and so stays
-  // that when it is read again.
-  template <bool kNeedsX, class At>
-  static HWY_INLINE int64_t LoopOfRows(int64_t i, int64_t end, int64_t stride, const At& at,
-                                       const Input input, const Outputs out, const int64_t ahead) {
-    const D d;
-    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    const auto gradient = [&](int64_t k, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
-      Fetch<kNeedsX>(input, k, ahead);
-      return Dx<kNeedsX>(input.GradY(k), X<kNeedsX>(input, k), c);
-    };
-    if constexpr (kPairsInterleave<E>) {
-      const bool in_pairs = at.HasPairs(i);
-      for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
-        const PairCoefficients<D> c = at.PairAt(i);
-        if (out.grad_residual != nullptr) {
-          InEachRow(
-              i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return input.GradYWords(k); },
-              [&](int64_t k, auto words) NORMD_INLINE_LAMBDA {
-                StoreWords(d, words, out.grad_residual + k, /*stream=*/false);
-              });
-        }
-        if (out.grad_x != nullptr) {
-          const auto words_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
-            Fetch<kNeedsX>(input, k, ahead);
-            return WordsOfPair<kNeedsX>(input, k, c);
-          };
-          InEachRow(i, stride, words_at, [&](int64_t k, auto words) NORMD_INLINE_LAMBDA {
-            StoreWords(d, words, out.grad_x + k, /*stream=*/false);
-          });
-        }
-      }
-      for (; i + 2 * lanes <= end; i += 2 * lanes) {
-        const VectorCoefficients<D> a = at(i), b = at(i + lanes);
-        const auto store_to = [&](E* to) NORMD_INLINE_LAMBDA {
-          return [&, to](int64_t k, const Pair<D>& two)
-                     NORMD_INLINE_LAMBDA { StoreTwo(d, two.a, two.b, to + k, /*stream=*/false); };
-        };
-        if (out.grad_residual != nullptr) {
-          const auto dy = [&](int64_t k) NORMD_INLINE_LAMBDA {
-            return Pair<D>{input.GradY(k), input.GradY(k + lanes)};
-          };
-          InEachRow(i, stride, dy, store_to(out.grad_residual));
-        }
-        if (out.grad_x != nullptr) {
-          const auto dx = [&](int64_t k) NORMD_INLINE_LAMBDA {
-            return Pair<D>{gradient(k, a), gradient(k + lanes, b)};
-          };
-          InEachRow(i, stride, dx, store_to(out.grad_x));
-        }
-      }
-    }
-    for (; i + lanes <= end; i += lanes) {
-      const VectorCoefficients<D> c = at(i);
-      const auto store_to = [&](E* to) NORMD_INLINE_LAMBDA {
-        return [&, to](int64_t k, V v)
-                   NORMD_INLINE_LAMBDA { StoreElements(d, v, to + k, /*stream=*/false); };
-      };
-      if (out.grad_residual != nullptr) {
-        InEachRow(
-            i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return input.GradY(k); },
-            store_to(out.grad_residual));
-      }
-      if (out.grad_x != nullptr) {
-        InEachRow(
-            i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return gradient(k, c); },
-            store_to(out.grad_x));
-      }
+      while (i + lanes <= stop) one();
     }
     return i;
   }

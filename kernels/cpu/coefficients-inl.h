@@ -27,16 +27,23 @@ HWY_INLINE void StoreCoefficients(D64 d, hn::Vec<D64> v, void* to, int64_t i) {
   StoreDoubles(d, hn::IfThenElse(hn::IsNaN(v), quiet, v), static_cast<T*>(to) + i);
 }
 
+// Of a parameter in the computing type; null: `otherwise` everywhere.
+template <class T, class D64>
+HWY_INLINE hn::Vec<D64> LoadParameter(D64 d, const void* from, int64_t i, double otherwise) {
+  if (from == nullptr) return hn::Set(d, otherwise);
+  return LoadDoubles(d, static_cast<const T*>(from) + i);
+}
+
 template <class T, class D64>
 HWY_INLINE void CoefficientsAt(D64 d, int64_t i, const Channels& of,
                                const MutableCoefficients& to) {
   const auto residual = hn::LoadU(d, of.constants.residual + i);
   const auto invstd = hn::LoadU(d, of.constants.invstd + i);
-  const auto scale = hn::Mul(invstd, hn::LoadU(d, of.weight + i));
+  const auto scale = hn::Mul(invstd, LoadParameter<T>(d, of.weight, i, 1));
   StoreCoefficients<T>(d, hn::LoadU(d, of.constants.shift + i), to.shift, i);
   StoreCoefficients<T>(d, scale, to.scale, i);
   if (to.slope == nullptr) {
-    const auto bias = hn::LoadU(d, of.bias + i);
+    const auto bias = LoadParameter<T>(d, of.bias, i, 0);
     StoreCoefficients<T>(d, hn::Sub(bias, hn::Mul(residual, scale)), to.offset, i);
     return;
   }

@@ -38,24 +38,27 @@ class Scratch {
   std::byte* first_ = nullptr;
 };
 
-// A parameter of `count` channels, in double; `otherwise` where there is none.
+// A parameter of channels, the caller's own array; `otherwise` where there is none.
 class Parameter {
  public:
-  Parameter(DType dtype, const void* data, int64_t count, double otherwise)
-      : values_(static_cast<size_t>(count), otherwise) {
-    if (data == nullptr) return;
-    if (dtype == DType::kFloat64) {
-      std::copy_n(static_cast<const double*>(data), count, values_.begin());
-    } else {
-      std::copy_n(static_cast<const float*>(data), count, values_.begin());
-    }
+  Parameter(DType dtype, const void* data, double otherwise)
+      : is_double_(dtype == DType::kFloat64), data_(data), otherwise_(otherwise) {}
+
+  double operator[](int64_t c) const {
+    if (data_ == nullptr) return otherwise_;
+    return is_double_ ? static_cast<const double*>(data_)[c]
+                      : static_cast<double>(static_cast<const float*>(data_)[c]);
+  }
+  // From the c-th on, in the computing type; null: none.
+  const void* From(int64_t c) const {
+    if (data_ == nullptr) return nullptr;
+    return static_cast<const char*>(data_) + c * (is_double_ ? 8 : 4);
   }
 
-  double operator[](int64_t c) const { return values_[static_cast<size_t>(c)]; }
-  const double* From(int64_t c) const { return values_.data() + c; }
-
  private:
-  std::vector<double> values_;
+  bool is_double_;
+  const void* data_;
+  double otherwise_;
 };
 
 // Writes the gradient of a parameter; null: not wanted.

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/elements-inl.h"
@@ -55,45 +56,67 @@ HWY_INLINE void SumColumns(const Source& source, const Matrix& matrix, const Com
                            ComputeType<E>* HWY_RESTRICT first,
                            ComputeType<E>* HWY_RESTRICT second) {
   using D = Tag<E>;
-  // Rows are read side by side, so that their sums stay in registers for a while, a tile of
-  // columns after the other, so that these and the next ones stay in L1. The next ones are fetched
-  // by hand, since a vector a row gives the processor no pattern to follow.
   constexpr int64_t kElementBytes = sizeof(E), kTile = 4096 / kElementBytes;
   constexpr int64_t kNearBytes = 1 << 14, kFewest = 2, kMost = 8;
+  constexpr int kPairsAtOnce = kManyRegisters ? 4 : 2;
   const D d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t columns = matrix.columns, stride = matrix.stride;
-  const int64_t row_bytes = std::min(kTile, columns) * kElementBytes * Source::kInputs;
-  const int64_t together = std::clamp(kNearBytes / row_bytes, kFewest, kMost);
-  const bool fetches = !matrix.near;
   const auto shift_at = [&](int64_t j) NORMD_INLINE_LAMBDA {
     return Source::kShifted ? hn::LoadU(d, shift + j) : hn::Zero(d);
   };
-  const int64_t paired = columns / (2 * lanes) * (2 * lanes);
-  for (int64_t left = 0; left < paired; left += kTile) {
-    const int64_t right = std::min(left + kTile, paired);
+  // Of some pairs of vectors after the other, `together` rows, one below the other.
+  const auto add_up = [&](auto pairs, int64_t left, int64_t right, int64_t together,
+                          bool fetches) NORMD_INLINE_LAMBDA {
+    constexpr int kPairs = pairs;
     for (int64_t row = 0; row < matrix.rows; row += together) {
       const int64_t begin = row * stride;
       const int64_t end = begin + std::min(together, matrix.rows - row) * stride;
-      for (int64_t j = left; j < right; j += 2 * lanes) {
-        const Pair<D> center{shift_at(j), shift_at(j + lanes)};
-        Pair<D> a{hn::LoadU(d, first + j), hn::LoadU(d, first + j + lanes)};
-        Pair<D> b{hn::LoadU(d, second + j), hn::LoadU(d, second + j + lanes)};
+      for (int64_t j = left; j < right; j += kPairs * 2 * lanes) {
+        Pair<D> center[kPairs], a[kPairs], b[kPairs];
+        for (int k = 0; k < kPairs; ++k) {
+          const int64_t at = j + k * 2 * lanes;
+          center[k] = {shift_at(at), shift_at(at + lanes)};
+          a[k] = {hn::LoadU(d, first + at), hn::LoadU(d, first + at + lanes)};
+          b[k] = {hn::LoadU(d, second + at), hn::LoadU(d, second + at + lanes)};
+        }
         const auto add = [&](int64_t i) NORMD_INLINE_LAMBDA {
-          if (fetches) source.Fetch(i + together * stride);
-          source.AddTwo(i, center, a, b);
+          for (int k = 0; k < kPairs; ++k) {
+            if (fetches) source.Fetch(i + k * 2 * lanes + together * stride);
+            source.AddTwo(i + k * 2 * lanes, center[k], a[k], b[k]);
+          }
         };
         int64_t i = begin + j;
-        for (; i + stride < end; i += 2 * stride) {
+        for (; kPairs == 1 && i + stride < end; i += 2 * stride) {
           add(i);
           add(i + stride);
         }
-        if (i < end) add(i);
-        hn::StoreU(a.a, d, first + j);
-        hn::StoreU(a.b, d, first + j + lanes);
-        hn::StoreU(b.a, d, second + j);
-        hn::StoreU(b.b, d, second + j + lanes);
+        for (; i < end; i += stride) add(i);
+        for (int k = 0; k < kPairs; ++k) {
+          const int64_t at = j + k * 2 * lanes;
+          hn::StoreU(a[k].a, d, first + at);
+          hn::StoreU(a[k].b, d, first + at + lanes);
+          hn::StoreU(b[k].a, d, second + at);
+          hn::StoreU(b[k].b, d, second + at + lanes);
+        }
       }
+    }
+  };
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, kPairsAtOnce> kSeveral;
+  const int64_t paired = columns / (2 * lanes) * (2 * lanes);
+  if (matrix.near) {
+    const int64_t wide = columns / (kSeveral * 2 * lanes) * (kSeveral * 2 * lanes);
+    add_up(kSeveral, 0, wide, matrix.rows, /*fetches=*/false);
+    add_up(kOne, wide, paired, matrix.rows, /*fetches=*/false);
+  } else {
+    // Rows are read side by side, so that their sums stay in registers for a while, a tile of
+    // columns after the other, so that these and the next ones stay in L1. The next ones are
+    // fetched by hand, since a vector a row gives the processor no pattern to follow.
+    const int64_t row_bytes = std::min(kTile, columns) * kElementBytes * Source::kInputs;
+    const int64_t together = std::clamp(kNearBytes / row_bytes, kFewest, kMost);
+    for (int64_t left = 0; left < paired; left += kTile) {
+      add_up(kOne, left, std::min(left + kTile, paired), together, /*fetches=*/true);
     }
   }
   // A last vector begins where it can, without the columns that have been added.

@@ -56,9 +56,7 @@ struct Geometry {
     channels_of_set = per_channel ? 1 : channels / problem.groups;
     sets = channels / channels_of_set;
 
-    // Of halves fetching costs nothing there, and where they come from further away it brings a
-    // tenth.
-    near = element_bytes >= 4 && all_bytes <= LargestInL2();
+    near = all_bytes <= LargestInL2();
     const int64_t fold = FoldOf(base, all_rows);
     columns = base * fold;
     rows = all_rows / fold;
@@ -164,8 +162,8 @@ class ForwardJob {
         kernels_(ForwardKernelsFor(problem_.dtype)),
         bytes_(call.bytes()),
         geometry_(problem_, bytes_),
-        weight_(problem_.dtype, call.affine.weight, problem_.channels, 1),
-        bias_(problem_.dtype, call.affine.bias, problem_.channels, 0),
+        weight_(problem_.dtype, call.affine.weight, 1),
+        bias_(problem_.dtype, call.affine.bias, 0),
         constants_(problem_, CoefficientKernelsFor(problem_.dtype), problem_.num_sets()),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 3) {
     tensors_ = call.tensors();
@@ -299,7 +297,7 @@ class BackwardJob {
         kernels_(BackwardKernelsFor(problem_.dtype)),
         bytes_(call.bytes()),
         geometry_(problem_, bytes_),
-        weight_(problem_.dtype, args_.weight, problem_.channels, 1),
+        weight_(problem_.dtype, args_.weight, 1),
         constants_(problem_, CoefficientKernelsFor(problem_.dtype), problem_.num_sets()),
         arrays_(problem_.dtype, geometry_.outer * geometry_.columns, 4) {
     tensors_ = call.tensors();
@@ -435,8 +433,8 @@ Outcome RangeByColumns(const RangeCall& call, const Context& context) {
   const int64_t inner = channels_last ? 1 : problem.positions;
   const int64_t base = problem.channels * inner;
   const int64_t sample = per_channel ? problem.size() : problem.channels * problem.positions;
-  const Parameter weight(problem.dtype, call.args.affine.weight, problem.channels, 1);
-  const Parameter bias(problem.dtype, call.args.affine.bias, problem.channels, 0);
+  const Parameter weight(problem.dtype, call.args.affine.weight, 1);
+  const Parameter bias(problem.dtype, call.args.affine.bias, 0);
   const ForwardKernels& kernels = ForwardKernelsFor(problem.dtype);
   ForwardTensors tensors = call.tensors();
   tensors.ahead = AheadInOrder(call.bytes(), problem);

@@ -34,6 +34,9 @@ using Vector = hn::Vec<Tag<E>>;
 template <class E>
 inline constexpr bool kAlwaysShifts = sizeof(E) != 2;
 
+// Whether there are 32 vector registers, not 16.
+inline constexpr bool kManyRegisters = HWY_TARGET == HWY_AVX3 || HWY_ARCH_ARM_A64;
+
 // Lanes of the widest vector that a partial vector's buffer must hold.
 inline constexpr size_t kMaxLanes = 64;
 
@@ -184,11 +187,6 @@ HWY_INLINE void StoreElements(D d, hn::Vec<D> v, E* to, bool stream) {
 // treats all of them alike.
 template <class E>
 inline constexpr bool kPairsInterleave = HWY_TARGET != HWY_SCALAR&& std::is_same_v<E, BFloat16>;
-
-// Whether what is stored at once is no smaller than a vector. Else the rest of a cache line should
-// be stored next.
-template <class E>
-inline constexpr bool kStoresVectors = sizeof(E) == sizeof(ComputeType<E>) || kPairsInterleave<E>;
 
 template <class D>
 struct Pair {

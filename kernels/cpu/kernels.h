@@ -134,9 +134,9 @@ struct SetConstantArrays {
 
 // What coefficients are made of, arrays with a value a channel.
 struct Channels {
-  SetConstantArrays constants;  // of its set
-  const double* weight;
-  const double* bias = nullptr;   // forward only
+  SetConstantArrays constants;    // of its set
+  const void* weight;             // in the computing type; null: 1
+  const void* bias = nullptr;     // forward only; null: 0
   const double* sum_g = nullptr;  // backward only: as in SetGradient, of its set; null: 0, both
   const double* sum_gx = nullptr;
   double elements = 1;  // of a set

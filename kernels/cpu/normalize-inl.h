@@ -64,16 +64,9 @@ class Normalize {
   template <class At>
   HWY_INLINE int64_t Vectors(int64_t i, int64_t end, const At& at) {
     const Tensors tensors{x_, y_, residual_, relu_, ahead_};
-    return stream_ ? Loop<true>(i, end, at, tensors, bits_)
-                   : Loop<false>(i, end, at, tensors, bits_);
-  }
-
-  // Not where stores bypass the cache: two streams of them take twice the time of one. Nor
-  // with a mask, whose bits are written one row after the other.
-  bool TakesSeveral() const { return !kFused && !stream_ && kStoresVectors<E>; }
-  template <class At>
-  HWY_INLINE int64_t VectorsOfRows(int64_t i, int64_t end, int64_t stride, const At& at) {
-    return LoopOfRows(i, end, stride, at, x_, y_, ahead_);
+    if (stream_) return Loop<true, true>(i, end, at, tensors, bits_);
+    if (ahead_ != 0) return Loop<false, true>(i, end, at, tensors, bits_);
+    return Loop<false, false>(i, end, at, tensors, bits_);
   }
 
   HWY_NOINLINE void Partial(int64_t i, size_t n, const VectorCoefficients<D>& c) {
@@ -104,7 +97,7 @@ class Normalize {
   }
 
   // The tensors by value: what is stored might otherwise be thought to change them.
-  template <bool kStream, class At>
+  template <bool kStream, bool kAhead, class At>
   static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Tensors t,
                                  MaskWriter& writer) {
     const D d;
@@ -121,83 +114,51 @@ class Normalize {
       return kFused && t.residual != nullptr ? LoadElements(d, t.residual + k) : hn::Zero(d);
     };
     const auto fetch = [&](int64_t k) NORMD_INLINE_LAMBDA {
-      if (t.ahead == 0) return;
+      if (!kAhead || t.ahead == 0) return;
       FetchAhead(t.x + k + t.ahead);
       if (kFused && t.residual != nullptr) FetchAhead(t.residual + k + t.ahead);
     };
-    const auto at_one = [&](int64_t k) NORMD_INLINE_LAMBDA {
-      const VectorCoefficients<D> c = at(k);
-      fetch(k);
+    const auto y_at = [&](int64_t k, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
       return finish(Scaled(LoadElements(d, t.x + k), c), residual_at(k));
     };
     if constexpr (kPairsInterleave<E>) {
       if (kStream && i + lanes <= end && !IsAlignedForPair(d, t.y + i)) {
-        StoreElements(d, at_one(i), t.y + i, kStream);
+        fetch(i);
+        StoreElements(d, y_at(i, at(i)), t.y + i, kStream);
         i += lanes;
       }
-      const bool in_pairs = at.HasPairs(i);
-      for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
-        const PairCoefficients<D> c = at.PairAt(i);
-        fetch(i);
-        const Pair<D> x = LoadPair(d, t.x + i);
-        Pair<D> y{Scaled(x.a, c.a), Scaled(x.b, c.b)};
-        if (kFused && t.residual != nullptr) {
-          const Pair<D> residual = LoadPair(d, t.residual + i);
-          y = {hn::Add(y.a, residual.a), hn::Add(y.b, residual.b)};
+    }
+    while (i + lanes <= end) {
+      const int64_t stop = at.Stretch(i, end);
+      if constexpr (kPairsInterleave<E>) {
+        const bool in_pairs = at.HasPairs(i);
+        for (; in_pairs && i + 2 * lanes <= stop; i += 2 * lanes) {
+          const PairCoefficients<D> c = at.PairAt(i);
+          fetch(i);
+          const Pair<D> x = LoadPair(d, t.x + i);
+          Pair<D> y{Scaled(x.a, c.a), Scaled(x.b, c.b)};
+          if (kFused && t.residual != nullptr) {
+            const Pair<D> residual = LoadPair(d, t.residual + i);
+            y = {hn::Add(y.a, residual.a), hn::Add(y.b, residual.b)};
+          }
+          auto words = RoundedToWords(d, y);
+          if (kFused && t.relu) words = ActivateWords(words, bits);
+          StoreWords(d, words, t.y + i, kStream);
         }
-        auto words = RoundedToWords(d, y);
-        if (kFused && t.relu) words = ActivateWords(words, bits);
-        StoreWords(d, words, t.y + i, kStream);
       }
-      for (; i + 2 * lanes <= end; i += 2 * lanes) {
-        const V first = at_one(i);
-        StoreTwo(d, first, at_one(i + lanes), t.y + i, kStream);
+      // Two halves of a cache line; of larger types, no faster past the cache.
+      for (; (sizeof(E) == 2 || !kAhead) && i + 2 * lanes <= stop; i += 2 * lanes) {
+        const PairCoefficients<D> c = at.TwoAt(i);
+        fetch(i);
+        const V first = y_at(i, c.a);
+        StoreTwo(d, first, y_at(i + lanes, c.b), t.y + i, kStream);
+      }
+      for (; i + lanes <= stop; i += lanes) {
+        fetch(i);
+        StoreElements(d, y_at(i, at(i)), t.y + i, kStream);
       }
     }
-    for (; i + lanes <= end; i += lanes) StoreElements(d, at_one(i), t.y + i, kStream);
     if constexpr (kFused) writer = bits;
-    return i;
-  }
-
-  template <class At>
-  static HWY_INLINE int64_t LoopOfRows(int64_t i, int64_t end, int64_t stride, const At& at,
-                                       const E* const x, E* const y, const int64_t ahead) {
-    const D d;
-    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
-    const auto y_at = [&](int64_t k, const VectorCoefficients<D>& c) NORMD_INLINE_LAMBDA {
-      if (ahead != 0) FetchAhead(x + k + ahead);
-      return Scaled(LoadElements(d, x + k), c);
-    };
-    if constexpr (kPairsInterleave<E>) {
-      const bool in_pairs = at.HasPairs(i);
-      for (; in_pairs && i + 2 * lanes <= end; i += 2 * lanes) {
-        const PairCoefficients<D> c = at.PairAt(i);
-        const auto words_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
-          if (ahead != 0) FetchAhead(x + k + ahead);
-          const Pair<D> values = LoadPair(d, x + k);
-          return RoundedToWords(d, Pair<D>{Scaled(values.a, c.a), Scaled(values.b, c.b)});
-        };
-        InEachRow(i, stride, words_at, [&](int64_t k, auto words) NORMD_INLINE_LAMBDA {
-          StoreWords(d, words, y + k, /*stream=*/false);
-        });
-      }
-      for (; i + 2 * lanes <= end; i += 2 * lanes) {
-        const VectorCoefficients<D> a = at(i), b = at(i + lanes);
-        const auto two_at = [&](int64_t k) NORMD_INLINE_LAMBDA {
-          return Pair<D>{y_at(k, a), y_at(k + lanes, b)};
-        };
-        InEachRow(i, stride, two_at, [&](int64_t k, const Pair<D>& two) NORMD_INLINE_LAMBDA {
-          StoreTwo(d, two.a, two.b, y + k, /*stream=*/false);
-        });
-      }
-    }
-    for (; i + lanes <= end; i += lanes) {
-      const VectorCoefficients<D> c = at(i);
-      InEachRow(
-          i, stride, [&](int64_t k) NORMD_INLINE_LAMBDA { return y_at(k, c); },
-          [&](int64_t k, V v)
-              NORMD_INLINE_LAMBDA { StoreElements(d, v, y + k, /*stream=*/false); });
-    }
     return i;
   }
 

@@ -272,8 +272,8 @@ class ForwardJob {
         problem_(call.problem),
         kernels_(ForwardKernelsFor(problem_.dtype)),
         geometry_(problem_, 1),
-        weight_(problem_.dtype, call.affine.weight, problem_.channels, 1),
-        bias_(problem_.dtype, call.affine.bias, problem_.channels, 0),
+        weight_(problem_.dtype, call.affine.weight, 1),
+        bias_(problem_.dtype, call.affine.bias, 0),
         constants_(problem_, CoefficientKernelsFor(problem_.dtype), geometry_.sets),
         arrays_(problem_.dtype, geometry_.plane_count(), 3) {
     bytes_ = call.bytes();
@@ -380,7 +380,7 @@ class BackwardJob {
         problem_(call.problem),
         kernels_(BackwardKernelsFor(problem_.dtype)),
         geometry_(problem_, 2),
-        weight_(problem_.dtype, args_.weight, problem_.channels, 1),
+        weight_(problem_.dtype, args_.weight, 1),
         constants_(problem_, CoefficientKernelsFor(problem_.dtype), geometry_.sets),
         arrays_(problem_.dtype, geometry_.plane_count(), 4) {
     bytes_ = call.bytes();
@@ -562,8 +562,8 @@ Outcome RangeByPlanes(const RangeCall& call, const Context& context) {
   const int64_t skip = call.args.first % problem.positions;
   int64_t planes = (skip + call.args.count - 1) / problem.positions + 1;
   if (per_channel) planes = std::min(planes, problem.channels);  // then they repeat
-  const Parameter weight(problem.dtype, call.args.affine.weight, problem.channels, 1);
-  const Parameter bias(problem.dtype, call.args.affine.bias, problem.channels, 0);
+  const Parameter weight(problem.dtype, call.args.affine.weight, 1);
+  const Parameter bias(problem.dtype, call.args.affine.bias, 0);
   CoefficientArrays arrays(problem.dtype, planes, 3);
   for (int64_t i = 0; i < planes; ++i) {
     const int64_t c = (first + i) % problem.channels;

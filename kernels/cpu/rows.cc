@@ -114,7 +114,7 @@ class Expanded {
     const size_t bytes = static_cast<size_t>(geometry.parameters * width_);
     if (data == nullptr || geometry.inner != 1) {
       const int64_t inner = geometry.inner, count = geometry.parameters / inner;
-      const Parameter values(problem.dtype, data, count, otherwise);
+      const Parameter values(problem.dtype, data, otherwise);
       memory_ = Scratch(bytes);
       for (int64_t c = 0; c < count; ++c) {
         if (width_ == 8) {

@@ -7,8 +7,6 @@
 //                                         the coefficients at(i); returns where it stopped
 //   op.Partial(i, n, coefficients)        n elements, n < Lanes()
 //   op.End()
-//   op.TakesSeveral()                     whether it can do kRowsAtOnce rows at once
-//   op.VectorsOfRows(i, end, stride, at)   as Vectors(), of all: coefficients are loaded once
 //   op.FetchAheadBy(n)                    elements n after those read are fetched
 //   op.UntilLine(i), op.PastLine(i)       elements from i to a cache line of what is written, or
 //                                         from one to i: what Vectors() may not write. 0: nothing
@@ -39,22 +37,6 @@ HWY_INLINE hn::Vec<D> PartialVector(D d, const hn::TFromD<D>* from, size_t n) {
   return LoadPartial(d, from, n);
 }
 
-inline constexpr int64_t kRowsAtOnce = 4;
-
-// Makes what is stored in each of the rows, and then stores it: a load waits for a store just
-// before it to the same place of another page, and rows of 512 floats lie at the same place in
-// turns.
-template <class Make, class Store>
-HWY_INLINE void InEachRow(int64_t i, int64_t stride, const Make& make, const Store& store) {
-  static_assert(kRowsAtOnce == 4);
-  const int64_t j = i + 2 * stride;
-  const auto a = make(i), b = make(i + stride), c = make(j), e = make(j + stride);
-  store(i, a);
-  store(i + stride, b);
-  store(j, c);
-  store(j + stride, e);
-}
-
 // A vector of each coefficient.
 template <class D>
 struct VectorCoefficients {
@@ -66,7 +48,8 @@ struct PairCoefficients {
   VectorCoefficients<D> a, b;
 };
 
-// Where an operation gets its coefficients: the same for all elements, or by element.
+// Where an operation gets its coefficients: the same for all elements, or by element. They follow
+// each other from i to Stretch(i, end), and begin anew there. TwoAt(i): those of two vectors.
 // HasPairs(i): whether PairAt() has those of pairs (elements-inl.h), from i on. kShifted: the shift
 // is not 0.
 template <class D, bool kShifted>
@@ -74,24 +57,31 @@ struct Uniform {
   HWY_INLINE VectorCoefficients<D> operator()(int64_t) const {
     return {kShifted ? values.shift : hn::Zero(D()), values.scale, values.offset, values.slope};
   }
+  HWY_INLINE int64_t Stretch(int64_t, int64_t end) const { return end; }
+  HWY_INLINE PairCoefficients<D> TwoAt(int64_t i) const { return {(*this)(i), (*this)(i)}; }
   HWY_INLINE bool HasPairs(int64_t) const { return true; }
-  HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const { return {(*this)(i), (*this)(i)}; }
+  HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const { return TwoAt(i); }
   VectorCoefficients<D> values;
 };
-// kRepeats: the columns begin again after the last, for the next row.
-template <class D, class Source, bool kRepeats>
+// The columns begin again after the last, for the next row.
+template <class D, class Source>
 struct Varying {
   using T = hn::TFromD<D>;
 
   HWY_INLINE VectorCoefficients<D> operator()(int64_t i) const {
-    return source.Load(D(), ColumnOf(i));
+    return source.Load(D(), i - start);
+  }
+  HWY_INLINE PairCoefficients<D> TwoAt(int64_t i) const {
+    const int64_t column = i - start;
+    return {source.Load(D(), column),
+            source.Load(D(), column + static_cast<int64_t>(hn::Lanes(D())))};
   }
   HWY_INLINE bool HasPairs(int64_t i) const {
     return paired != nullptr && (i - start) % (2 * static_cast<int64_t>(hn::Lanes(D()))) == 0;
   }
   HWY_INLINE PairCoefficients<D> PairAt(int64_t i) const {
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(D()));
-    const T* from = paired + kKinds * ColumnOf(i);
+    const T* from = paired + kKinds * (i - start);
     return {VectorsAt(from), VectorsAt(from + kKinds * lanes)};
   }
   static HWY_INLINE VectorCoefficients<D> VectorsAt(const T* from) {
@@ -101,10 +91,9 @@ struct Varying {
             hn::LoadU(d, from + 2 * lanes), hn::LoadU(d, from + 3 * lanes)};
   }
 
-  // Without a branch, which the processor would have to foresee, where the next row begins.
-  HWY_INLINE int64_t ColumnOf(int64_t i) const {
-    if constexpr (kRepeats) start += i - start >= columns ? columns : 0;
-    return i - start;
+  HWY_INLINE int64_t Stretch(int64_t i, int64_t end) const {
+    if (i - start == columns) start = i;
+    return std::min(end, start + columns);
   }
 
   const Source source;
@@ -281,7 +270,7 @@ void WalkColumns(Op& op, int64_t begin, Matrix matrix, const Source& source) {
   constexpr int64_t kRowsWorthPairs = 16, kMostPaired = 8192;
   const int64_t columns = matrix.columns;
   const bool wide = columns > 2 * kTile && matrix.rows > 1;
-  const int64_t together = wide ? 8 : kRowsAtOnce;
+  const int64_t together = wide ? 8 : 1;
   if (wide) op.FetchAheadBy(kTile);
   using T = typename Op::Type;
   Scratch memory;
@@ -294,12 +283,10 @@ void WalkColumns(Op& op, int64_t begin, Matrix matrix, const Source& source) {
       paired = memory.Get<T>();
     }
   }
-  // Rows one after the other are as good as one, where no vector belongs to two of them. Where a
-  // vector is half a cache line, finding its column takes more than the ends of rows.
-  constexpr bool kRepeats = Source::kIsArrays && kStoresVectors<typename Op::Element>;
+  // Rows one after the other are as good as one, where no vector belongs to two of them.
   const int64_t all = matrix.rows * columns;
-  if (kRepeats && !wide && matrix.stride == columns && columns % (2 * lanes) == 0 &&
-      !op.TakesSeveral() && op.UntilLine(begin) == 0 && op.PastLine(begin + all) == 0) {
+  if (!wide && matrix.stride == columns && columns % (2 * lanes) == 0 && op.UntilLine(begin) == 0 &&
+      op.PastLine(begin + all) == 0) {
     matrix.rows = 1;
     matrix.columns = matrix.stride = all;
   }
@@ -308,32 +295,22 @@ void WalkColumns(Op& op, int64_t begin, Matrix matrix, const Source& source) {
     for (int64_t left = 0; left < matrix.columns; left += tile) {
       const int64_t right = std::min(left + tile, matrix.columns);
       const int64_t last = std::min(first + together, matrix.rows);
-      for (int64_t row = first; row < last;) {
-        const int64_t count = row + kRowsAtOnce <= last && op.TakesSeveral() ? kRowsAtOnce : 1;
+      for (int64_t row = first; row < last; ++row) {
         const int64_t start = begin + row * matrix.stride;
         const auto partial = [&](int64_t from, int64_t to) {
           for (; from < to; from += lanes) {
             const size_t n = static_cast<size_t>(std::min(to - from, lanes));
-            const auto coefficients = source.LoadPartial(d, from, n);
-            for (int64_t r = 0; r < count; ++r) {
-              op.Partial(start + r * matrix.stride + from, n, coefficients);
-            }
+            op.Partial(start + from, n, source.LoadPartial(d, from, n));
           }
         };
         op.Begin(start + left);
         int64_t j = std::min(right, left + op.UntilLine(start + left));
         partial(left, j);
         const int64_t end = std::max(j, right - op.PastLine(start + right));
-        if (count > 1) {
-          const Varying<typename Op::D, Source, false> at{source, start, columns, paired};
-          j = op.VectorsOfRows(start + j, start + end, matrix.stride, at) - start;
-        } else {
-          const Varying<typename Op::D, Source, kRepeats> at{source, start, columns, paired};
-          j = op.Vectors(start + j, start + end, at) - start;
-        }
+        const Varying<typename Op::D, Source> at{source, start, columns, paired};
+        j = op.Vectors(start + j, start + end, at) - start;
         partial(j, right);
         op.End();
-        row += count;
       }
     }
   }
