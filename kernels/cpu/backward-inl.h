@@ -371,8 +371,10 @@ class Gradient {
   template <class At>
   HWY_INLINE int64_t Vectors(int64_t i, int64_t end, const At& at) {
     const Outputs out{grad_x_, grad_residual_, stream_, stream_residual_};
-    if (input_.x == nullptr) return Loop<false, true>(i, end, at, input_, out, ahead_);
-    if (ahead_ != 0) return Loop<true, true>(i, end, at, input_, out, ahead_);
+    if (input_.x == nullptr) return Loop<false, false>(i, end, at, input_, out, ahead_);
+    const bool is_plain =
+        grad_x_ != nullptr && grad_residual_ == nullptr && !stream_ && ahead_ == 0;
+    if (is_plain) return Loop<true, true>(i, end, at, input_, out, ahead_);
     return Loop<true, false>(i, end, at, input_, out, ahead_);
   }
 
@@ -423,28 +425,30 @@ class Gradient {
     return RoundedToWords(d, Pair<D>{Dx<kNeedsX>(dy.a, x.a, c.a), Dx<kNeedsX>(dy.b, x.b, c.b)});
   }
 
-  // All by value: what is stored might otherwise be thought to change it.
-  template <bool kNeedsX, bool kAhead, class At>
+  // All by value: what is stored might otherwise be thought to change it. kPlain: grad_x is all
+  // that is wanted, and nothing is fetched ahead nor bypasses the cache.
+  template <bool kNeedsX, bool kPlain, class At>
   static HWY_INLINE int64_t Loop(int64_t i, int64_t end, const At& at, const Input input,
                                  const Outputs out, const int64_t ahead) {
     const D d;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    const bool wants_x = kPlain || out.grad_x != nullptr;
+    const bool wants_residual = !kPlain && out.grad_residual != nullptr;
+    const bool stream = !kPlain && out.stream;
     const auto fetch = [&]() NORMD_INLINE_LAMBDA {
-      if (kAhead) Fetch<kNeedsX>(input, i, ahead);
+      if (!kPlain) Fetch<kNeedsX>(input, i, ahead);
     };
     const auto dx = [&](V dy, int64_t k, const VectorCoefficients<D>& c)
                         NORMD_INLINE_LAMBDA { return Dx<kNeedsX>(dy, X<kNeedsX>(input, k), c); };
     const auto one = [&]() NORMD_INLINE_LAMBDA {
       const V dy = input.GradY(i);
       fetch();
-      if (out.grad_x != nullptr) StoreElements(d, dx(dy, i, at(i)), out.grad_x + i, out.stream);
-      if (out.grad_residual != nullptr) {
-        StoreElements(d, dy, out.grad_residual + i, out.stream_residual);
-      }
+      if (wants_x) StoreElements(d, dx(dy, i, at(i)), out.grad_x + i, stream);
+      if (wants_residual) StoreElements(d, dy, out.grad_residual + i, out.stream_residual);
       i += lanes;
     };
     if constexpr (kPairsInterleave<E>) {
-      if (out.stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) one();
+      if (stream && i + lanes <= end && !IsAlignedForPair(d, out.grad_x + i)) one();
     }
     while (i + lanes <= end) {
       const int64_t stop = at.Stretch(i, end);
@@ -453,23 +457,21 @@ class Gradient {
         for (; in_pairs && i + 2 * lanes <= stop; i += 2 * lanes) {
           fetch();
           const auto words = input.GradYWords(i);
-          if (out.grad_x != nullptr) {
-            StoreWords(d, WordsOfPair<kNeedsX>(input, i, at.PairAt(i)), out.grad_x + i, out.stream);
+          if (wants_x) {
+            StoreWords(d, WordsOfPair<kNeedsX>(input, i, at.PairAt(i)), out.grad_x + i, stream);
           }
-          if (out.grad_residual != nullptr) {
-            StoreWords(d, words, out.grad_residual + i, out.stream_residual);
-          }
+          if (wants_residual) StoreWords(d, words, out.grad_residual + i, out.stream_residual);
         }
       }
       // Two halves of a cache line. Of larger types, no faster.
       for (; sizeof(E) == 2 && i + 2 * lanes <= stop; i += 2 * lanes) {
         fetch();
         const V first = input.GradY(i), second = input.GradY(i + lanes);
-        if (out.grad_x != nullptr) {
+        if (wants_x) {
           const PairCoefficients<D> c = at.TwoAt(i);
-          StoreTwo(d, dx(first, i, c.a), dx(second, i + lanes, c.b), out.grad_x + i, out.stream);
+          StoreTwo(d, dx(first, i, c.a), dx(second, i + lanes, c.b), out.grad_x + i, stream);
         }
-        if (out.grad_residual != nullptr) {
+        if (wants_residual) {
           StoreTwo(d, first, second, out.grad_residual + i, out.stream_residual);
         }
       }

@@ -6,7 +6,10 @@
 #ifndef NORMD_KERNELS_CPU_CALL_H_
 #define NORMD_KERNELS_CPU_CALL_H_
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
+#include <limits>
 #include <stop_token>
 
 #include "kernels/backend.h"
@@ -116,12 +119,27 @@ Outcome BackwardByRows(const BackwardCall& call, const Context& context);
 // or x holds NaN or Inf.
 SetMoments ExactMomentsOf(const NormProblem& problem, const void* x, int64_t set);
 
+// Fast sums of squares that are no less may be trusted, if they are finite: squares below float32's
+// range matter only if eps does not hide them.
+inline double LeastSound(const NormProblem& problem) {
+  if (problem.eps > 1e-20 || problem.dtype == DType::kFloat64) return 0;
+  return 1e-30 * static_cast<double>(problem.set_size());
+}
+
 // Whether fast sums may be trusted; if not, ExactMomentsOf().
 inline bool AreSound(const NormProblem& problem, double m2) {
-  if (!std::isfinite(m2)) return false;
-  // Squares below float32's range matter only if eps does not hide them.
-  return problem.eps > 1e-20 || problem.dtype == DType::kFloat64 ||
-         m2 > 1e-30 * static_cast<double>(problem.set_size());
+  return std::isfinite(m2) && m2 >= LeastSound(problem);
+}
+// Whether all of them may. Doubles have the order of their bits; a loop over these becomes vectors.
+inline bool AllAreSound(const NormProblem& problem, int64_t count, const double* m2) {
+  const auto least = std::bit_cast<uint64_t>(LeastSound(problem));
+  const auto most = std::bit_cast<uint64_t>(std::numeric_limits<double>::max());
+  uint64_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto bits = std::bit_cast<uint64_t>(m2[i]);
+    outside |= (bits - least) | (most - bits);
+  }
+  return outside >> 63 == 0;
 }
 
 }  // namespace normd::cpu

@@ -17,6 +17,7 @@ template <class E>
 inline constexpr CoefficientKernels kCoefficientKernels = {
     .constants_of_sets = ConstantsOfSets<E>,
     .coefficients_of_channels = CoefficientsOfChannels<E>,
+    .gradients_of_channels = GradientsOfChannels<E>,
     .spread = SpreadOverPlanes<E>,
 };
 

@@ -37,10 +37,11 @@ HWY_INLINE hn::Vec<D64> LoadParameter(D64 d, const void* from, int64_t i, double
 template <class T, class D64>
 HWY_INLINE void CoefficientsAt(D64 d, int64_t i, const Channels& of,
                                const MutableCoefficients& to) {
+  StoreCoefficients<T>(d, hn::LoadU(d, of.constants.shift + i), to.shift, i);
+  if (to.scale == nullptr) return;
   const auto residual = hn::LoadU(d, of.constants.residual + i);
   const auto invstd = hn::LoadU(d, of.constants.invstd + i);
   const auto scale = hn::Mul(invstd, LoadParameter<T>(d, of.weight, i, 1));
-  StoreCoefficients<T>(d, hn::LoadU(d, of.constants.shift + i), to.shift, i);
   StoreCoefficients<T>(d, scale, to.scale, i);
   if (to.slope == nullptr) {
     const auto bias = LoadParameter<T>(d, of.bias, i, 0);
@@ -64,6 +65,22 @@ template <class E>
 void CoefficientsOfChannels(const Channels& of, int64_t count, const MutableCoefficients& to) {
   ForEachDouble(count, [&](auto d, int64_t i)
                            NORMD_INLINE_LAMBDA { CoefficientsAt<ComputeType<E>>(d, i, of, to); });
+}
+
+template <class E>
+void GradientsOfChannels(const Channels& of, int64_t count, const double* dy, const double* dy_d,
+                         double* grad_weight, double* g, double* gx) {
+  ForEachDouble(count, [&](auto d, int64_t i) NORMD_INLINE_LAMBDA {
+    const auto weight = LoadParameter<ComputeType<E>>(d, of.weight, i, 1);
+    const auto sum = hn::LoadU(d, dy + i);
+    // GradWeight().
+    const auto centered =
+        hn::Sub(hn::LoadU(d, dy_d + i), hn::Mul(hn::LoadU(d, of.constants.residual + i), sum));
+    const auto gradient = hn::Mul(centered, hn::LoadU(d, of.constants.invstd + i));
+    hn::StoreU(gradient, d, grad_weight + i);
+    hn::StoreU(hn::Mul(weight, sum), d, g + i);
+    hn::StoreU(hn::Mul(weight, gradient), d, gx + i);
+  });
 }
 
 // Of Coefficients in the order of pairs.

@@ -61,6 +61,10 @@ class Parameter {
   double otherwise_;
 };
 
+inline void AddEach(int64_t count, const double* __restrict more, double* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += more[i];
+}
+
 // Writes the gradient of a parameter; null: not wanted.
 class ParameterGradient {
  public:
@@ -72,6 +76,18 @@ class ParameterGradient {
       static_cast<double*>(data_)[c] = value;
     } else {
       static_cast<float*>(data_)[c] = static_cast<float>(value);
+    }
+  }
+  // The sums of values [samples][channels], the first of which become those.
+  void SetSums(double* values, int64_t samples, int64_t channels) const {
+    if (data_ == nullptr) return;
+    for (int64_t sample = 1; sample < samples; ++sample) {
+      AddEach(channels, values + sample * channels, values);
+    }
+    if (is_double_) {
+      std::copy_n(values, channels, static_cast<double*>(data_));
+    } else {
+      std::copy_n(values, channels, static_cast<float*>(data_));
     }
   }
 
@@ -195,6 +211,12 @@ class ChannelConstants {
       kernels_.coefficients_of_channels(channels, count, arrays.To(i + done));
     });
   }
+  // The shifts alone, which their sums need.
+  void SetShifts(int64_t first_set, int64_t sets, CoefficientArrays& arrays, int64_t i) const {
+    ForEachRun(first_set, sets, [&](int64_t done, int64_t, int64_t count, const Channels& of) {
+      kernels_.coefficients_of_channels(of, count, {.shift = arrays.To(i + done).shift});
+    });
+  }
   // The sums as in SetGradient, of a set, but a value for each of its channels; null: 0, both.
   void SetBackward(int64_t first_set, int64_t sets, const Parameter& weight, const double* sum_g,
                    const double* sum_gx, CoefficientArrays& arrays, int64_t i) const {
@@ -207,6 +229,17 @@ class ChannelConstants {
         channels.center = problem_.center;
       }
       kernels_.coefficients_of_channels(channels, count, arrays.To(i + done));
+    });
+  }
+
+  // What a set's channels add to its sums, from their own: of dy and of dy * (x - shift). Those of
+  // dy are the gradients of the biases, too.
+  void FindGradients(int64_t first_set, int64_t sets, const Parameter& weight, const double* dy,
+                     const double* dy_d, double* grad_weight, double* g, double* gx) const {
+    ForEachRun(first_set, sets, [&](int64_t done, int64_t c, int64_t count, Channels channels) {
+      channels.weight = weight.From(c);
+      kernels_.gradients_of_channels(channels, count, dy + done, dy_d + done, grad_weight + done,
+                                     g + done, gx + done);
     });
   }
 

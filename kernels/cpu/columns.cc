@@ -136,10 +136,6 @@ class Partials {
   Scratch memory_;
 };
 
-void AddEach(int64_t count, const double* __restrict more, double* __restrict to) {
-  for (int64_t i = 0; i < count; ++i) to[i] += more[i];
-}
-
 // Makes of `count` groups of `times` values their sums.
 void SumEach(double* values, int64_t count, int64_t times) {
   for (int64_t i = 0; i < count && times > 1; ++i) {
@@ -223,7 +219,12 @@ class ForwardJob {
                              partials_.Second(geometry_.PartialAt(unit, chunk)));
       count += more;
     }
-    const int64_t fold = geometry_.columns / geometry_.base;
+    // Those of a channel: one half of the columns to the other, as long as there are halves.
+    int64_t fold = geometry_.columns / geometry_.base;
+    for (; fold % 2 == 0; fold /= 2, count *= 2) {
+      const int64_t half = fold / 2 * geometry_.base;
+      kernels_.merge_columns(half, count, mean, m2, count, mean + half, m2 + half);
+    }
     for (int64_t k = 1; k < fold; ++k) {
       kernels_.merge_columns(geometry_.base, count * static_cast<double>(k), mean, m2, count,
                              mean + k * geometry_.base, m2 + k * geometry_.base);
@@ -233,12 +234,18 @@ class ForwardJob {
       MergeSets(unit, count, mean, m2);
     double* const means = call_.moments.mean + unit * geometry_.sets;
     double* const m2s = call_.moments.m2 + unit * geometry_.sets;
-    const double elements = static_cast<double>(problem_.set_size());
-    for (int64_t set = 0; set < geometry_.sets; ++set) {
-      const SetMoments moments = CenteredAsAsked(problem_, {elements, mean[set], m2[set]});
-      means[set] = moments.mean;
-      m2s[set] = moments.m2;
+    if (problem_.center) {
+      std::copy_n(mean, geometry_.sets, means);
+      std::copy_n(m2, geometry_.sets, m2s);
+    } else {
+      const double elements = static_cast<double>(problem_.set_size());
+      for (int64_t set = 0; set < geometry_.sets; ++set) {
+        const SetMoments moments = CenteredAsAsked(problem_, {elements, mean[set], m2[set]});
+        means[set] = moments.mean;
+        m2s[set] = moments.m2;
+      }
     }
+    if (AllAreSound(problem_, geometry_.sets, m2s)) return;
     for (int64_t set = 0; set < geometry_.sets; ++set) {
       if (AreSound(problem_, m2s[set])) continue;
       const SetMoments moments = ExactMomentsOf(problem_, call_.x, unit * geometry_.sets + set);
@@ -308,11 +315,18 @@ class BackwardJob {
 
   Outcome Execute(const Context& context) {
     constants_.Find(0, problem_.num_sets(), args_.statistics, args_.statistics_of_batch);
-    for (int64_t unit = 0; unit < geometry_.outer; ++unit) SetCoefficients(unit, nullptr, nullptr);
+    for (int64_t unit = 0; unit < geometry_.outer; ++unit) {
+      if (reduces()) {
+        constants_.SetShifts(unit * geometry_.sets, geometry_.sets, arrays_,
+                             unit * geometry_.columns);
+        SpreadChannels(geometry_, unit, arrays_);
+      } else {
+        SetCoefficients(unit, nullptr, nullptr);
+      }
+    }
     if (reduces()) {
       partials_.Allocate(geometry_);
-      grad_weight_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
-      grad_bias_.resize(static_cast<size_t>(geometry_.outer * geometry_.channels));
+      sums_ = Scratch(static_cast<size_t>(kSumKinds * channels_of_all()) * sizeof(double));
     }
     const Outcome outcome = Run(*this, {geometry_.outer, geometry_.chunks(), bytes_}, context);
     if (outcome == Outcome::kOk && reduces()) WriteParameterGradients();
@@ -338,9 +352,10 @@ class BackwardJob {
 
   void Finish(int64_t unit) {
     if (!reduces()) return;
-    std::vector<double> sum_g(static_cast<size_t>(geometry_.channels)), sum_gx(sum_g);
-    MergeSums(unit, sum_g.data(), sum_gx.data());
-    SetCoefficients(unit, sum_g.data(), sum_gx.data());
+    double* const sum_g = SumsFrom(kSumG, unit);
+    double* const sum_gx = SumsFrom(kSumGx, unit);
+    MergeSums(unit, sum_g, sum_gx);
+    SetCoefficients(unit, sum_g, sum_gx);
   }
 
   void Apply(int64_t unit, int64_t index) {
@@ -353,6 +368,12 @@ class BackwardJob {
   }
 
  private:
+  enum SumKind { kGradWeight, kGradBias, kSumG, kSumGx, kSumKinds };
+  int64_t channels_of_all() const { return geometry_.outer * geometry_.channels; }
+  double* SumsFrom(SumKind kind, int64_t unit) const {
+    return sums_.Get<double>() + kind * channels_of_all() + unit * geometry_.channels;
+  }
+
   void SetCoefficients(int64_t unit, const double* sum_g, const double* sum_gx) {
     constants_.SetBackward(unit * geometry_.sets, geometry_.sets, weight_, sum_g, sum_gx, arrays_,
                            unit * geometry_.columns);
@@ -368,38 +389,30 @@ class BackwardJob {
       AddEach(geometry_.columns, partials_.First(more), dy);
       AddEach(geometry_.columns, partials_.Second(more), dy_d);
     }
-    for (int64_t k = geometry_.base; k < geometry_.columns; k += geometry_.base) {
-      AddEach(geometry_.base, dy + k, dy);
-      AddEach(geometry_.base, dy_d + k, dy_d);
+    int64_t columns = geometry_.columns;
+    for (; columns / geometry_.base % 2 == 0; columns /= 2) {
+      for (double* sums : {dy, dy_d}) AddEach(columns / 2, sums + columns / 2, sums);
+    }
+    for (int64_t k = geometry_.base; k < columns; k += geometry_.base) {
+      for (double* sums : {dy, dy_d}) AddEach(geometry_.base, sums + k, sums);
     }
     const int64_t channels = geometry_.channels;
-    const int64_t first = unit * channels;
     for (double* sums : {dy, dy_d}) SumEach(sums, channels, geometry_.inner);
-    double* const grad_weight = grad_weight_.data() + first;
-    std::copy_n(dy, channels, grad_bias_.data() + first);
-    for (int64_t c = 0; c < channels; ++c) {
-      grad_weight[c] = GradWeight(constants_[first + c], {dy[c], dy_d[c]});
-    }
-    for (int64_t c = 0; c < channels; ++c) sum_g[c] = weight_[c] * dy[c];
-    for (int64_t c = 0; c < channels; ++c) sum_gx[c] = weight_[c] * grad_weight[c];
+    std::copy_n(dy, channels, SumsFrom(kGradBias, unit));
+    constants_.FindGradients(unit * geometry_.sets, geometry_.sets, weight_, dy, dy_d,
+                             SumsFrom(kGradWeight, unit), sum_g, sum_gx);
     for (double* sums : {sum_g, sum_gx}) {
       SumEach(sums, geometry_.sets, geometry_.channels_of_set);
       SpreadEach(sums, geometry_.sets, geometry_.channels_of_set);
     }
   }
 
-  void WriteParameterGradients() const {
-    const ParameterGradient grad_weight(problem_.dtype, args_.grad_weight);
-    const ParameterGradient grad_bias(problem_.dtype, args_.grad_bias);
-    for (int64_t c = 0; c < geometry_.channels; ++c) {
-      double weight = 0, bias = 0;
-      for (int64_t unit = 0; unit < geometry_.outer; ++unit) {
-        weight += grad_weight_[static_cast<size_t>(unit * geometry_.channels + c)];
-        bias += grad_bias_[static_cast<size_t>(unit * geometry_.channels + c)];
-      }
-      grad_weight.Set(c, weight);
-      grad_bias.Set(c, bias);
-    }
+  void WriteParameterGradients() {
+    const int64_t samples = geometry_.outer, channels = geometry_.channels;
+    const DType dtype = problem_.dtype;
+    ParameterGradient(dtype, args_.grad_weight)
+        .SetSums(SumsFrom(kGradWeight, 0), samples, channels);
+    ParameterGradient(dtype, args_.grad_bias).SetSums(SumsFrom(kGradBias, 0), samples, channels);
   }
 
   const BackwardCall& call_;
@@ -413,9 +426,8 @@ class BackwardJob {
   CoefficientArrays arrays_;    // [unit][column]
   BackwardTensors tensors_;
   BackwardTensors apply_tensors_;
-  Partials partials_;                // dy and dy * (x - shift)
-  std::vector<double> grad_weight_;  // [unit][channel]
-  std::vector<double> grad_bias_;
+  Partials partials_;  // dy and dy * (x - shift)
+  Scratch sums_;       // [kind][unit][channel]
 };
 
 }  // namespace

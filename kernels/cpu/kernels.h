@@ -146,7 +146,7 @@ struct Channels {
 // Coefficients to be written, a value a channel.
 struct MutableCoefficients {
   void* shift = nullptr;
-  void* scale = nullptr;
+  void* scale = nullptr;  // null: the shifts alone
   void* offset = nullptr;
   void* slope = nullptr;  // null: forward's
 };
@@ -190,6 +190,9 @@ struct CoefficientKernels {
                             const SetConstantArrays& to);
   void (*coefficients_of_channels)(const Channels& channels, int64_t count,
                                    const MutableCoefficients& to);
+  // From the sums of dy and of dy * (x - shift): GradWeight(), weight * dy, weight * grad_weight.
+  void (*gradients_of_channels)(const Channels& channels, int64_t count, const double* dy,
+                                const double* dy_d, double* grad_weight, double* g, double* gx);
   // The coefficients of `planes` planes as those of columns, one a position. `memory`:
   // SpreadValues(planes * plane_size) values, where a cache line begins.
   Coefficients (*spread)(const Coefficients& of_planes, int64_t planes, int64_t plane_size,

@@ -519,18 +519,12 @@ class BackwardJob {
                            sets.begin * geometry_.subs);
   }
 
-  void WriteParameterGradients() const {
-    const ParameterGradient grad_weight(problem_.dtype, args_.grad_weight);
-    const ParameterGradient grad_bias(problem_.dtype, args_.grad_bias);
-    for (int64_t c = 0; c < geometry_.channels; ++c) {
-      double weight = 0, bias = 0;
-      for (int64_t plane = c; plane < geometry_.plane_count(); plane += geometry_.channels) {
-        weight += grad_weight_[static_cast<size_t>(plane)];
-        bias += grad_bias_[static_cast<size_t>(plane)];
-      }
-      grad_weight.Set(c, weight);
-      grad_bias.Set(c, bias);
-    }
+  void WriteParameterGradients() {
+    const int64_t samples = geometry_.plane_count() / geometry_.channels,
+                  channels = geometry_.channels;
+    const DType dtype = problem_.dtype;
+    ParameterGradient(dtype, args_.grad_weight).SetSums(grad_weight_.data(), samples, channels);
+    ParameterGradient(dtype, args_.grad_bias).SetSums(grad_bias_.data(), samples, channels);
   }
 
   const BackwardCall& call_;
