@@ -243,12 +243,14 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
   }
   // Returns whether the shift of a set was far off.
   const auto add_block = [&](int64_t begin, int64_t rows) {
-    for (int64_t set = 0; set < sets; ++set) {
+    const bool is_last = begin + rows == runs.count;
+    const bool are_shifted = kAlwaysShifts<E> || AreShifted(sets, shift_of);
+    for (int64_t set = 0; set < sets && are_shifted; ++set) {
       std::fill_n(shift + set * runs.length, runs.length, shift_of[set]);
     }
-    ToPairs<E>(columns, shift, shift);
+    if (are_shifted) ToPairs<E>(columns, shift, shift);
     std::fill_n(sum, 2 * columns, T{0});  // and the squares
-    WithShifts<E>(columns, shift, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
+    WithShifts<E>(are_shifted, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
       SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * runs.stride},
                     {rows, columns, runs.stride}, shift, sum, square);
     });
@@ -259,8 +261,11 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
     for (int64_t set = 0; set < sets; ++set) {
       const double s = SumOfArray(d, sum + set * runs.length, runs.length);
       const double q = SumOfArray(d, square + set * runs.length, runs.length);
-      any_far |= s * s > 0.85 * elements * q;
-      MergeBlock<E>(elements, s, q, shift_of[set], moments[set]);
+      const T shifted_by = shift_of[set];
+      const bool is_far = s * s > 0.85 * elements * q;
+      any_far |= is_far;
+      if (is_far || !is_last) shift_of[set] = ShiftOfSums<E>(shifted_by, s, q, elements);
+      Merge(elements, static_cast<double>(shifted_by), s, q, moments[set]);
     }
     return any_far;
   };

@@ -72,14 +72,19 @@ bool AreShifted(int64_t columns, const T* shift) {
   return !hn::AllTrue(d, hn::Eq(any, hn::Zero(d)));
 }
 
-// Calls run(std::bool_constant<whether x - shift is to be computed>). No shifts at all are 0.
+// Calls run(std::bool_constant<whether x - shift is to be computed>).
 template <class E, class Run>
-HWY_INLINE void WithShifts(int64_t columns, const ComputeType<E>* shift, Run run) {
-  if (kAlwaysShifts<E> || (shift != nullptr && AreShifted(columns, shift))) {
+HWY_INLINE void WithShifts(bool are_shifted, Run run) {
+  if (kAlwaysShifts<E> || are_shifted) {
     run(std::true_type());
   } else {
     run(std::bool_constant<kAlwaysShifts<E>>());
   }
+}
+// The same of these. No shifts at all are 0.
+template <class E, class Run>
+HWY_INLINE void WithShifts(int64_t columns, const ComputeType<E>* shift, Run run) {
+  WithShifts<E>(kAlwaysShifts<E> || (shift != nullptr && AreShifted(columns, shift)), run);
 }
 
 // 1 / sqrt(v) of values between 1e-30 and 1e30, by Newton's steps from an estimate of 11 bits (8 on
