@@ -199,6 +199,39 @@ struct RowCoefficients {
   const T* bias;
 };
 
+// Of vectors one after the other, from `left` elements before the end of a plane on. Planes are no
+// smaller than a vector.
+template <class D, class Source>
+struct AcrossPlanes {
+  HWY_INLINE VectorCoefficients<D> operator()(int64_t) const {
+    const D d;
+    const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
+    auto values = current;
+    if (left < lanes) {
+      const auto first = hn::FirstN(d, static_cast<size_t>(left));
+      current = source.Broadcast(d, ++plane);
+      values = {hn::IfThenElse(first, values.shift, current.shift),
+                hn::IfThenElse(first, values.scale, current.scale),
+                hn::IfThenElse(first, values.offset, current.offset),
+                hn::IfThenElse(first, values.slope, current.slope)};
+      left += plane_size;
+    }
+    left -= lanes;
+    return values;
+  }
+  HWY_INLINE PairCoefficients<D> TwoAt(int64_t i) const {
+    const auto first = (*this)(i);
+    return {first, (*this)(i)};
+  }
+  HWY_INLINE int64_t Stretch(int64_t, int64_t end) const { return end; }
+
+  const Source& source;
+  const int64_t plane_size;
+  mutable int64_t plane;
+  mutable int64_t left;
+  mutable VectorCoefficients<D> current;  // the plane's
+};
+
 template <class Op>
 void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) {
   using T = typename Op::Type;
@@ -226,6 +259,18 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   op.Begin(i);
   partial(std::min(end, i + op.UntilLine(i)));
   const int64_t last = end - op.PastLine(end);
+  // Of short planes, finding where each one's vectors end would take longer than what is done to
+  // them.
+  constexpr int64_t kShortVectors = 8;
+  if constexpr (kAlwaysShifts<typename Op::Element>) {
+    if (planes.plane_size < kShortVectors * lanes && i + lanes <= last) {
+      const AcrossPlanes<typename Op::D, ArrayCoefficients<T>> at{
+          arrays, planes.plane_size, plane, plane_end - i, arrays.Broadcast(d, plane)};
+      i = op.Vectors(i, last, at);
+      plane = at.plane;
+      plane_end = i + at.left;
+    }
+  }
   while (i + lanes <= last) {
     if (i == plane_end) {
       ++plane;
