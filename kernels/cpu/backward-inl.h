@@ -349,6 +349,7 @@ class Gradient {
   using Type = ComputeType<E>;
   using D = Tag<E>;
   using V = hn::Vec<D>;
+  static constexpr int64_t kShortPlane = 8;
 
   explicit Gradient(const BackwardTensors& tensors)
       : input_(tensors),

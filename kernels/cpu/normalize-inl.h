@@ -43,6 +43,7 @@ class Normalize {
   using Type = ComputeType<E>;
   using D = Tag<E>;
   using V = hn::Vec<D>;
+  static constexpr int64_t kShortPlane = 16;
 
   explicit Normalize(const ForwardTensors& tensors)
       : x_(static_cast<const E*>(tensors.x)),

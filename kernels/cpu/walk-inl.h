@@ -7,6 +7,7 @@
 //                                         the coefficients at(i); returns where it stopped
 //   op.Partial(i, n, coefficients)        n elements, n < Lanes()
 //   op.End()
+//   Op::kShortPlane                      vectors; what has fewer is a short plane: see WalkPlanes()
 //   op.FetchAheadBy(n)                    elements n after those read are fetched
 //   op.UntilLine(i), op.PastLine(i)       elements from i to a cache line of what is written, or
 //                                         from one to i: what Vectors() may not write. 0: nothing
@@ -261,9 +262,8 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
   const int64_t last = end - op.PastLine(end);
   // Of short planes, finding where each one's vectors end would take longer than what is done to
   // them.
-  constexpr int64_t kShortVectors = 8;
   if constexpr (kAlwaysShifts<typename Op::Element>) {
-    if (planes.plane_size < kShortVectors * lanes && i + lanes <= last) {
+    if (planes.plane_size < Op::kShortPlane * lanes && i + lanes <= last) {
       const AcrossPlanes<typename Op::D, ArrayCoefficients<T>> at{
           arrays, planes.plane_size, plane, plane_end - i, arrays.Broadcast(d, plane)};
       i = op.Vectors(i, last, at);
