@@ -224,6 +224,8 @@ class Queue(unittest.TestCase):
             name="bn", mode=TRAIN, input=to_proto(self.X)), timeout=60)
         time.sleep(0.2)
         waiting.cancel()
+        layer.info()  # comes after the cancellation, on the same connection
+        time.sleep(0.2)  # until it has been taken out of the queue
         release()
         # Neither is in the way of the next, nor has it left anything behind.
         self.assertEqual(layer.forward(self.X, mode=TRAIN).version, 2)
