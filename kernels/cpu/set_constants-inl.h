@@ -87,15 +87,15 @@ HWY_INLINE void WithShifts(int64_t columns, const ComputeType<E>* shift, Run run
   WithShifts<E>(kAlwaysShifts<E> || (shift != nullptr && AreShifted(columns, shift)), run);
 }
 
-// 1 / sqrt(v) of values between 1e-30 and 1e30, by Newton's steps from an estimate of 11 bits (8 on
-// Arm), each of which doubles them: to 43 bits or more, in a fifth of the time.
+// 1 / sqrt(v) of values between 1e-30 and 1e30, by Newton's steps from an estimate, each of which
+// doubles its 8 bits (Arm) or 11: to two or three units in the last place, in a quarter of the
+// time.
 template <class D64>
 HWY_INLINE hn::Vec<D64> InverseRoots(D64 d, hn::Vec<D64> v) {
   const hn::Rebind<float, D64> df;
   auto root = hn::PromoteTo(d, hn::ApproximateReciprocalSqrt(hn::DemoteTo(df, v)));
   const auto half = hn::Mul(v, hn::Set(d, 0.5));
-  constexpr int kSteps = HWY_ARCH_X86 ? 2 : 3;
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < 3; ++step) {
     root = hn::Mul(root, hn::NegMulAdd(hn::Mul(half, root), root, hn::Set(d, 1.5)));
   }
   return root;
