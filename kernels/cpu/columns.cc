@@ -136,6 +136,22 @@ class Partials {
   Scratch memory_;
 };
 
+// Merges the columns that are a channel's to its first one: one half of them with the other, as
+// long as there are halves. Calls merge(columns, done, more, from): so many columns, of which each
+// is made of `done` of those before by now, and those `from` columns further on, of `more`.
+template <class Merge>
+void MergeFolded(const Geometry& geometry, Merge merge) {
+  int64_t fold = geometry.columns / geometry.base;
+  double of_each = 1;
+  for (; fold % 2 == 0; fold /= 2, of_each *= 2) {
+    const int64_t half = fold / 2 * geometry.base;
+    merge(half, of_each, of_each, half);
+  }
+  for (int64_t k = 1; k < fold; ++k) {
+    merge(geometry.base, of_each * static_cast<double>(k), of_each, k * geometry.base);
+  }
+}
+
 // Makes of `count` groups of `times` values their sums.
 void SumEach(double* values, int64_t count, int64_t times) {
   for (int64_t i = 0; i < count && times > 1; ++i) {
@@ -219,31 +235,19 @@ class ForwardJob {
                              partials_.Second(geometry_.PartialAt(unit, chunk)));
       count += more;
     }
-    // Those of a channel: one half of the columns to the other, as long as there are halves.
-    int64_t fold = geometry_.columns / geometry_.base;
-    for (; fold % 2 == 0; fold /= 2, count *= 2) {
-      const int64_t half = fold / 2 * geometry_.base;
-      kernels_.merge_columns(half, count, mean, m2, count, mean + half, m2 + half);
-    }
-    for (int64_t k = 1; k < fold; ++k) {
-      kernels_.merge_columns(geometry_.base, count * static_cast<double>(k), mean, m2, count,
-                             mean + k * geometry_.base, m2 + k * geometry_.base);
-    }
-    count *= static_cast<double>(fold);
+    MergeFolded(geometry_, [&](int64_t columns, double done, double more, int64_t from) {
+      kernels_.merge_columns(columns, count * done, mean, m2, count * more, mean + from, m2 + from);
+    });
+    count *= static_cast<double>(geometry_.columns / geometry_.base);
     if (geometry_.columns_of_set() > 1 || geometry_.tail_columns > 0)
       MergeSets(unit, count, mean, m2);
     double* const means = call_.moments.mean + unit * geometry_.sets;
     double* const m2s = call_.moments.m2 + unit * geometry_.sets;
-    if (problem_.center) {
-      std::copy_n(mean, geometry_.sets, means);
-      std::copy_n(m2, geometry_.sets, m2s);
-    } else {
-      const double elements = static_cast<double>(problem_.set_size());
-      for (int64_t set = 0; set < geometry_.sets; ++set) {
-        const SetMoments moments = CenteredAsAsked(problem_, {elements, mean[set], m2[set]});
-        means[set] = moments.mean;
-        m2s[set] = moments.m2;
-      }
+    const double elements = static_cast<double>(problem_.set_size());
+    for (int64_t set = 0; set < geometry_.sets; ++set) {
+      const SetMoments moments = CenteredAsAsked(problem_, {elements, mean[set], m2[set]});
+      means[set] = moments.mean;
+      m2s[set] = moments.m2;
     }
     if (AllAreSound(problem_, geometry_.sets, m2s)) return;
     for (int64_t set = 0; set < geometry_.sets; ++set) {
@@ -389,13 +393,9 @@ class BackwardJob {
       AddEach(geometry_.columns, partials_.First(more), dy);
       AddEach(geometry_.columns, partials_.Second(more), dy_d);
     }
-    int64_t columns = geometry_.columns;
-    for (; columns / geometry_.base % 2 == 0; columns /= 2) {
-      for (double* sums : {dy, dy_d}) AddEach(columns / 2, sums + columns / 2, sums);
-    }
-    for (int64_t k = geometry_.base; k < columns; k += geometry_.base) {
-      for (double* sums : {dy, dy_d}) AddEach(geometry_.base, sums + k, sums);
-    }
+    MergeFolded(geometry_, [&](int64_t columns, double, double, int64_t from) {
+      for (double* sums : {dy, dy_d}) AddEach(columns, sums + from, sums);
+    });
     const int64_t channels = geometry_.channels;
     for (double* sums : {dy, dy_d}) SumEach(sums, channels, geometry_.inner);
     std::copy_n(dy, channels, SumsFrom(kGradBias, unit));

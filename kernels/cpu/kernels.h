@@ -35,7 +35,7 @@ struct Matrix {
   int64_t rows;
   int64_t columns;
   int64_t stride;
-  bool near = false;  // so close that fetching ahead by hand costs more than it brings
+  bool near = false;  // in the L2: fetching ahead by hand costs more than it brings
 };
 
 // What an element is made into, with d = x - shift:

@@ -245,10 +245,12 @@ void MomentsOfTinySets(const E* x, int64_t sets, const Runs& runs, PartialMoment
   const auto add_block = [&](int64_t begin, int64_t rows) {
     const bool is_last = begin + rows == runs.count;
     const bool are_shifted = kAlwaysShifts<E> || AreShifted(sets, shift_of);
-    for (int64_t set = 0; set < sets && are_shifted; ++set) {
-      std::fill_n(shift + set * runs.length, runs.length, shift_of[set]);
+    if (are_shifted) {
+      for (int64_t set = 0; set < sets; ++set) {
+        std::fill_n(shift + set * runs.length, runs.length, shift_of[set]);
+      }
+      ToPairs<E>(columns, shift, shift);
     }
-    if (are_shifted) ToPairs<E>(columns, shift, shift);
     std::fill_n(sum, 2 * columns, T{0});  // and the squares
     WithShifts<E>(are_shifted, [&](auto is_shifted) NORMD_INLINE_LAMBDA {
       SumColumns<E>(ColumnMoments<E, is_shifted>{x + begin * runs.stride},

@@ -44,6 +44,16 @@ struct VectorCoefficients {
   hn::Vec<D> shift, scale, offset, slope;
 };
 
+// Those of `first` where the mask says so, else those of `second`.
+template <class D>
+HWY_INLINE VectorCoefficients<D> Either(hn::Mask<D> mask, const VectorCoefficients<D>& first,
+                                        const VectorCoefficients<D>& second) {
+  return {hn::IfThenElse(mask, first.shift, second.shift),
+          hn::IfThenElse(mask, first.scale, second.scale),
+          hn::IfThenElse(mask, first.offset, second.offset),
+          hn::IfThenElse(mask, first.slope, second.slope)};
+}
+
 template <class D>
 struct PairCoefficients {
   VectorCoefficients<D> a, b;
@@ -211,10 +221,7 @@ struct AcrossPlanes {
     if (left < lanes) {
       const auto first = hn::FirstN(d, static_cast<size_t>(left));
       current = source.Broadcast(d, ++plane);
-      values = {hn::IfThenElse(first, values.shift, current.shift),
-                hn::IfThenElse(first, values.scale, current.scale),
-                hn::IfThenElse(first, values.offset, current.offset),
-                hn::IfThenElse(first, values.slope, current.slope)};
+      values = Either<D>(first, values, current);
       left += plane_size;
     }
     left -= lanes;
@@ -281,11 +288,7 @@ void WalkPlanes(Op& op, const Planes& planes, const Coefficients& coefficients) 
     int64_t stop = std::min(plane_end, last);
     if (i + lanes > plane_end) {  // a vector across two planes
       const auto first = hn::FirstN(d, static_cast<size_t>(plane_end - i));
-      const auto next = arrays.Broadcast(d, ++plane);
-      values = {hn::IfThenElse(first, values.shift, next.shift),
-                hn::IfThenElse(first, values.scale, next.scale),
-                hn::IfThenElse(first, values.offset, next.offset),
-                hn::IfThenElse(first, values.slope, next.slope)};
+      values = Either<typename Op::D>(first, values, arrays.Broadcast(d, ++plane));
       plane_end += planes.plane_size;
       stop = i + lanes;
       shifted = true;
